@@ -1,0 +1,28 @@
+"""agsel: AdaGradSelect fine-tuning on DeepSpeed ZeRO. Three lines turn a DeepSpeed script into block selection.
+
+optimizer = torch.optim.AdamW(agsel.block_param_groups(model), lr=1e-5)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+selection = agsel.attach(engine, agsel.AdaGradSelect(fraction=0.3, explore_steps=500, seed=0))
+"""
+
+from agsel.blocks import Block, block_param_groups, find_blocks
+from agsel.policies import AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
+from agsel.zero import RanksDisagreeError, Selection, StepReport, attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaGradSelect",
+    "Block",
+    "FullFineTuning",
+    "Plan",
+    "Policy",
+    "RandomBlocks",
+    "RanksDisagreeError",
+    "Selection",
+    "StepReport",
+    "TopK",
+    "attach",
+    "block_param_groups",
+    "find_blocks",
+]

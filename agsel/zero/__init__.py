@@ -1,0 +1,7 @@
+"""The DeepSpeed hook: everything that touches DeepSpeed's private parts is in this package."""
+
+from agsel.zero.attach import attach
+from agsel.zero.consensus import RanksDisagreeError
+from agsel.zero.selection import Selection, StepReport
+
+__all__ = ["RanksDisagreeError", "Selection", "StepReport", "attach"]

@@ -1,0 +1,109 @@
+"""`agsel.attach`: turn a DeepSpeed ZeRO engine into one that trains only the selected blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from agsel.blocks import Block, find_blocks
+from agsel.policies import Policy
+from agsel.zero import guards
+from agsel.zero.checkpoint import SelectiveEngine
+from agsel.zero.consensus import require_equal_settings
+from agsel.zero.residency import Partition, Residency
+from agsel.zero.selection import Selection
+from agsel.zero.stage_1_and_2 import SelectiveZeroOptimizer
+from agsel.zero.stage_3 import SelectiveZeroOptimizerStage3
+
+SELECTIVE_CLASSES: dict[int, type[SelectiveZeroOptimizer] | type[SelectiveZeroOptimizerStage3]] = {
+    1: SelectiveZeroOptimizer,
+    2: SelectiveZeroOptimizer,
+    3: SelectiveZeroOptimizerStage3,
+}
+
+
+def attach(
+    engine: DeepSpeedEngine, policy: Policy, *, offload_states: bool = True, max_skipped_steps: int = 50
+) -> Selection:
+    """Train only the blocks that `policy` selects. The training loop stays as it is.
+
+    Call it once, right after `deepspeed.initialize`, on every rank. The engine and its ZeRO optimizer become instances
+    of subclasses of their classes; nothing of DeepSpeed is patched.
+
+    Args:
+        engine: of ZeRO stage 1, 2 or 3, with a client Adam or AdamW built from `agsel.block_param_groups(model)`.
+        policy: who is updated next; equal on all ranks.
+        offload_states: keep the optimizer partitions of blocks that are not selected in host memory.
+        max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
+
+    Returns:
+        The selection: `blocks`, `last`, `counts`, `resident`.
+
+    Raises:
+        ValueError: the engine's configuration, optimizer or model does not fit, the policy is not equal on all ranks.
+        RuntimeError: this DeepSpeed differs from the tested one where agsel overrides it.
+    """
+    guards.require_supported_engine(engine)
+    optimizer: Any = engine.optimizer
+    selective_class = SELECTIVE_CLASSES[engine.zero_optimization_stage()]
+    guards.require_supported_optimizer(optimizer, selective_class.stock)
+    guards.require_tested_deepspeed(SelectiveEngine)
+    guards.require_tested_deepspeed(selective_class)
+    masters = selective_class.masters(optimizer)
+    blocks, block_indices = _match_blocks(
+        engine.module, [selective_class.parameters_of_partition(optimizer, index) for index in range(len(masters))]
+    )
+    require_equal_settings(
+        policy.settings() | {"blocks": [block.name for block in blocks], "offload_states": offload_states},
+        optimizer.dp_process_group,
+    )
+
+    partitions = [
+        Partition(index, block, master, optimizer.optimizer)
+        for index, (block, master) in enumerate(zip(block_indices, masters, strict=True))
+    ]
+    residency = Residency(partitions, torch.device(engine.device), offload_states)
+    selection = Selection(blocks, policy, residency, optimizer.dp_process_group, max_skipped_steps)
+    optimizer.__class__ = selective_class
+    optimizer.selection = selection
+    optimizer.prepare_selection()
+    engine.__class__ = SelectiveEngine
+    engine.selection = selection
+    residency.adopt(selection.needed_before_forward())
+    selection.plan_step()
+    return selection
+
+
+def _match_blocks(
+    model: nn.Module, parameters_of_partitions: Sequence[Sequence[nn.Parameter]]
+) -> tuple[list[Block], list[int]]:
+    """The blocks that take part, and for each ZeRO partition the index of its block.
+
+    Raises:
+        ValueError: a partition is not of one block, or a trainable parameter is in none.
+    """
+    found = find_blocks(model)
+    name_of = {id(parameter): block.name for block in found for parameter in block.parameters}
+    names_of_partitions = []
+    for index, parameters in enumerate(parameters_of_partitions):
+        names = sorted({name_of.get(id(parameter), "a parameter in no block") for parameter in parameters})
+        if len(names) != 1:
+            raise ValueError(
+                f"optimizer param group {index} holds {', '.join(names[:3])}: it must hold one block; "
+                "build the optimizer from agsel.block_param_groups(model)"
+            )
+        names_of_partitions += names
+    owned = {id(parameter) for parameters in parameters_of_partitions for parameter in parameters}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
+    if left_out:
+        raise ValueError(
+            f"{len(left_out)} trainable parameters are in no optimizer param group ({left_out[0]} ...): "
+            "build the optimizer from agsel.block_param_groups(model)"
+        )
+    blocks = [block for block in found if block.name in names_of_partitions]
+    index_of = {block.name: index for index, block in enumerate(blocks)}
+    return blocks, [index_of[name] for name in names_of_partitions]

@@ -1,0 +1,53 @@
+"""A DeepSpeed engine whose checkpoints carry the selection, whatever is frozen or evicted at that moment."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from agsel.zero.selection import Selection
+
+logger = logging.getLogger("agsel")
+
+CLIENT_STATE_KEY = "agsel"
+
+
+class SelectiveEngine(DeepSpeedEngine):
+    """`DeepSpeedEngine` with block selection; made from one by `agsel.attach`. `selection` is set right after."""
+
+    stock = DeepSpeedEngine
+    relies_on = ("save_checkpoint", "load_checkpoint", "_take_model_step", "_backward_epilogue")
+    """Methods of the stock class that this class replaces or whose inner working agsel depends on."""
+
+    selection: Selection
+
+    def save_checkpoint(
+        self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        """`DeepSpeedEngine.save_checkpoint`, with the selection state added to the client state."""
+        self.selection.residency.synchronize()
+        client_state = (client_state or {}) | {CLIENT_STATE_KEY: self.selection.state_dict()}
+        with self.selection.everything_trainable():
+            return super().save_checkpoint(save_dir, tag=tag, client_state=client_state, **options)
+
+    def load_checkpoint(self, load_dir: str, *args: Any, **options: Any) -> tuple[Any, Any]:
+        """`DeepSpeedEngine.load_checkpoint`, restoring the selection state too.
+
+        A checkpoint without one (of a run without agsel) starts the selection afresh, with a warning.
+
+        Raises:
+            ValueError: the checkpoint's selection is over other blocks.
+        """
+        self.selection.residency.synchronize()
+        with self.selection.everything_trainable():
+            path, client_state = super().load_checkpoint(load_dir, *args, **options)
+        if path is not None:
+            self.selection.residency.adopt(self.selection.needed_before_forward())
+            state = client_state.pop(CLIENT_STATE_KEY, None)
+            if state is None:
+                logger.warning("%s holds no selection state: the selection starts afresh", path)
+            else:
+                self.selection.load_state_dict(state)
+        return path, client_state

@@ -1,0 +1,72 @@
+"""What the ranks tell each other: one small all-reduce per step, and a comparison of settings at the start."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+
+CHECKSUM_BITS = 20
+"""Small enough that the sum of squared checksums stays an exact fp64 integer for 8192 ranks."""
+
+
+class RanksDisagreeError(RuntimeError):
+    """The ranks hold different selection states: going on would train different blocks on different ranks."""
+
+
+def checksum(state: Any) -> int:
+    """A `CHECKSUM_BITS`-bit checksum of plain Python values."""
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode()) >> (32 - CHECKSUM_BITS)
+
+
+def global_squares(local: torch.Tensor, state_checksum: int, group: Any, step: int) -> list[float]:
+    """All-reduce the squared block norms, and compare the ranks' selection states in the same vector.
+
+    Args:
+        local: fp64 [blocks], sums of squares over this rank's disjoint gradient partitions.
+        state_checksum: `checksum` of what must be equal on all ranks.
+        group: the data-parallel process group.
+        step: for the error message.
+
+    Returns:
+        The squared global norm of every block; a non-finite gradient on any rank shows as a non-finite value on all.
+
+    Raises:
+        RanksDisagreeError: on every rank, if the checksums are not all equal.
+    """
+    own = torch.tensor([state_checksum, state_checksum**2], dtype=local.dtype, device=local.device)
+    vector = torch.cat([local, own])
+    dist.all_reduce(vector, group=group)
+    *squares, total, total_of_squares = vector.tolist()
+    # Cauchy-Schwarz: (Σc)² = n Σc² only if all c are equal. Every rank sees the same sums, so all raise or none.
+    if int(total) ** 2 != dist.get_world_size(group=group) * int(total_of_squares):
+        checksums = _gather(state_checksum, group)
+        raise RanksDisagreeError(
+            f"ranks disagree on the selection state at step {step} (checksums by rank: {checksums}): "
+            "give every rank the same seed and settings, and change the policy on all ranks or on none"
+        )
+    return squares
+
+
+def require_equal_settings(settings: dict[str, Any], group: Any) -> None:
+    """Compare the settings of all ranks.
+
+    Raises:
+        ValueError: on every rank, naming the settings that differ and their values by rank.
+    """
+    by_rank = _gather(settings, group)
+    keys = sorted({key for rank_settings in by_rank for key in rank_settings})
+    values = {key: [rank_settings.get(key) for rank_settings in by_rank] for key in keys}
+    different = {key: ranks for key, ranks in values.items() if any(value != ranks[0] for value in ranks)}
+    if different:
+        listed = "; ".join(f"{key} = {ranks}" for key, ranks in different.items())
+        raise ValueError(f"ranks were started with different settings (by rank): {listed}; start all ranks alike")
+
+
+def _gather(value: Any, group: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size(group=group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values

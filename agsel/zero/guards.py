@@ -1,0 +1,174 @@
+"""What agsel refuses, each with one line that names the setting and the remedy; and the check of DeepSpeed's insides.
+
+agsel overrides private methods of DeepSpeed. `TESTED` holds a checksum of the source of each method it depends on, so a
+DeepSpeed that changed one of them is refused by name instead of training wrongly.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import textwrap
+import warnings
+import zlib
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+ALLOW_UNTESTED = "AGSEL_ALLOW_UNTESTED"
+
+TESTED = {
+    "DeepSpeedEngine.save_checkpoint": 0x3F1D5691,
+    "DeepSpeedEngine.load_checkpoint": 0xFF67C709,
+    "DeepSpeedEngine._take_model_step": 0x006D0E3E,
+    "DeepSpeedEngine._backward_epilogue": 0x1F893CA0,
+    "DeepSpeedZeroOptimizer.step": 0x086E88EE,
+    "DeepSpeedZeroOptimizer._optimizer_step": 0x9B7D498D,
+    "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state": 0x6E47613D,
+    "DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue": 0xD9823F3F,
+    "DeepSpeedZeroOptimizer.get_all_grad_tensors": 0x81847040,
+    "DeepSpeedZeroOptimizer.get_flat_partition": 0x383C9AFC,
+    "DeepSpeedZeroOptimizer._build_compact_grad_partition_buffer": 0xA93EA890,
+    "DeepSpeedZeroOptimizer.free_grad_in_param_list": 0x1BCBA6C4,
+    "DeepSpeedZeroOptimizer_Stage3.step": 0x81FB8604,
+    "DeepSpeedZeroOptimizer_Stage3._optimizer_step": 0x2739695A,
+    "DeepSpeedZeroOptimizer_Stage3._pre_step": 0xB0AA567F,
+    "DeepSpeedZeroOptimizer_Stage3._post_step": 0x146AB3AE,
+    "DeepSpeedZeroOptimizer_Stage3._partition_all_parameters": 0xD6CE801B,
+    "DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters": 0xEF8A238A,
+    "DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer": 0xA83A933B,
+    "DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue": 0x0A9EB0D8,
+    "DeepSpeedZeroOptimizer_Stage3.partition_grads": 0xE5111B90,
+    "DeepSpeedZeroOptimizer_Stage3.has_overflow": 0x06F06E9E,
+}
+"""Of DeepSpeed 0.19.8. For another version: `checksums` of `SelectiveEngine` and `SELECTIVE_CLASSES` in attach.py."""
+
+
+def require_supported_engine(engine: Any) -> None:
+    """Refuse engines and configurations under which block selection would be wrong or useless.
+
+    Raises:
+        ValueError: naming the setting and what to use instead.
+    """
+    if hasattr(engine, "selection"):
+        raise ValueError("agsel.attach was called twice on one engine: keep the Selection it returned the first time")
+    if type(engine) is not DeepSpeedEngine:
+        raise ValueError(
+            f"{type(engine).__name__} is not supported: agsel needs the DeepSpeedEngine of deepspeed.initialize, "
+            "without pipeline parallelism or the hybrid engine"
+        )
+    stage = engine.zero_optimization_stage()
+    if stage not in (1, 2, 3):
+        raise ValueError(
+            f"zero_optimization.stage is {int(stage)}: agsel needs 1, 2 or 3 (ds_configs/ has one of each)"
+        )
+    refused = _refused_settings(engine)
+    if refused:
+        raise ValueError(refused[0])
+
+
+def _refused_settings(engine: Any) -> list[str]:
+    zero = engine._config.zero_config
+    offload = zero.offload_optimizer
+    checks = [
+        (
+            offload is not None and offload.super_offload,
+            "zero_optimization.offload_optimizer.super_offload is not supported: remove offload_optimizer, agsel "
+            "offloads the optimizer states itself (offload_states=True)",
+        ),
+        (
+            zero.zenflow is not None,
+            "zero_optimization.zenflow is not supported: remove it, agsel offloads the optimizer states itself",
+        ),
+        (
+            _offloads(offload),
+            "zero_optimization.offload_optimizer is not supported: remove it, agsel offloads the optimizer states of "
+            "inactive blocks itself (offload_states=True)",
+        ),
+        (
+            _offloads(zero.offload_param),
+            "zero_optimization.offload_param is not supported: remove it, or use more GPUs with stage 3",
+        ),
+        (
+            zero.elastic_checkpoint,
+            "zero_optimization.elastic_checkpoint is not supported: remove it, blocks have step counts of their own",
+        ),
+        (
+            engine.has_moe_layers,
+            "DeepSpeed MoE layers (expert parallelism) are not supported: use a model without deepspeed.moe layers",
+        ),
+        (
+            engine.mp_world_size > 1,
+            "tensor (model) parallelism is not supported: set its size to 1 and use ZeRO-3 for large models",
+        ),
+        (engine.is_deepcompile_enabled(), "compile.deepcompile is not supported: set it to false"),
+        (engine.torch_autocast_enabled(), "torch_autocast is not supported: use bf16 or fp16 instead"),
+        (
+            engine.bf16_master_weights_and_gradients() or engine.fp16_master_weights_and_gradients(),
+            "16-bit master weights are not supported: remove *_master_weights_and_grads, agsel keeps them in fp32",
+        ),
+    ]
+    return [message for refused, message in checks if refused]
+
+
+def _offloads(config: Any) -> bool:
+    return config is not None and config.device != "none"
+
+
+def require_supported_optimizer(optimizer: Any, stock: Any) -> None:
+    """Refuse another ZeRO optimizer than the stock class of the stage, and client optimizers other than Adam.
+
+    Raises:
+        ValueError: naming the setting and what to use instead.
+    """
+    if type(optimizer) is not stock:
+        raise ValueError(
+            f"{type(optimizer).__name__} is not supported: use ZeRO stage 2 or leave data_types.grad_accum_dtype unset "
+            "(with bf16 at stage 1 an fp32 grad_accum_dtype makes DeepSpeed build BF16_Optimizer)"
+        )
+    client = optimizer.optimizer
+    adam_like = isinstance(client, torch.optim.Adam) or type(client).__name__ == "FusedAdam"
+    if not adam_like or any(group.get("amsgrad") for group in client.param_groups):
+        raise ValueError(
+            f"optimizer {type(client).__name__} is not supported: pass torch.optim.AdamW (without amsgrad) over "
+            "agsel.block_param_groups(model) to deepspeed.initialize"
+        )
+
+
+def require_tested_deepspeed(selective_class: Any) -> None:
+    """Compare the DeepSpeed methods that agsel depends on with the tested ones.
+
+    Raises:
+        RuntimeError: a method is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
+    """
+    now = checksums(selective_class.stock, selective_class.relies_on)
+    changed = [name for name, checksum in now.items() if TESTED[name] != checksum]
+    if not changed:
+        return
+    message = (
+        f"DeepSpeed {deepspeed.__version__} differs from the tested 0.19.8 in {', '.join(changed)}: install "
+        f"deepspeed==0.19.8, or set {ALLOW_UNTESTED}=1 after running agsel's tests with yours"
+    )
+    if os.environ.get(ALLOW_UNTESTED) != "1":
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def checksums(stock: type, methods: tuple[str, ...]) -> dict[str, int]:
+    """CRC-32 of the source of methods of a DeepSpeed class, 0 where there is none.
+
+    Read from the class body: DeepSpeed's profiling decorator hides the methods from `inspect.getsource`.
+    """
+    source = textwrap.dedent(inspect.getsource(stock))
+    lines = source.splitlines()
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {
+        node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        for node in body.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    return {f"{stock.__name__}.{name}": zlib.crc32(texts.get(name, "").encode()) for name in methods}

@@ -1,0 +1,92 @@
+"""The optimizer step that both ZeRO families share: norms -> resolve -> Adam on the selected blocks -> publish.
+
+The two subclasses say where DeepSpeed keeps gradients and weights; everything that must be equal at all stages is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from agsel.zero.residency import Partition
+from agsel.zero.selection import Selection
+
+
+class SelectiveStep:
+    """Mixin over a DeepSpeed ZeRO optimizer. `selection` is set right after the class swap in `agsel.attach`.
+
+    Not an `ABC`: Python refuses `__class__` assignment to a class that has one among its bases.
+    """
+
+    selection: Selection
+    clip_grad: float
+    loss_scale: float
+
+    def step(self, closure: None = None) -> None:
+        """Update the selected blocks, or nothing at all if any rank holds a non-finite gradient."""
+        self._begin_step()
+        loss_scale = float(self.loss_scale)
+        selected = self.selection.resolve(self._local_squares(), loss_scale)
+        self.overflow = not selected
+        self._update_scale(self.overflow)  # type: ignore[attr-defined]
+        report = self.selection.last
+        assert report is not None
+        self._global_grad_norm = report.grad_norm
+        if selected:
+            self._release_gradients(index for index in range(len(self.selection.blocks)) if index not in selected)
+            self._update(selected, loss_scale * self._clip_divisor(report.grad_norm))
+        self._release_gradients(range(len(self.selection.blocks)))
+        self.selection.plan_step()
+
+    def _update(self, selected: Sequence[int], divisor: float) -> None:
+        partitions = [p for p in self.selection.residency.partitions if p.block in selected]
+        for partition in partitions:
+            self._update_partition(partition, divisor)
+        self._publish(partitions)
+
+    def _update_partition(self, partition: Partition, divisor: float) -> None:
+        """Adam on one partition, with its fp32 gradient alive only for that long."""
+        gradient = self._take_gradient(partition)
+        if divisor != 1:
+            gradient.div_(divisor)
+        self.selection.residency.wait_for(partition)
+        partition.master.grad = gradient
+        self._optimizer_step(partition.index)  # type: ignore[attr-defined]
+        partition.master.grad = None
+
+    def _clip_divisor(self, norm: float) -> float:
+        return max(1.0, (norm + 1e-6) / self.clip_grad) if self.clip_grad > 0 else 1.0
+
+    def _local_squares(self) -> torch.Tensor:
+        """fp64 [blocks]: this rank's share of each block's squared gradient norm, zero where there is no gradient."""
+        squares = torch.zeros(len(self.selection.blocks), dtype=torch.float64, device=self.selection.residency.device)
+        for partition in self.selection.residency.partitions:
+            pieces = self._gradient_pieces(partition)
+            if pieces:
+                norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float32))
+                squares[partition.block] += norms.double().square().sum()
+        return squares
+
+    def _take_gradient(self, partition: Partition) -> torch.Tensor:
+        """The partition's gradient as one flat tensor of the master's type; the reduced pieces are released."""
+        flat = torch.empty_like(partition.master, requires_grad=False)
+        torch.cat([piece.reshape(-1) for piece in self._gradient_pieces(partition)], out=flat)
+        self._release_gradients([partition.block])
+        return flat
+
+    def _begin_step(self) -> None:
+        """DeepSpeed's own preparations of a step."""
+        raise NotImplementedError
+
+    def _gradient_pieces(self, partition: Partition) -> list[torch.Tensor]:
+        """This rank's reduced gradient of a partition, in order, padding included; empty if the block has none."""
+        raise NotImplementedError
+
+    def _release_gradients(self, blocks: Iterable[int]) -> None:
+        """Drop every reference to the gradients of these blocks."""
+        raise NotImplementedError
+
+    def _publish(self, partitions: Sequence[Partition]) -> None:
+        """Copy updated master weights to the model's own, on all ranks."""
+        raise NotImplementedError

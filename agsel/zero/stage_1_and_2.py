@@ -1,0 +1,96 @@
+"""ZeRO stages 1 and 2: one flat bit16 buffer and one fp32 partition per param group, that is, per block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+
+from agsel.zero.selective_step import Partition, SelectiveStep
+
+
+class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
+    """DeepSpeed's ZeRO-1/2 optimizer that keeps gradients, steps and gathers for the selected blocks only."""
+
+    stock = DeepSpeedZeroOptimizer
+    relies_on = (
+        "step",
+        "_optimizer_step",
+        "_lazy_init_hp_params_optimizer_state",
+        "independent_gradient_partition_epilogue",
+        "get_all_grad_tensors",
+        "get_flat_partition",
+        "_build_compact_grad_partition_buffer",
+        "free_grad_in_param_list",
+    )
+    """Methods of the stock class that this class replaces or whose inner working it depends on."""
+
+    def masters(self) -> list[torch.Tensor]:
+        """The fp32 partition of every param group."""
+        return list(self.single_partition_of_fp32_groups)
+
+    def parameters_of_partition(self, index: int) -> list[torch.nn.Parameter]:
+        """The model parameters of a param group."""
+        return list(self.bit16_groups[index])
+
+    def prepare_selection(self) -> None:
+        """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory."""
+        for group in self.bit16_groups:
+            for parameter in group:
+                parameter._hp_mapping = None
+
+    def get_all_grad_tensors(self, tensor_list: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Stock allocates zeros for parameters without a gradient; a frozen block gets nothing."""
+        if _is_frozen(tensor_list):
+            return []
+        return super().get_all_grad_tensors(tensor_list, dtype)
+
+    def get_flat_partition(self, tensor_list: Any, *args: Any, param_group_idx: int, **kwargs: Any) -> Any:
+        """Stock pads a partition without gradients with zeros; a frozen block gets nothing."""
+        if _is_frozen(self.bit16_groups[param_group_idx]):
+            return []
+        return super().get_flat_partition(tensor_list, *args, param_group_idx=param_group_idx, **kwargs)
+
+    def _build_compact_grad_partition_buffer(self, group_idx: int) -> Any:
+        """Stock makes a zero fp32 partition for groups without gradients; a frozen block gets nothing."""
+        if _is_frozen(self.bit16_groups[group_idx]):
+            return None
+        return super()._build_compact_grad_partition_buffer(group_idx)
+
+    def _lazy_init_hp_params_optimizer_state(self) -> None:
+        """Stock links parameters to their optimizer state here; see `prepare_selection`."""
+
+    def _begin_step(self) -> None:
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+
+    def _gradient_pieces(self, partition: Partition) -> list[torch.Tensor]:
+        return list(self.averaged_gradients.get(partition.index) or [])
+
+    def _release_gradients(self, blocks: Iterable[int]) -> None:
+        blocks = set(blocks)
+        for partition in self.selection.residency.partitions:
+            if partition.block in blocks:
+                self.averaged_gradients[partition.index] = None
+                self.all_grad_tensors[partition.index] = None
+                self.free_grad_in_param_list(self.bit16_groups[partition.index])
+
+    def _publish(self, partitions: Sequence[Partition]) -> None:
+        indices = [partition.index for partition in partitions]
+        for partition in partitions:
+            rank = dist.get_rank(group=self.real_dp_process_group[partition.index])
+            self.parallel_partitioned_bit16_groups[partition.index][rank].data.copy_(partition.master.data)
+        all_gather_dp_groups(
+            groups_flat=[self.bit16_groups_flat[index] for index in indices],
+            partitioned_param_groups=[self.parallel_partitioned_bit16_groups[index] for index in indices],
+            dp_process_group=[self.real_dp_process_group[index] for index in indices],
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+
+
+def _is_frozen(parameters: Sequence[torch.nn.Parameter]) -> bool:
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

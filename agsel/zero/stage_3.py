@@ -1,0 +1,112 @@
+"""ZeRO stage 3: parameters themselves are partitioned; a block's partition is one or more sub-groups of its group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+from agsel.zero.selective_step import Partition, SelectiveStep
+
+GRADIENT_MAP = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+
+
+class GradientPartitions(dict[int, torch.Tensor]):
+    """DeepSpeed's map from parameter id to gradient partition, with memory only for blocks that got a gradient.
+
+    Stock keeps one flat buffer for all trainable parameters for the whole run, which also re-applies last step's
+    gradient when a parameter gets none. Here a sub-group's buffer is made, zeroed, when its first gradient is reduced.
+    """
+
+    def __init__(self, sub_groups: Sequence[Sequence[Any]], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self._sub_groups = sub_groups
+        self._sub_group_of = {p.ds_id: index for index, group in enumerate(sub_groups) for p in group}
+        self._dtype, self._device = dtype, device
+        self.flat: dict[int, torch.Tensor] = {}
+
+    def __missing__(self, ds_id: int) -> torch.Tensor:
+        index = self._sub_group_of[ds_id]
+        numels = [parameter.partition_numel() for parameter in self._sub_groups[index]]
+        self.flat[index] = torch.zeros(sum(numels), dtype=self._dtype, device=self._device)
+        for parameter, piece in zip(self._sub_groups[index], self.flat[index].split(numels), strict=True):
+            self[parameter.ds_id] = piece
+        return self[ds_id]
+
+    def release(self, sub_group: int) -> None:
+        """Forget the gradient of a sub-group."""
+        if self.flat.pop(sub_group, None) is not None:
+            for parameter in self._sub_groups[sub_group]:
+                del self[parameter.ds_id]
+
+
+class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3):
+    """DeepSpeed's ZeRO-3 optimizer that keeps gradients and steps for the selected blocks only."""
+
+    fp16_groups: list[Any]
+    grad_partitions_flat_buffer: torch.Tensor
+
+    stock = DeepSpeedZeroOptimizer_Stage3
+    relies_on = (
+        "step",
+        "_optimizer_step",
+        "_pre_step",
+        "_post_step",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "_setup_for_real_optimizer",
+        "independent_gradient_partition_epilogue",
+        "partition_grads",
+        "has_overflow",
+    )
+    """Methods of the stock class that this class replaces or whose inner working it depends on."""
+
+    def masters(self) -> list[torch.Tensor]:
+        """The fp32 partition of every sub-group."""
+        return list(self.fp32_partitioned_groups_flat)
+
+    def parameters_of_partition(self, index: int) -> list[torch.nn.Parameter]:
+        """The model parameters of a sub-group."""
+        return list(self.fp16_groups[index])
+
+    def prepare_selection(self) -> None:
+        """Replace the flat gradient buffer of the whole model by buffers of the blocks that have a gradient."""
+        stock_buffer = self.grad_partitions_flat_buffer
+        self._gradients = GradientPartitions(self.fp16_groups, stock_buffer.dtype, stock_buffer.device)
+        self.grad_partitions_flat_buffer = stock_buffer.new_empty(0)
+        setattr(self, GRADIENT_MAP, self._gradients)
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Stock makes zero gradients for frozen parameters; hide their sub-groups from it."""
+        sub_groups = self.fp16_groups
+        self.fp16_groups = [group if group[0].requires_grad else [] for group in sub_groups]
+        try:
+            super().independent_gradient_partition_epilogue()
+        finally:
+            self.fp16_groups = sub_groups
+
+    def _begin_step(self) -> None:
+        self._pre_step()
+        self._partition_all_parameters()
+
+    def _gradient_pieces(self, partition: Partition) -> list[torch.Tensor]:
+        flat = self._gradients.flat.get(partition.index)
+        if flat is None:
+            return []
+        if flat.is_cuda:  # it was allocated on DeepSpeed's reduction stream
+            flat.record_stream(torch.cuda.current_stream(flat.device))
+        return [flat]
+
+    def _release_gradients(self, blocks: Iterable[int]) -> None:
+        blocks = set(blocks)
+        for partition in self.selection.residency.partitions:
+            if partition.block in blocks:
+                self.averaged_gradients[partition.index] = None
+                self._gradients.release(partition.index)
+
+    def _publish(self, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            self._reassign_or_swap_out_partitioned_parameters(partition.index)
+        self._post_step(set())

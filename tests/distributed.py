@@ -1,0 +1,77 @@
+"""Launch a script on several ranks through the real `deepspeed` command, on the CPU with gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def launch(
+    script: str | Path, *arguments: object, ranks: int = 2, timeout: float = 300, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `deepspeed --num_gpus RANKS script arguments` and return what it printed, stderr included in stdout.
+
+    Raises:
+        TimeoutExpired: it did not end in time; every process it started has been killed.
+    """
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script)]
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env=environment() | (env or {}),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_session(process.pid)
+        output, _ = process.communicate()
+        raise subprocess.TimeoutExpired(command, timeout, output) from None
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+def launch_worker(script: str | Path, *arguments: object, ranks: int = 2, timeout: float = 300) -> str:
+    """Like `launch`, for a script that must succeed. Returns its output."""
+    result = launch(script, *arguments, ranks=ranks, timeout=timeout)
+    assert result.returncode == 0, result.stdout[-6000:]
+    return result.stdout
+
+
+def environment() -> dict[str, str]:
+    """The environment of a CPU run."""
+    return os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "TORCH_EXTENSIONS_DIR": str(REPOSITORY / ".cache" / "torch_extensions"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def kill_session(leader: int) -> None:
+    """Kill every process of the session that `leader` started: the launcher leaves its ranks behind."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if os.getsid(int(entry.name)) == leader:
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,146 @@
+"""Runs of the tiny model: under DeepSpeed with agsel (in a rank), and as a plain loop without either (the reference)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import agsel
+from tests.tiny import tiny_batch, tiny_model
+
+RANKS = 2
+ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One training run. Equal on the ranks and in the reference."""
+
+    stage: int
+    accumulation: int = 1
+    clip: float = 0.0
+    blocks: str = "all"
+    steps: int = 16
+    dtype: str = "fp32"
+    tied: bool = False
+    policy: Callable[[], agsel.Policy] = field(
+        default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
+    )
+    zero: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        zero = {"stage": self.stage} | ({"stage3_param_persistence_threshold": 0} if self.stage == 3 else {})
+        precision = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True}}}[self.dtype]
+        return {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.clip,
+            "zero_optimization": zero | self.zero,
+            "zero_allow_untested_optimizer": True,
+            **precision,
+            **self.config,
+        }
+
+
+@dataclass
+class Record:
+    """What a run did, step by step."""
+
+    losses: list[float] = field(default_factory=list)
+    selected: list[tuple[str, ...]] = field(default_factory=list)
+    modes: list[str] = field(default_factory=list)
+    norms: list[dict[str, float]] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+
+def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> tuple[Any, Any]:
+    """A DeepSpeed engine over the tiny model, and agsel's selection on it (None without `attach`)."""
+    import deepspeed
+
+    model = tiny_model(tied=scenario.tied)
+    optimizer = torch.optim.AdamW(agsel.block_param_groups(model, scenario.blocks), **ADAM)  # type: ignore[arg-type]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
+    return engine, agsel.attach(engine, scenario.policy(), **options) if attach else None
+
+
+def train_step(engine: Any, step: int, accumulation: int) -> float:
+    """One optimizer step of the engine. Returns the loss averaged over micro-batches and ranks."""
+    total = torch.zeros(())
+    for micro_step in range(accumulation):
+        ids = tiny_batch(step, micro_step, torch.distributed.get_rank()).to(engine.device)
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach().float().cpu() / accumulation
+    averaged = total.to(engine.device)
+    torch.distributed.all_reduce(averaged)
+    return float(averaged) / torch.distributed.get_world_size()
+
+
+def run_engine(engine: Any, selection: Any, scenario: Scenario, first: int = 0, record: Record | None = None) -> Record:
+    """Train from step `first` to the end of the scenario."""
+    record = record or Record()
+    for step in range(first, scenario.steps):
+        record.losses.append(train_step(engine, step, scenario.accumulation))
+        if selection is not None:
+            record.selected.append(selection.last.selected)
+            record.modes.append(selection.last.mode)
+            record.norms.append(selection.last.norms)
+            record.grad_norms.append(selection.last.grad_norm)
+    return record
+
+
+class Reference:
+    """A plain loop on one process: full gradients, one `torch.optim.AdamW` per block, only selected blocks stepped."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.model = tiny_model(tied=scenario.tied)
+        self.blocks = {
+            block.name: list(block.parameters)
+            for block in agsel.find_blocks(self.model)
+            if scenario.blocks == "all" or block.is_layer
+        }
+        self.optimizers = {name: torch.optim.AdamW(parameters, **ADAM) for name, parameters in self.blocks.items()}  # type: ignore[arg-type]
+        self.policy = scenario.policy()
+        self.policy.start(len(self.blocks))
+
+    def run(self) -> Record:
+        record = Record()
+        for step in range(self.scenario.steps):
+            record.losses.append(self._gradients(step))
+            names = list(self.blocks)
+            plan = self.policy.plan()
+            norms = [self._norm(self.blocks[name]) for name in names]
+            selected = [names[index] for index in self.policy.resolve(norms)]
+            record.selected.append(tuple(selected))
+            record.modes.append("explore" if plan.explore else "exploit")
+            record.norms.append({names[index]: norms[index] for index in plan.blocks})
+            record.grad_norms.append(self._update(selected))
+        return record
+
+    def _gradients(self, step: int) -> float:
+        self.model.zero_grad()
+        micro_batches = [(m, rank) for m in range(self.scenario.accumulation) for rank in range(RANKS)]
+        total = 0.0
+        for micro_step, rank in micro_batches:
+            ids = tiny_batch(step, micro_step, rank)
+            loss = self.model(input_ids=ids, labels=ids).loss / len(micro_batches)
+            loss.backward()
+            total += float(loss)
+        return total
+
+    def _norm(self, parameters: list[torch.nn.Parameter]) -> float:
+        return float(torch.stack([p.grad.double().square().sum() for p in parameters if p.grad is not None]).sum().sqrt())
+
+    def _update(self, selected: list[str]) -> float:
+        parameters = [p for name in selected for p in self.blocks[name]]
+        limit = self.scenario.clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        for name in selected:
+            self.optimizers[name].step()
+        return float(norm)

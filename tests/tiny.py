@@ -9,7 +9,9 @@ VOCABULARY = 61
 LENGTH = 12
 
 
-def tiny_model(*, layers: int = 4, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def tiny_model(
+    *, layers: int = 4, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
     """A Llama with odd sizes, so that partitions need padding."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,

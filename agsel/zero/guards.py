@@ -32,6 +32,8 @@ TESTED = {
     "DeepSpeedZeroOptimizer.get_all_grad_tensors": 0x81847040,
     "DeepSpeedZeroOptimizer.get_flat_partition": 0x383C9AFC,
     "DeepSpeedZeroOptimizer._build_compact_grad_partition_buffer": 0xA93EA890,
+    "DeepSpeedZeroOptimizer.copy_grads_in_partition": 0x956465D6,
+    "DeepSpeedZeroOptimizer._use_compact_grad_partition_buffer": 0x1D874859,
     "DeepSpeedZeroOptimizer.free_grad_in_param_list": 0x1BCBA6C4,
     "DeepSpeedZeroOptimizer_Stage3.step": 0x81FB8604,
     "DeepSpeedZeroOptimizer_Stage3._optimizer_step": 0x2739695A,

@@ -25,6 +25,8 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         "get_all_grad_tensors",
         "get_flat_partition",
         "_build_compact_grad_partition_buffer",
+        "copy_grads_in_partition",
+        "_use_compact_grad_partition_buffer",
         "free_grad_in_param_list",
     )
     """Methods of the stock class that this class replaces or whose inner working it depends on."""
@@ -60,6 +62,15 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         if _is_frozen(self.bit16_groups[group_idx]):
             return None
         return super()._build_compact_grad_partition_buffer(group_idx)
+
+    def copy_grads_in_partition(self, param: torch.nn.Parameter, group_idx: int | None = None) -> None:
+        """Stock copies into one buffer as large as all groups; here each gradient gets memory of its own."""
+        index = self._get_param_group_idx(param) if group_idx is None else group_idx
+        if not self._use_compact_grad_partition_buffer(index):
+            self.grads_in_partition = torch.empty(param.numel(), dtype=self.dtype, device=self.device)
+            self.grads_in_partition_offset = 0
+        super().copy_grads_in_partition(param, group_idx)
+        self.grads_in_partition = None
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
         """Stock links parameters to their optimizer state here; see `prepare_selection`."""

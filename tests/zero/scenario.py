@@ -1,4 +1,4 @@
-"""Runs of the tiny model: under DeepSpeed with agsel (in a rank), and as a plain loop without either (the reference)."""
+"""Runs of the tiny model: under DeepSpeed with agsel (on a rank), and as a plain loop without either."""
 
 from __future__ import annotations
 
@@ -131,11 +131,13 @@ class Reference:
             ids = tiny_batch(step, micro_step, rank)
             loss = self.model(input_ids=ids, labels=ids).loss / len(micro_batches)
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         return total
 
     def _norm(self, parameters: list[torch.nn.Parameter]) -> float:
-        return float(torch.stack([p.grad.double().square().sum() for p in parameters if p.grad is not None]).sum().sqrt())
+        return float(
+            torch.stack([p.grad.double().square().sum() for p in parameters if p.grad is not None]).sum().sqrt()
+        )
 
     def _update(self, selected: list[str]) -> float:
         parameters = [p for name in selected for p in self.blocks[name]]

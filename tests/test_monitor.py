@@ -1,0 +1,65 @@
+"""Status line and scalars of the selection."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from agsel.monitor import block_ranges, normalised_entropy, selection_scalars, status_line
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["layers.3", "layers.7", "layers.8", "layers.9"], "layers 3,7-9"),
+        (["embed", "layers.0", "layers.1", "final_norm", "head"], "embed layers 0-1 final_norm head"),
+        (["final_norm"], "final_norm"),
+        ([], ""),
+    ],
+)
+def test_blocks_are_shown_in_ranges(names: list[str], text: str) -> None:
+    assert block_ranges(names) == text
+
+
+def test_the_status_line_is_aligned_and_leaves_out_what_is_unknown() -> None:
+    numbers = {"loss": 1.43213, "learning_rate": 4e-4, "entropy": 2.0}
+    assert (
+        status_line(5, 1200, numbers, "exploit  layers 3")
+        == "step    5/1200  loss 1.4321  lr 4.00e-04  exploit  layers 3"
+    )
+    assert status_line(5, 9, {"eval_loss": 2.0}) == "step 5/9  eval loss 2.0000"
+
+
+def test_entropy_is_one_for_even_and_zero_for_single_choices() -> None:
+    assert normalised_entropy([5, 5, 5, 5]) == pytest.approx(1, abs=1e-12)
+    assert normalised_entropy([0, 9, 0]) == 0
+    assert normalised_entropy([3, 1]) == pytest.approx(-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)), abs=1e-12)
+    assert normalised_entropy([0, 0]) == normalised_entropy([4]) == 1
+
+
+def test_scalars_tell_who_was_chosen_how_and_by_which_norm() -> None:
+    scalars = selection_scalars(
+        counts={"embed": 0, "layers.0": 2, "layers.1": 2},
+        selected=["layers.1", "layers.0"],
+        norms={"layers.0": 0.5, "layers.1": math.nan},
+        explored=0.25,
+        epsilon=0.5,
+    )
+    assert scalars == {
+        "selection/blocks": 2,
+        "selection/explored": 0.25,
+        "selection/epsilon": 0.5,
+        "selection/entropy": pytest.approx(math.log(2) / math.log(3)),
+        "selection/lowest_block": 1,
+        "block_count/embed": 0,
+        "block_count/layers.0": 2,
+        "block_count/layers.1": 2,
+        "block_norm/layers.0": 0.5,
+    }
+
+
+def test_a_skipped_step_has_no_lowest_block_and_a_policy_without_epsilon_shows_none() -> None:
+    scalars = selection_scalars(counts={"layers.0": 0}, selected=[], norms={}, explored=0)
+    assert "selection/lowest_block" not in scalars
+    assert "selection/epsilon" not in scalars

@@ -1,0 +1,83 @@
+"""A plain `transformers.Trainer` with agsel added: what it trains, with which optimizer settings, at which rates.
+
+    deepspeed --num_gpus 2 tests/trainer_worker.py FOLDER
+
+Writes FOLDER/result.json on the first rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import agsel
+from agsel.training import add_selection
+from tests.distributed import REPOSITORY
+from tests.tiny import tiny_batch, tiny_model
+
+
+class Recorder(TrainerCallback):
+    """Per step: the learning rate of every param group, the selected blocks and those that changed."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.steps: list[dict[str, Any]] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.before = copies(self.trainer.model)
+        self.rates = [group["lr"] for group in self.trainer.deepspeed.optimizer.param_groups]
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        after = copies(self.trainer.model)
+        changed = sorted(name for name in after if not torch.equal(after[name], self.before[name]))
+        selection = self.trainer.deepspeed.selection
+        self.steps.append({"rates": self.rates, "changed": changed, "selected": selection.last.selected})
+
+
+def copies(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        block.name: torch.cat([parameter.detach().flatten() for parameter in block.parameters])
+        for block in agsel.find_blocks(model)
+    }
+
+
+def train(folder: Path) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        deepspeed=str(REPOSITORY / "ds_configs" / "zero2.json"),
+        use_cpu=True,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        lr_scheduler_type="linear",
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        adam_epsilon=1e-6,
+        gradient_checkpointing=True,
+        logging_steps=2,
+        save_strategy="no",
+        report_to="none",
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tiny_batch(0, 0, 0, rows=24)]
+    trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+    add_selection(trainer, agsel.AdaGradSelect(fraction=0.5, explore_steps=3))
+    return trainer
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[-1])
+    trainer = train(folder)
+    recorder = Recorder(trainer)
+    trainer.add_callback(recorder)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        group = trainer.deepspeed.optimizer.param_groups[0]
+        adam = {name: group[name] for name in ("betas", "eps", "weight_decay", "fused")}
+        hooks = trainer.model.get_input_embeddings()._forward_hooks
+        (folder / "result.json").write_text(json.dumps({"steps": recorder.steps, "adam": adam, "hooks": len(hooks)}))

@@ -1,0 +1,91 @@
+"""Save, go on, and resume in a fresh process group: on the ranks of test_checkpoint.py."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import agsel
+from tests.ranks import run_cases
+from tests.zero.exactness_ranks import optimizer_states
+from tests.zero.parity_ranks import whole_weights
+from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
+
+SAVED_AFTER = 7
+SCENARIOS = {
+    stage: Scenario(
+        stage=stage,
+        steps=16,
+        accumulation=2,
+        blocks="layers",
+        policy=partial(agsel.AdaGradSelect, fraction=0.3, explore_steps=12, epsilon_end=0.5, seed=5),
+    )
+    for stage in (1, 2, 3)
+}
+
+
+def folder(stage: int) -> str:
+    return os.path.join(os.environ["AGSEL_TEST_CHECKPOINTS"], f"stage{stage}")
+
+
+def outcome(engine: Any, selection: Any, record: Any) -> dict[str, Any]:
+    return {
+        "losses": record.losses[-(16 - SAVED_AFTER) :],
+        "selected": record.selected[-(16 - SAVED_AFTER) :],
+        "modes": record.modes[-(16 - SAVED_AFTER) :],
+        "weights": whole_weights(engine),
+        "states": optimizer_states(engine, selection),
+        "counts": selection.counts,
+    }
+
+
+def uninterrupted(stage: int) -> dict[str, Any]:
+    engine, selection = start_engine(SCENARIOS[stage])
+    return outcome(engine, selection, run_engine(engine, selection, SCENARIOS[stage]))
+
+
+def saved(stage: int) -> dict[str, Any]:
+    """Save after some steps, and go on."""
+    scenario = SCENARIOS[stage]
+    engine, selection = start_engine(scenario)
+    for step in range(SAVED_AFTER):
+        train_step(engine, step, scenario.accumulation)
+    at_save = {"counts": selection.counts, "resident": selection.resident}
+    frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
+    engine.save_checkpoint(folder(stage), client_state={"mine": 42})
+    assert frozen == [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
+    return outcome(engine, selection, run_engine(engine, selection, scenario, first=SAVED_AFTER)) | {"at save": at_save}
+
+
+def resumed(stage: int) -> dict[str, Any]:
+    """Load what `saved` saved into a fresh process group, and go on."""
+    scenario = SCENARIOS[stage]
+    engine, selection = start_engine(scenario)
+    path, client_state = engine.load_checkpoint(folder(stage))
+    assert path is not None
+    return outcome(engine, selection, run_engine(engine, selection, scenario, first=SAVED_AFTER)) | {
+        "client state": client_state["mine"],
+        "resident after load": selection.resident,
+    }
+
+
+def other_blocks(stage: int) -> str:
+    """Load a checkpoint over the decoder layers into a run over all blocks."""
+    scenario = Scenario(stage=stage, blocks="all")
+    engine, _ = start_engine(scenario)
+    try:
+        engine.load_checkpoint(folder(stage), load_optimizer_states=False)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+CASES = {
+    f"{action.__name__}-{stage}": partial(action, stage)
+    for action in (uninterrupted, saved, resumed, other_blocks)
+    for stage in (1, 2, 3)
+}
+
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -1,0 +1,207 @@
+"""What agsel touches and what it holds, counted on the ranks of test_exactness.py."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from typing import Any
+
+import torch
+
+import agsel
+from tests.ranks import run_cases
+from tests.tiny import tiny_batch
+from tests.zero.parity_ranks import whole_weights
+from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
+
+STAGES = (1, 2, 3)
+SMALL_BUFFERS = 160
+EXPLOIT = partial(agsel.RandomBlocks, fraction=0.4, seed=1)
+MIXED = partial(agsel.AdaGradSelect, fraction=0.4, explore_steps=8, epsilon_end=0.5, epsilon_start=0.6, seed=2)
+
+
+def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
+    """Per step: the selected blocks, and the blocks in which at least one bit of the weights changed (T1)."""
+    engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED))
+    block_of = {
+        name: block.name
+        for block in agsel.find_blocks(engine.module)
+        for name, parameter in engine.module.named_parameters()
+        if any(parameter is member for member in block.parameters)
+    }
+    steps = []
+    before = whole_weights(engine)
+    for step in range(8):
+        train_step(engine, step, accumulation=1)
+        after = whole_weights(engine)
+        changed = {block_of[name] for name in after if not torch.equal(before[name], after[name])}
+        steps.append({"mode": selection.last.mode, "selected": set(selection.last.selected), "changed": changed})
+        before = after
+    return steps
+
+
+def master_changes(stage: int) -> list[tuple[set[str], set[str]]]:
+    """Per step: the selected blocks, and those whose fp32 master, moments or Adam step changed."""
+    engine, selection = start_engine(Scenario(stage=stage, dtype="bf16", policy=MIXED))
+    steps = []
+    before = optimizer_states(engine, selection)
+    for step in range(8):
+        train_step(engine, step, accumulation=1)
+        after = optimizer_states(engine, selection)
+        changed = {name for name in after if not all(map(torch.equal, before[name], after[name]))}
+        steps.append((set(selection.last.selected), changed))
+        before = after
+    return steps
+
+
+def optimizer_states(engine: Any, selection: Any) -> dict[str, list[torch.Tensor]]:
+    """Copies of this rank's master, moments and Adam step of every block."""
+    selection.residency.synchronize()
+    states = {}
+    for partition in selection.residency.partitions:
+        state = engine.optimizer.optimizer.state[partition.master]
+        tensors = [partition.master, state["exp_avg"], state["exp_avg_sq"], torch.as_tensor(state["step"])]
+        states[selection.blocks[partition.block]] = [t.detach().clone().cpu() for t in tensors]
+    return states
+
+
+def final_states(stage: int) -> dict[str, Any]:
+    """The whole optimizer state after a run, all ranks' partitions joined, to compare with the plain loop (T4)."""
+    scenario = Scenario(stage=stage, accumulation=1, blocks="layers", zero={"stage3_max_live_parameters": 0})
+    engine, selection = start_engine(scenario)
+    record = run_engine(engine, selection, scenario)
+    return {"selected": record.selected, "states": optimizer_states(engine, selection)}
+
+
+def twice(stage: int) -> list[dict[str, torch.Tensor]]:
+    """Final weights of two runs with the same seed (T9)."""
+    runs = []
+    for _ in range(2):
+        scenario = Scenario(stage=stage, steps=6)
+        engine, selection = start_engine(scenario)
+        run_engine(engine, selection, scenario)
+        runs.append(whole_weights(engine))
+    return runs
+
+
+def gradient_elements(stage: int, dtype: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Per point of a step: gradient bytes held by each block, and bytes of everything the backward left behind."""
+    forget_older_objects()
+    engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED, accumulation=2, config=config))
+    full = {partition.block: 0 for partition in selection.residency.partitions}
+    for partition in selection.residency.partitions:
+        full[partition.block] += agsel.blocks.global_numel(engine.optimizer.parameters_of_partition(partition.index))
+    points = []
+
+    def count(at: str, new: int = 0) -> None:
+        points.append(
+            {"at": at, "planned": planned, "explore": plan.explore, "new": new, "full": full_bytes}
+            | {"held": held_gradients(engine, selection)}
+        )
+
+    full_bytes = {selection.blocks[block]: 4 * numel for block, numel in full.items()}
+    for step in range(5):
+        plan = selection.policy.plan()
+        planned = {selection.blocks[index] for index in plan.blocks}
+        for micro_step in range(2):
+            ids = tiny_batch(step, micro_step, torch.distributed.get_rank()).to(engine.device)
+            loss = engine(input_ids=ids, labels=ids).loss
+            before = live_storages()
+            engine.backward(loss)
+            del loss
+            count(f"backward {micro_step}", sum(size for key, size in live_storages().items() if key not in before))
+            engine.step()
+        count("step")
+    return points
+
+
+def held_gradients(engine: Any, selection: Any) -> dict[str, int]:
+    """Bytes of gradient storage per block, over every place where DeepSpeed keeps gradients."""
+    optimizer = engine.optimizer
+    held = {}
+    for partition in selection.residency.partitions:
+        tensors: list[Any] = [partition.master.grad]
+        for holder in (optimizer.averaged_gradients, getattr(optimizer, "all_grad_tensors", {})):
+            tensors += list(holder.get(partition.index) or [])
+        for parameter in optimizer.parameters_of_partition(partition.index):
+            tensors += [parameter.grad, getattr(parameter, "grad_accum", None)]
+            if hasattr(optimizer, "_gradients"):
+                tensors.append(optimizer._gradients.get(parameter.ds_id))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+        held[selection.blocks[partition.block]] = sum(storages.values())
+    return held
+
+
+def forget_older_objects() -> None:
+    """Make the counts below see only what is made from now on: quick, and blind to earlier cases."""
+    gc.collect()
+    gc.freeze()
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes of every tensor storage that Python can reach in this process, gradients included, by address."""
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    real = [t for t in tensors if t.device.type != "meta"]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in real if t.untyped_storage().nbytes()}
+
+
+def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any]]:
+    """Per point of a step: bytes in device copies of optimizer states, by counting all storages of the process."""
+    scenario = Scenario(stage=stage, dtype="bf16", policy=policy)
+    forget_older_objects()
+    engine, selection = start_engine(scenario)
+    points = []
+    for step in range(6):
+        for action in ("forward and backward", "step"):
+            if action == "step":
+                engine.step()
+            else:
+                ids = tiny_batch(step, 0, torch.distributed.get_rank()).to(engine.device)
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+            host = {
+                p.on_host.untyped_storage().data_ptr() for p in selection.residency.partitions if p.on_host is not None
+            }
+            fp32 = fp32_storages()
+            device = sum(size for key, size in fp32.items() if key not in host)
+            points.append(
+                {
+                    "at": action,
+                    "resident": selection.resident,
+                    "state": {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions},
+                    "device": device,
+                    "planned": tuple(selection.blocks[index] for index in selection.needed_before_forward()),
+                }
+            )
+    return points
+
+
+def fp32_storages() -> dict[int, int]:
+    """Bytes of every fp32 storage larger than the model's fp32 buffers (rotary frequencies) and Adam steps."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dtype == torch.float32]
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+    return {key: size for key, size in sizes.items() if size > SMALL_BUFFERS}
+
+
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
+GRADIENTS = {
+    "fp32": ("fp32", {}),
+    "bf16": ("bf16", {}),
+    "bf16-fp32-accumulation": ("bf16", FP32_ACCUMULATION),
+}
+
+CASES: dict[str, partial[Any]] = {}
+for stage in STAGES:
+    CASES |= {f"weights-{stage}-{dtype}": partial(changed_weights, stage, dtype) for dtype in ("fp32", "bf16")}
+    CASES[f"masters-{stage}"] = partial(master_changes, stage)
+    CASES[f"final-{stage}"] = partial(final_states, stage)
+    CASES[f"twice-{stage}"] = partial(twice, stage)
+    CASES[f"states-{stage}"] = partial(state_bytes, stage, EXPLOIT)
+    for name, (dtype, config) in GRADIENTS.items():
+        if not (stage == 1 and config):
+            CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config)
+
+if __name__ == "__main__":
+    run_cases(CASES)

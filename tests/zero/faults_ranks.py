@@ -1,0 +1,112 @@
+"""Ranks that disagree, gradients that are not finite, blocks cut off from the loss: on the ranks of test_faults.py."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+
+import agsel
+from tests.ranks import message_of, run_cases
+from tests.tiny import tiny_batch
+from tests.zero.parity_ranks import whole_weights
+from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
+
+
+def poisoned_step(engine: Any, step: int, value: float) -> None:
+    """One optimizer step whose gradient is not finite on the last rank."""
+    rank = torch.distributed.get_rank()
+    ids = tiny_batch(step, 0, rank).to(engine.device)
+    factor = value if rank == torch.distributed.get_world_size() - 1 else 1.0
+    engine.backward(engine(input_ids=ids, labels=ids).loss * factor)
+    engine.step()
+
+
+def non_finite(stage: int, dtype: str, value: float) -> dict[str, Any]:
+    """A poisoned step in the middle of a run, and the same run without it."""
+    config = {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}} if dtype == "fp16" else {}
+    scenario = Scenario(stage=stage, dtype=dtype, steps=8, config=config)
+    engine, selection = start_engine(scenario)
+    for step in range(4):
+        train_step(engine, step, 1)
+    before, counts, scale = whole_weights(engine), selection.counts, engine.optimizer.loss_scale
+    poisoned_step(engine, 4, value)
+    unchanged = all(torch.equal(before[name], weights) for name, weights in whole_weights(engine).items())
+    result = {
+        "unchanged": unchanged and selection.counts == counts,
+        "mode": selection.last.mode,
+        "scale ratio": engine.optimizer.loss_scale / scale,
+        "skipped": engine.skipped_steps,
+    }
+    run_engine(engine, selection, scenario, first=4)
+    result["after"] = whole_weights(engine)
+    engine, selection = start_engine(scenario)
+    run_engine(engine, selection, scenario)
+    return result | {"clean": whole_weights(engine), "steps": selection.policy.step}
+
+
+def never_finite(stage: int) -> str | None:
+    """Every step is poisoned."""
+    engine, _ = start_engine(Scenario(stage=stage), max_skipped_steps=3)
+
+    def run() -> None:
+        for step in range(10):
+            poisoned_step(engine, step, math.nan)
+
+    return message_of(RuntimeError, run)
+
+
+def mutated_policy(stage: int) -> str | None:
+    """One rank's counts are changed behind agsel's back after three steps."""
+    engine, selection = start_engine(Scenario(stage=stage))
+    for step in range(3):
+        train_step(engine, step, 1)
+    if torch.distributed.get_rank() == 1:
+        selection.policy.counts[0] += 1
+    return message_of(agsel.RanksDisagreeError, lambda: train_step(engine, 3, 1))
+
+
+def different_seeds() -> str | None:
+    seed = torch.distributed.get_rank()
+    scenario = Scenario(stage=2, policy=partial(agsel.RandomBlocks, fraction=0.5, seed=seed))
+    return message_of(ValueError, lambda: start_engine(scenario))
+
+
+def checkpointed(stage: int, reentrant: bool | None) -> dict[str, Any]:
+    """A run with gradient checkpointing (None: without) and a frozen embedding."""
+    scenario = Scenario(stage=stage, blocks="layers", steps=6)
+    engine, selection = start_engine(scenario)
+    if reentrant is not None:
+        engine.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        engine.module.train()
+    record = run_engine(engine, selection, scenario)
+    return {"losses": record.losses, "weights": whole_weights(engine)}
+
+
+def cut_off(stage: int) -> str | None:
+    """Reentrant checkpointing without input gradients: layers get none although they are trainable."""
+    scenario = Scenario(stage=stage, blocks="all", policy=lambda: agsel.RandomBlocks(fraction=0.9, seed=0))
+    engine, selection = start_engine(scenario)
+    engine.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    engine.module.disable_input_require_grads()
+    engine.module.train()
+    return message_of(RuntimeError, lambda: run_engine(engine, selection, scenario))
+
+
+CASES: dict[str, partial[Any]] = {"different-seeds": partial(different_seeds)}
+for stage in (1, 2, 3):
+    CASES |= {
+        f"nan-{stage}": partial(non_finite, stage, "fp32", math.nan),
+        f"overflow-{stage}": partial(non_finite, stage, "fp16", math.inf),
+        f"never-finite-{stage}": partial(never_finite, stage),
+        f"mutated-{stage}": partial(mutated_policy, stage),
+        f"plain-{stage}": partial(checkpointed, stage, None),
+        f"not-reentrant-{stage}": partial(checkpointed, stage, False),
+        f"reentrant-{stage}": partial(checkpointed, stage, True),
+        f"cut-off-{stage}": partial(cut_off, stage),
+    }
+
+if __name__ == "__main__":
+    run_cases(CASES)

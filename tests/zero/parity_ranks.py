@@ -1,0 +1,67 @@
+"""Runs of the tiny model under agsel, and under stock DeepSpeed, on the ranks of test_parity.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+
+import agsel
+from tests.ranks import run_cases
+from tests.zero.scenario import Record, Scenario, run_engine, start_engine
+
+PARITY = {
+    f"stage{stage}-accumulation{accumulation}-clip{clip}-{blocks}": Scenario(
+        stage=stage, accumulation=accumulation, clip=clip, blocks=blocks, tied=accumulation == 3
+    )
+    for stage, (accumulation, clip, blocks) in product(
+        (1, 2, 3), [(1, 0.0, "all"), (1, 0.5, "layers"), (3, 0.0, "layers"), (3, 0.5, "all")]
+    )
+}
+FULL = {
+    f"full-stage{stage}-{dtype}{suffix}": Scenario(
+        stage=stage, dtype=dtype, policy=agsel.FullFineTuning, steps=6, accumulation=2, config=config
+    )
+    for stage, (dtype, suffix, config) in product(
+        (1, 2, 3),
+        [
+            ("fp32", "", {}),
+            ("bf16", "", {}),
+            ("bf16", "-fp32-accumulation", {"data_types": {"grad_accum_dtype": "fp32"}}),
+            ("fp16", "", {"fp16": {"enabled": True, "initial_scale_power": 8}}),
+        ],
+    )
+    if not (stage == 1 and suffix)  # DeepSpeed builds BF16_Optimizer there, which agsel refuses
+}
+
+
+def selective_run(scenario: Scenario) -> Record:
+    engine, selection = start_engine(scenario)
+    return run_engine(engine, selection, scenario)
+
+
+def full_run(scenario: Scenario) -> dict[str, Any]:
+    """Final weights and losses of agsel with every block selected, and of stock DeepSpeed."""
+    runs = {}
+    for name, attach in (("agsel", True), ("stock", False)):
+        engine, selection = start_engine(scenario, attach=attach)
+        losses = run_engine(engine, selection, scenario).losses
+        runs[name] = {"losses": losses, "weights": whole_weights(engine)}
+    return runs
+
+
+def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The model's weights, gathered at stage 3."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+if __name__ == "__main__":
+    run_cases(
+        {name: partial(selective_run, scenario) for name, scenario in PARITY.items()}
+        | {name: partial(full_run, scenario) for name, scenario in FULL.items()}
+    )

@@ -1,0 +1,102 @@
+"""Exactly the selected blocks change; inactive blocks hold nothing. Counted, on two ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ranks import launch_cases
+from tests.zero.exactness_ranks import CASES
+from tests.zero.scenario import Reference, Scenario
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return launch_cases("tests/zero/exactness_ranks.py", tmp_path_factory.mktemp("exactness"))
+
+
+def cases(prefix: str) -> list[str]:
+    return [name for name in CASES if name.startswith(prefix)]
+
+
+@pytest.mark.parametrize("name", cases("weights"))
+def test_only_selected_blocks_change_weights(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        assert {step["mode"] for step in rank[name]} == {"explore", "exploit"}
+        assert len({frozenset(step["selected"]) for step in rank[name]}) > 1
+        for step in rank[name]:
+            assert step["changed"] == step["selected"]
+
+
+@pytest.mark.parametrize("name", cases("masters"))
+def test_only_selected_blocks_change_masters_and_moments(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        for selected, changed in rank[name]:
+            assert changed == selected
+
+
+@pytest.mark.parametrize("name", cases("final"))
+def test_moments_of_reselected_blocks_equal_the_plain_loop(ranks: list[dict], name: str) -> None:
+    reference = Reference(Scenario(stage=1, blocks="layers"))
+    assert ranks[0][name]["selected"] == reference.run().selected
+    assert any(0 < count < 16 for count in reference.policy.counts), "some block must have paused"
+    for block, parameters in reference.blocks.items():
+        expected = [[p.detach() for p in parameters]]
+        states = [reference.optimizers[block].state[p] for p in parameters]
+        for key in ("exp_avg", "exp_avg_sq"):
+            expected.append([s[key] if s else torch.zeros_like(p) for s, p in zip(states, parameters, strict=True)])
+        for row in range(3):
+            partitions = [rank[name]["states"][block][row] for rank in ranks]
+            joined = join_partitions(partitions, parameters, sharded=name.endswith("3"))
+            for own, other in zip(joined, expected[row], strict=True):
+                torch.testing.assert_close(own, other, rtol=1e-5, atol=2e-7)
+        steps = {float(rank[name]["states"][block][3]) for rank in ranks}
+        assert steps == {reference.policy.counts[list(reference.blocks).index(block)]}
+
+
+def join_partitions(
+    partitions: list[torch.Tensor], parameters: list[torch.nn.Parameter], sharded: bool
+) -> list[torch.Tensor]:
+    """Whole parameters from the ranks' flat partitions: of the flat group, or at stage 3 of each parameter."""
+    if not sharded:
+        flat = torch.cat(partitions)
+        sizes = [p.numel() for p in parameters]
+        return [piece.view_as(p) for piece, p in zip(flat[: sum(sizes)].split(sizes), parameters, strict=True)]
+    ranks = len(partitions)
+    sizes = [-(-p.numel() // ranks) for p in parameters]
+    pieces = zip(*(partition.split(sizes) for partition in partitions), strict=True)
+    return [torch.cat(shards)[: p.numel()].view_as(p) for shards, p in zip(pieces, parameters, strict=True)]
+
+
+@pytest.mark.parametrize("name", cases("twice"))
+def test_the_same_seed_gives_the_same_weights(ranks: list[dict], name: str) -> None:
+    first, second = ranks[0][name]
+    assert all(torch.equal(first[parameter], second[parameter]) for parameter in first)
+
+
+@pytest.mark.parametrize("name", cases("states"))
+def test_only_planned_blocks_have_device_state(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        for point in rank[name]:
+            assert point["resident"] == point["planned"], point["at"]
+            assert point["device"] == sum(point["state"][block] for block in point["resident"]), point["at"]
+        assert len({point["resident"] for point in rank[name]}) > 2
+
+
+@pytest.mark.parametrize("name", cases("gradients"))
+def test_inactive_blocks_hold_no_gradient(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        for point in rank[name]:
+            holders = {block for block, size in point["held"].items() if size}
+            assert holders == (set() if point["at"] == "step" else point["planned"]), point["at"]
+            assert all(size <= point["full"][block] for block, size in point["held"].items())
+        exploits = [point for point in rank[name] if not point["explore"]]
+        assert exploits
+
+
+@pytest.mark.parametrize("name", [name for name in cases("gradients") if not name.startswith("gradients-1")])
+def test_the_backward_leaves_nothing_but_planned_gradients(ranks: list[dict], name: str) -> None:
+    """Stage 1 accumulates in whole gradients and in DeepSpeed's bucket, so it is left out here."""
+    for rank in ranks:
+        for point in rank[name]:
+            assert point["new"] <= sum(point["held"].values()), point["at"]

@@ -1,0 +1,58 @@
+"""agsel on two ranks equals a plain single-process loop; with every block selected it equals stock DeepSpeed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ranks import launch_cases
+from tests.zero.parity_ranks import FULL, PARITY
+from tests.zero.scenario import Record, Reference
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return launch_cases("tests/zero/parity_ranks.py", tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[tuple, Record]:
+    return {}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_equals_the_plain_loop(ranks: list[dict], references: dict[tuple, Record], name: str) -> None:
+    scenario = PARITY[name]
+    key = (scenario.accumulation, scenario.clip, scenario.blocks, scenario.tied)
+    if key not in references:
+        references[key] = Reference(scenario).run()
+    reference = references[key]
+    run: Record = ranks[0][name]
+    assert len(run.losses) >= 16
+    assert {"explore", "exploit"} <= set(run.modes)
+    assert run.selected == reference.selected
+    assert run.modes == reference.modes
+    assert run.losses == pytest.approx(reference.losses, rel=0, abs=1e-6)
+    assert run.grad_norms == pytest.approx(reference.grad_norms, rel=1e-5)
+    for norms, expected in zip(run.norms, reference.norms, strict=True):
+        assert norms == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_ranks_choose_alike(ranks: list[dict], name: str) -> None:
+    assert ranks[0][name].selected == ranks[1][name].selected
+    assert ranks[0][name].norms == ranks[1][name].norms
+
+
+@pytest.mark.parametrize("name", [name for name, scenario in PARITY.items() if scenario.clip])
+def test_clipping_was_active(ranks: list[dict], name: str) -> None:
+    assert sum(norm > PARITY[name].clip for norm in ranks[0][name].grad_norms) >= 8
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_all_blocks_selected_equals_stock_deepspeed(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        runs = rank[name]
+        assert runs["agsel"]["losses"] == runs["stock"]["losses"]
+        for parameter, weights in runs["stock"]["weights"].items():
+            assert torch.equal(runs["agsel"]["weights"][parameter], weights), parameter

@@ -53,6 +53,7 @@ def attach(
     guards.require_supported_optimizer(optimizer, selective_class.stock)
     guards.require_tested_deepspeed(SelectiveEngine)
     guards.require_tested_deepspeed(selective_class)
+    guards.require_whole_groups(optimizer, selective_class.partitioned_groups(optimizer))
     masters = selective_class.masters(optimizer)
     blocks, block_indices = _match_blocks(
         engine.module, [selective_class.parameters_of_partition(optimizer, index) for index in range(len(masters))]

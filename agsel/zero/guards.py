@@ -140,6 +140,20 @@ def require_supported_optimizer(optimizer: Any, stock: Any) -> None:
         )
 
 
+def require_whole_groups(optimizer: Any, partitioned: set[int]) -> None:
+    """Refuse an optimizer with a param group that ZeRO made no partition of, because all of it was frozen.
+
+    Raises:
+        ValueError: naming the group and the remedy.
+    """
+    dropped = set(range(len(optimizer.optimizer.param_groups))) - partitioned
+    if dropped:
+        raise ValueError(
+            f"optimizer param group {min(dropped)} was frozen at deepspeed.initialize, so ZeRO dropped it: leave every "
+            "block of agsel.block_param_groups(model) trainable, agsel freezes what is not selected"
+        )
+
+
 def require_tested_deepspeed(selective_class: Any) -> None:
     """Compare the DeepSpeed methods that agsel depends on with the tested ones.
 

@@ -16,6 +16,8 @@ from agsel.zero.selective_step import Partition, SelectiveStep
 class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO-1/2 optimizer that keeps gradients, steps and gathers for the selected blocks only."""
 
+    grads_in_partition: torch.Tensor | None
+
     stock = DeepSpeedZeroOptimizer
     relies_on = (
         "step",
@@ -34,6 +36,10 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def masters(self) -> list[torch.Tensor]:
         """The fp32 partition of every param group."""
         return list(self.single_partition_of_fp32_groups)
+
+    def partitioned_groups(self) -> set[int]:
+        """The param groups that have a partition: all, DeepSpeed fails at a group without a trainable parameter."""
+        return set(range(len(self.bit16_groups)))
 
     def parameters_of_partition(self, index: int) -> list[torch.nn.Parameter]:
         """The model parameters of a param group."""

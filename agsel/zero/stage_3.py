@@ -67,6 +67,10 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         """The fp32 partition of every sub-group."""
         return list(self.fp32_partitioned_groups_flat)
 
+    def partitioned_groups(self) -> set[int]:
+        """The param groups that have a partition: DeepSpeed silently drops those without a trainable parameter."""
+        return set(self.sub_group_to_group_id.values())
+
     def parameters_of_partition(self, index: int) -> list[torch.nn.Parameter]:
         """The model parameters of a sub-group."""
         return list(self.fp16_groups[index])

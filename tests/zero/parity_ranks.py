@@ -20,6 +20,7 @@ PARITY = {
         (1, 2, 3), [(1, 0.0, "all"), (1, 0.5, "layers"), (3, 0.0, "layers"), (3, 0.5, "all")]
     )
 }
+PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.5, zero={"sub_group_size": 1000})
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(
         stage=stage, dtype=dtype, policy=agsel.FullFineTuning, steps=6, accumulation=2, config=config

@@ -1,0 +1,167 @@
+"""Engines that agsel must refuse, on the ranks of test_guards.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+import agsel
+from agsel.zero import guards
+from tests.ranks import message_of, run_cases
+from tests.tiny import tiny_model
+from tests.zero.scenario import ADAM, Scenario, start_engine
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+OPTIMIZER_ON_CPU = {"zero_force_ds_cpu_optimizer": False}
+
+
+def refused(**scenario: Any) -> str | None:
+    return message_of(ValueError, lambda: start_engine(Scenario(**scenario)))
+
+
+def stage_0() -> str | None:
+    return refused(stage=0)
+
+
+def bf16_optimizer() -> str | None:
+    return refused(stage=1, dtype="bf16", config={"data_types": {"grad_accum_dtype": "fp32"}})
+
+
+def offload_optimizer(stage: int) -> str | None:
+    return refused(stage=stage, zero=OFFLOAD, config=OPTIMIZER_ON_CPU)
+
+
+def offload_param() -> str | None:
+    return refused(stage=3, zero={"offload_param": {"device": "cpu", "pin_memory": False}})
+
+
+def elastic_checkpoint() -> str | None:
+    return refused(stage=2, zero={"elastic_checkpoint": True})
+
+
+def zenflow() -> str | None:
+    options = {"topk_ratio": 0.5, "select_strategy": "step", "select_interval": 2, "update_interval": 1}
+    zero = {"offload_optimizer": {"device": "cpu"}, "zenflow": options | {"overlap_step": False}}
+    return message_of(ValueError, lambda: agsel.attach(engine_of(Scenario(stage=2, zero=zero)), agsel.FullFineTuning()))
+
+
+def super_offload() -> str | None:
+    """SuperOffload itself starts on CUDA only (tests/gpu), so the setting is made after `initialize`."""
+    engine, _ = start_engine(Scenario(stage=3), attach=False)
+    engine._config.zero_config.offload_optimizer = DeepSpeedZeroOffloadOptimizerConfig(device="cpu", super_offload=True)
+    return message_of(ValueError, lambda: agsel.attach(engine, agsel.FullFineTuning()))
+
+
+def engine_of(scenario: Scenario) -> Any:
+    """An engine whose client optimizer DeepSpeed builds itself: ZenFlow needs its CPU Adam."""
+    model = tiny_model()
+    config = scenario.deepspeed_config() | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    return engine
+
+
+def moe() -> str | None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = MoE(hidden_size=8, expert=torch.nn.Linear(8, 8), num_experts=2, ep_size=1)
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([Layer(), Layer()])
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"})
+    optimizer = torch.optim.AdamW(groups, **ADAM)  # type: ignore[arg-type]
+    config = Scenario(stage=2, dtype="bf16").deepspeed_config()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return message_of(ValueError, lambda: agsel.attach(engine, agsel.FullFineTuning()))
+
+
+def pipeline() -> str | None:
+    model = PipelineModule(
+        layers=[torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)], num_stages=1, loss_fn=torch.nn.MSELoss()
+    )
+    config = Scenario(stage=1).deepspeed_config()
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAM)  # type: ignore[arg-type]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return message_of(ValueError, lambda: agsel.attach(engine, agsel.FullFineTuning()))
+
+
+def attached_to(make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> str | None:
+    model = tiny_model()
+    config = Scenario(stage=2).deepspeed_config()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    return message_of(ValueError, lambda: agsel.attach(engine, agsel.FullFineTuning()))
+
+
+def frozen_after_grouping() -> str | None:
+    """A block frozen between the param groups and `initialize`: stage 3 drops it silently."""
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(agsel.block_param_groups(model, "all"), **ADAM)  # type: ignore[arg-type]
+    frozen = agsel.find_blocks(model)[2]
+    for parameter in frozen.parameters:
+        parameter.requires_grad_(False)
+    config = Scenario(stage=3).deepspeed_config()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return message_of(ValueError, lambda: agsel.attach(engine, agsel.FullFineTuning()))
+
+
+def attached_twice() -> str | None:
+    engine, _ = start_engine(Scenario(stage=2))
+    return message_of(ValueError, lambda: agsel.attach(engine, agsel.FullFineTuning()))
+
+
+def sgd(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(agsel.block_param_groups(model, "all"), lr=0.1)
+
+
+def one_group(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **ADAM)  # type: ignore[arg-type]
+
+
+def head_left_out(model: Any) -> torch.optim.Optimizer:
+    groups = agsel.block_param_groups(model, "all")
+    return torch.optim.AdamW(groups[:-1], **ADAM)  # type: ignore[arg-type]
+
+
+def changed_deepspeed(allowed: str) -> str | None:
+    """A DeepSpeed one of whose overridden methods is not the tested one."""
+    tested = guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"]
+    guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"] = tested ^ 1
+    os.environ["AGSEL_ALLOW_UNTESTED"] = allowed
+    try:
+        return message_of(RuntimeError, lambda: start_engine(Scenario(stage=2)))
+    finally:
+        guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"] = tested
+        del os.environ["AGSEL_ALLOW_UNTESTED"]
+
+
+CASES: dict[str, Callable[[], str | None]] = {
+    "stage 0": stage_0,
+    "bf16 optimizer": bf16_optimizer,
+    "offload_optimizer 2": partial(offload_optimizer, 2),
+    "offload_optimizer 3": partial(offload_optimizer, 3),
+    "offload_param": offload_param,
+    "elastic_checkpoint": elastic_checkpoint,
+    "zenflow": zenflow,
+    "super_offload": super_offload,
+    "moe": moe,
+    "pipeline": pipeline,
+    "sgd": partial(attached_to, sgd),
+    "one group": partial(attached_to, one_group),
+    "head left out": partial(attached_to, head_left_out),
+    "frozen after grouping": frozen_after_grouping,
+    "attached twice": attached_twice,
+    "changed deepspeed": partial(changed_deepspeed, "0"),
+    "changed deepspeed, allowed": partial(changed_deepspeed, "1"),
+}
+
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -1,0 +1,50 @@
+"""What agsel refuses: one line on every rank that names the setting and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.ranks import launch_cases
+from tests.zero.guards_ranks import CASES
+
+REFUSED = {
+    "stage 0": ("zero_optimization.stage is 0", "needs 1, 2 or 3"),
+    "bf16 optimizer": ("BF16_Optimizer is not supported", "use ZeRO stage 2"),
+    "offload_optimizer 2": ("zero_optimization.offload_optimizer is not supported", "remove it"),
+    "offload_optimizer 3": ("zero_optimization.offload_optimizer is not supported", "remove it"),
+    "offload_param": ("zero_optimization.offload_param is not supported", "remove it"),
+    "elastic_checkpoint": ("zero_optimization.elastic_checkpoint is not supported", "remove it"),
+    "zenflow": ("zero_optimization.zenflow is not supported", "remove it"),
+    "super_offload": ("offload_optimizer.super_offload is not supported", "remove offload_optimizer"),
+    "moe": ("MoE layers (expert parallelism) are not supported", "use a model without"),
+    "pipeline": ("PipelineEngine is not supported", "without pipeline parallelism"),
+    "sgd": ("optimizer SGD is not supported", "pass torch.optim.AdamW"),
+    "one group": ("param group 0 holds embed, final_norm, head", "agsel.block_param_groups"),
+    "head left out": ("in no optimizer param group (lm_head.weight", "agsel.block_param_groups"),
+    "frozen after grouping": ("param group 2 was frozen at deepspeed.initialize", "leave every block"),
+    "attached twice": ("called twice", "keep the Selection"),
+    "changed deepspeed": ("differs from the tested 0.19.8 in DeepSpeedZeroOptimizer.get_flat_partition", "install"),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch_cases("tests/zero/guards_ranks.py", tmp_path_factory.mktemp("guards"))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name_on_every_rank(ranks: list[dict[str, Any]], case: str) -> None:
+    setting, remedy = REFUSED[case]
+    for rank in ranks:
+        message = rank[case]
+        assert message is not None, "it was accepted"
+        assert setting in message
+        assert remedy in message
+        assert "\n" not in message
+
+
+def test_a_changed_deepspeed_can_be_allowed(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["changed deepspeed, allowed"] is None
+    assert set(CASES) == {*REFUSED, "changed deepspeed, allowed"}

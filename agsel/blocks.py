@@ -37,39 +37,20 @@ class Block:
 def find_blocks(model: nn.Module) -> list[Block]:
     """Name the blocks of a decoder model in forward order: `embed`, `layers.0` ..., `final_norm`, `head`.
 
-    Works on any Hugging Face decoder (the layer class is read from `_no_split_modules`), on PEFT models and on plain
-    modules whose layers are one `nn.ModuleList`. Blocks without parameters (a head tied to the embedding) are left out.
+    Works on any Hugging Face decoder (the layer classes are read from `_no_split_modules`), also inside PEFT or another
+    wrapper, and on plain modules whose layers are one `nn.ModuleList`. Blocks without parameters (a head tied to the
+    embedding) are left out; frozen parameters outside the decoder (a vision tower) are in no block.
 
     Raises:
-        ValueError: no decoder layers are found, or a trainable parameter falls in no block.
+        ValueError: no decoder layers are found, the model is an encoder-decoder, or a trainable parameter falls in no
+            block.
     """
-    layers, decoder = _decoder_layers(model)
-    embedding = {id(p) for p in _submodule_parameters(model, "get_input_embeddings")}
-    head = {id(p) for p in _submodule_parameters(model, "get_output_embeddings")} - embedding
-    names_of_layers = {
-        id(p): f"layers.{index}" for index, layer in reversed(list(enumerate(layers))) for p in layer.parameters()
-    }
-    norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters()}
-    own = {id(p) for p in decoder.parameters()}
-
-    def block_of(name: str, key: int) -> str | None:
-        if key in embedding:
-            return EMBED
-        if key in head:
-            return HEAD
-        if key in names_of_layers:
-            return names_of_layers[key]
-        if key in norms and "emb" not in name:
-            return FINAL_NORM
-        return EMBED if key in own else None
-
-    members: dict[str, list[nn.Parameter]] = {EMBED: []}
-    members |= {f"layers.{index}": [] for index in range(len(layers))} | {FINAL_NORM: [], HEAD: []}
+    block_of = _block_names(_language_model(model))
+    members: dict[str, list[nn.Parameter]] = {}
     homeless = []
     for name, parameter in model.named_parameters():
-        block = block_of(name, id(parameter))
-        if block is not None:
-            members[block].append(parameter)
+        if block := block_of.get(id(parameter)):
+            members.setdefault(block, []).append(parameter)
         elif parameter.requires_grad:
             homeless.append(name)
     if homeless:
@@ -77,7 +58,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
             f"parameters in no block: {', '.join(homeless[:3])}{' ...' if len(homeless) > 3 else ''}; "
             "freeze them with requires_grad_(False) before calling agsel, or train without them"
         )
-    return [Block(name, tuple(parameters)) for name, parameters in members.items() if parameters]
+    return [Block(name, tuple(members[name])) for name in sorted(members, key=_forward_position)]
 
 
 def block_param_groups(model: nn.Module, blocks: Literal["layers", "all"] = "layers") -> list[dict[str, Any]]:
@@ -97,7 +78,7 @@ def block_param_groups(model: nn.Module, blocks: Literal["layers", "all"] = "lay
     """
     if blocks not in ("layers", "all"):
         raise ValueError(f"blocks must be 'layers' or 'all', got {blocks!r} (--select_blocks)")
-    is_peft = hasattr(model, "peft_config")
+    is_peft = hasattr(_language_model(model), "peft_config")
     groups = []
     for block in find_blocks(model):
         if blocks == "layers" and not block.is_layer:
@@ -120,53 +101,87 @@ def global_numel(parameters: Iterable[nn.Parameter]) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
-def _decoder_layers(model: nn.Module) -> tuple[nn.ModuleList, nn.Module]:
-    """The list of decoder layers and the module around it."""
+def _language_model(model: nn.Module) -> nn.Module:
+    """The outermost module that tells its embedding, layers and head apart; `model` itself if none does."""
+    return next((module for module in model.modules() if hasattr(module, "get_output_embeddings")), model)
+
+
+def _block_names(model: nn.Module) -> dict[int, str]:
+    """Block name by `id(parameter)`, for the parameters of the decoder and its head."""
+    decoder = _decoder(model)
+    layers, *other_stacks = _layer_stacks(model, decoder)
+    in_layers = {id(p): f"layers.{i}" for i, layer in reversed(list(enumerate(layers))) for p in layer.parameters()}
+    elsewhere = {id(p) for stack in other_stacks for p in stack.parameters()}
+    norms = {id(p) for module in decoder.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
+    around = {}
+    rest = EMBED
+    for name, parameter in decoder.named_parameters():
+        key = id(parameter)
+        if key in in_layers:
+            rest = HEAD if decoder is model else EMBED  # who does not tell the head has it after the layers
+        elif key not in elsewhere:
+            around[key] = EMBED if "emb" in name else FINAL_NORM if key in norms else rest
+    head = dict.fromkeys(_ids_of_submodule(model, "get_output_embeddings"), HEAD)
+    embedding = dict.fromkeys(_ids_of_submodule(model, "get_input_embeddings"), EMBED)
+    return in_layers | around | head | embedding
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The model without its head; all of it where it does not tell."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: agsel needs a decoder-only language model")
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
-    root = decoder if isinstance(decoder, nn.Module) and _outermost_layer_lists(decoder) else model
-    found = _outermost_layer_lists(root)
+    return decoder if isinstance(decoder, nn.Module) and _outermost_lists(decoder) else model
+
+
+def _layer_stacks(model: nn.Module, decoder: nn.Module) -> list[nn.ModuleList]:
+    """The stacks of layers inside the decoder, its own layers first."""
+    found = _outermost_lists(decoder)
     declared = set(getattr(model, "_no_split_modules", None) or ())
-    candidates = [pair for pair in found if type(pair[0][0]).__name__ in declared] or found
-    if not candidates:
+    stacks = [layers for layers in found if _classes(layers) <= declared]
+    stacks = stacks or [layers for layers in found if len(_classes(layers)) == 1]
+    if not stacks:
         raise ValueError(
             f"no decoder layers found in {type(model).__name__}: agsel needs an nn.ModuleList of layers of one class"
         )
-    longest = max(len(layers) for layers, _ in candidates)
-    best = [pair for pair in candidates if len(pair[0]) == longest]
-    if len(best) > 1:
+    stacks.sort(key=len, reverse=True)
+    longest = sum(len(layers) == len(stacks[0]) for layers in stacks)
+    if longest > 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(best)} stacks of {longest} layers: agsel selects among the layers of "
-            "decoder-only models; use one of those"
+            f"{type(model).__name__} has {longest} stacks of {len(stacks[0])} layers: agsel selects among the layers "
+            "of decoder-only models; use one of those"
         )
-    return best[0]
+    return stacks
 
 
-def _outermost_layer_lists(root: nn.Module) -> list[tuple[nn.ModuleList, nn.Module]]:
-    """Every `nn.ModuleList` of one class with parameters that is not inside another, with the module that holds it.
+def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:
+    """Every `nn.ModuleList` with parameters that is not inside another one.
 
-    The experts of a mixture-of-experts layer are a longer list than the layers themselves, hence "outermost".
+    The experts of a mixture-of-experts layer can be a longer list than the layers themselves, hence "outermost".
     """
     if isinstance(root, nn.ModuleList):
-        return []
-    found: list[tuple[nn.ModuleList, nn.Module]] = []
-    for child in root.children():
-        if isinstance(child, nn.ModuleList) and len(child) and len({type(layer) for layer in child}) == 1:
-            if any(True for _ in child.parameters()):
-                found.append((child, root))
-        else:
-            found += _outermost_layer_lists(child)
-    return found
+        return [root] if any(True for _ in root.parameters()) else []
+    return [layers for child in root.children() for layers in _outermost_lists(child)]
 
 
-def _submodule_parameters(model: nn.Module, getter: str) -> list[nn.Parameter]:
-    """Parameters of `model.<getter>()`, or none where the model has no such method or no such module."""
+def _forward_position(block: str) -> tuple[int, int]:
+    kind, _, index = block.partition(".")
+    return (EMBED, "layers", FINAL_NORM, HEAD).index(kind), int(index or 0)
+
+
+def _ids_of_submodule(model: nn.Module, getter: str) -> list[int]:
+    """`id` of the parameters of `model.<getter>()`; none where the model has no such method or no such module."""
     method = getattr(model, getter, None)
     try:
         module = method() if callable(method) else None
     except (AttributeError, NotImplementedError):
         module = None
-    return list(module.parameters()) if isinstance(module, nn.Module) else []
+    return [id(parameter) for parameter in module.parameters()] if isinstance(module, nn.Module) else []
+
+
+def _classes(modules: nn.ModuleList) -> set[str]:
+    return {type(module).__name__ for module in modules}
 
 
 def _is_norm(module: nn.Module) -> bool:

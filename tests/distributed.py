@@ -1,8 +1,9 @@
-"""Launch a script on several ranks through the real `deepspeed` command, on the CPU with gloo."""
+"""Launch a script on several ranks through the real `deepspeed` command: on the CPU with gloo, or on GPUs with NCCL."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ def launch(
     Raises:
         TimeoutExpired: it did not end in time; every process it started has been killed.
     """
-    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    deepspeed = shutil.which("deepspeed", path=environment()["PATH"])
+    assert deepspeed is not None, "the deepspeed command is not installed"
     command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script)]
     process = subprocess.Popen(
         [*command, *map(str, arguments)],
@@ -48,11 +50,11 @@ def launch_worker(script: str | Path, *arguments: object, ranks: int = 2, timeou
 
 
 def environment() -> dict[str, str]:
-    """The environment of a CPU run."""
+    """The environment of a run; on the CPU unless AGSEL_TEST_DEVICE=cuda, as tests/gpu sets it."""
     return os.environ | {
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": os.environ.get("AGSEL_TEST_DEVICE", "cpu"),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "TORCH_EXTENSIONS_DIR": str(REPOSITORY / ".cache" / "torch_extensions"),
         "HF_HUB_OFFLINE": "1",

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from tests.distributed import launch_worker
 
 
 def run_cases(cases: dict[str, Callable[[], Any]]) -> None:
     """Entry point of a rank script: run the cases named on the command line (all by default) and save the results."""
-    import deepspeed
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cases", nargs="*", default=list(cases))
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+    on_gpu = get_accelerator().device_name() == "cuda"
+    if on_gpu:
+        torch.use_deterministic_algorithms(True)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo")
     results = {}
     for name in arguments.cases:
         start = time.perf_counter()
@@ -40,7 +45,7 @@ def launch_cases(script: str | Path, output: Path, *cases: str, ranks: int = 2) 
     output.mkdir(parents=True, exist_ok=True)
     arguments = ["--cases", *cases] if cases else []
     launch_worker(script, "--output", output, *arguments, ranks=ranks)
-    return [torch.load(output / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return [torch.load(output / f"rank{rank}.pt", map_location="cpu", weights_only=False) for rank in range(ranks)]
 
 
 def message_of(error: type[Exception], action: Callable[[], Any]) -> str | None:

@@ -48,7 +48,7 @@ class AdaGradSelect(FractionPolicy):
                 f"need 0 < epsilon_end <= epsilon_start <= 1, got {self.epsilon_end} and {self.epsilon_start} "
                 "(--epsilon_end, --epsilon_start)"
             )
-        if self.dirichlet_delta <= 0:
+        if not 0 < self.dirichlet_delta < math.inf:
             raise ValueError(f"dirichlet_delta must be above 0, got {self.dirichlet_delta} (--dirichlet_delta)")
         if self.draw not in ("topk", "sample"):
             raise ValueError(f"draw must be 'topk' or 'sample', got {self.draw!r} (--dirichlet_draw)")
@@ -68,13 +68,15 @@ class AdaGradSelect(FractionPolicy):
         return Plan(explore=False, blocks=self._exploit())
 
     def _exploit(self) -> tuple[int, ...]:
-        probabilities = self._generator.dirichlet(np.asarray(self.counts) + self.dirichlet_delta)
-        if self.draw == "topk":
-            return self._largest(probabilities)
-        # Racing exponentials draws without replacement, and unlike numpy's choice it allows underflown zeros in p.
-        with np.errstate(divide="ignore"):
-            arrivals = self._generator.exponential(size=len(probabilities)) / probabilities
-        return self._largest(-arrivals)
+        alpha = np.asarray(self.counts) + self.dirichlet_delta
+        # p ~ Dirichlet(alpha) is normalised Gamma(alpha) draws. They are drawn as logarithms, by
+        # Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha): p itself underflows when δ is small, and ties between its
+        # zeros would go to the first blocks.
+        log_weights = np.log(self._generator.standard_gamma(alpha + 1))
+        log_weights -= self._generator.standard_exponential(len(alpha)) / alpha
+        if self.draw == "sample":
+            log_weights += self._generator.gumbel(size=len(alpha))  # k draws without replacement from p
+        return self._largest(log_weights)
 
     def _select_by_norm(self, norms: Sequence[float]) -> tuple[int, ...]:
         return self._largest(norms)

@@ -7,12 +7,15 @@ the same policy on the same all-reduced norms, so every rank makes the same choi
 from __future__ import annotations
 
 import dataclasses
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger("agsel")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Plan:
 
 
 class Policy(ABC):
-    """Decides which blocks each optimizer step updates.
+    """Decides which blocks each optimizer step updates. Subclasses are dataclasses of their settings.
 
     One step is `plan()` before the forward and `resolve(norms)` after the backward. `plan` may be called again before
     `resolve` and returns the same plan, so a step that is skipped (non-finite gradient) is simply tried again.
@@ -85,6 +88,7 @@ class Policy(ABC):
     def state_dict(self) -> dict[str, Any]:
         """All that the next choice depends on, as plain Python values."""
         return {
+            "settings": self.settings(),
             "counts": list(self.counts),
             "step": self.step,
             "generator": self._generator.bit_generator.state,
@@ -92,11 +96,12 @@ class Policy(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`.
+        """Continue from `state_dict()`. Settings that have changed since are named in a warning.
 
         Raises:
-            ValueError: the state is of another number of blocks.
+            ValueError: the state is of another method or another number of blocks.
         """
+        self._compare_settings(state["settings"])
         if len(state["counts"]) != self.number_of_blocks:
             raise ValueError(
                 f"the saved selection is over {len(state['counts'])} blocks, this run has {self.number_of_blocks}: "
@@ -107,6 +112,19 @@ class Policy(ABC):
         self._generator.bit_generator.state = state["generator"]
         plan = state["plan"]
         self._plan = Plan(plan["explore"], tuple(plan["blocks"])) if plan else None
+
+    def _compare_settings(self, saved: dict[str, Any]) -> None:
+        current = self.settings()
+        if saved["method"] != current["method"]:
+            raise ValueError(
+                f"the saved selection is of {saved['method']}, this run's of {current['method']}: use the method "
+                "(--method) of the saved run"
+            )
+        changed = [
+            f"{name} {saved.get(name)} -> {value}" for name, value in current.items() if saved.get(name) != value
+        ]
+        if changed:
+            logger.warning("the selection continues with changed settings: %s", ", ".join(changed))
 
 
 @dataclass(kw_only=True)
@@ -124,6 +142,8 @@ class FractionPolicy(Policy):
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction} (--select_fraction)")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed} (--selection_seed)")
 
     @property
     def blocks_per_step(self) -> int:

@@ -24,13 +24,18 @@ class SelectiveEngine(DeepSpeedEngine):
     selection: Selection
 
     def save_checkpoint(
-        self, save_dir: str, tag: Any = None, client_state: dict[str, Any] | None = None, **options: Any
+        self,
+        save_dir: str,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> Any:
         """`DeepSpeedEngine.save_checkpoint`, with the selection state added to the client state."""
         self.selection.residency.synchronize()
         client_state = (client_state or {}) | {CLIENT_STATE_KEY: self.selection.state_dict()}
         with self.selection.everything_trainable():
-            return super().save_checkpoint(save_dir, tag=tag, client_state=client_state, **options)
+            return super().save_checkpoint(save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
 
     def load_checkpoint(self, load_dir: str, *args: Any, **options: Any) -> tuple[Any, Any]:
         """`DeepSpeedEngine.load_checkpoint`, restoring the selection state too.
@@ -45,9 +50,11 @@ class SelectiveEngine(DeepSpeedEngine):
             path, client_state = super().load_checkpoint(load_dir, *args, **options)
         if path is not None:
             self.selection.residency.adopt(self.selection.needed_before_forward())
-            state = client_state.pop(CLIENT_STATE_KEY, None)
-            if state is None:
-                logger.warning("%s holds no selection state: the selection starts afresh", path)
-            else:
-                self.selection.load_state_dict(state)
+            self._restore_selection(path, client_state.pop(CLIENT_STATE_KEY, None))
         return path, client_state
+
+    def _restore_selection(self, path: str, state: dict[str, Any] | None) -> None:
+        if state is None:
+            logger.warning("%s holds no selection state: the selection starts afresh", path)
+        else:
+            self.selection.load_state_dict(state)

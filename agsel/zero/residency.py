@@ -31,6 +31,7 @@ class Partition:
         self.on_device: torch.Tensor | None = None
         self.on_host: torch.Tensor | None = None
         self._optimizer = optimizer
+        self._device = master.device
 
     def adopt(self) -> None:
         """Copy master and moments, wherever they are, into the rows of the current buffer; missing moments are zero.
@@ -38,13 +39,13 @@ class Partition:
         Called once at the start and again after a checkpoint load, which replaces the moments by tensors of its own.
         """
         if self.on_device is None and self.on_host is None:
-            self.on_device = torch.zeros(3, self.master.numel(), dtype=self.master.dtype, device=self.master.device)
+            self.on_device = torch.zeros(3, self.master.numel(), dtype=self.master.dtype, device=self._device)
         rows = self._rows()
         state = self._optimizer.state[self.master]
         for row, source in zip(rows, (self.master.detach(), *(state.get(name) for name in MOMENTS)), strict=True):
             if source is not None and source.data_ptr() != row.data_ptr():
                 row.copy_(source)
-        state.setdefault("step", self._zero_step())
+        state["step"] = self._placed_step(state.get("step", 0))
         self._point_to(rows)
 
     def to_host(self, pin: bool) -> torch.Tensor:
@@ -76,13 +77,13 @@ class Partition:
         for row, name in enumerate(MOMENTS, start=1):
             state[name] = rows[row]
 
-    def _zero_step(self) -> torch.Tensor | int:
-        """Adam's step count in the form the optimizer keeps it: fused kernels read it on the device."""
+    def _placed_step(self, step: torch.Tensor | float) -> torch.Tensor | int:
+        """Adam's step count in the form the optimizer reads it, which is not where an evicted master lies."""
         if not isinstance(self._optimizer, torch.optim.Adam):
-            return 0
+            return int(step)
         group = self._optimizer.param_groups[0]
         on_device = group.get("fused") or group.get("capturable")
-        return torch.zeros((), dtype=torch.float32, device=self.master.device if on_device else "cpu")
+        return torch.as_tensor(step, dtype=torch.float32).to(self._device if on_device else "cpu")
 
 
 class Residency:
@@ -142,9 +143,9 @@ class Residency:
             for partition in partitions:
                 partition.to_host(pin=False)
             return
-        self._evictions.wait_stream(torch.cuda.current_stream(self.device))
         for partition in partitions:
-            self.wait_for(partition)
+            self._arrivals.pop(partition, None)
+        self._evictions.wait_stream(torch.cuda.current_stream(self.device))
         self._evictions.wait_stream(self._fetches)
         with torch.cuda.stream(self._evictions):
             for partition in partitions:

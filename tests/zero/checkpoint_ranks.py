@@ -19,6 +19,7 @@ SCENARIOS = {
         steps=16,
         accumulation=2,
         blocks="layers",
+        fused=stage != 1,  # fused AdamW keeps its step count on the device, also of evicted blocks
         policy=partial(agsel.AdaGradSelect, fraction=0.3, explore_steps=12, epsilon_end=0.5, seed=5),
     )
     for stage in (1, 2, 3)

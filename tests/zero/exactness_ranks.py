@@ -163,7 +163,7 @@ def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any
             host = {
                 p.on_host.untyped_storage().data_ptr() for p in selection.residency.partitions if p.on_host is not None
             }
-            fp32 = fp32_storages()
+            fp32 = fp32_storages(engine.device.type)
             device = sum(size for key, size in fp32.items() if key not in host)
             points.append(
                 {
@@ -177,11 +177,11 @@ def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any
     return points
 
 
-def fp32_storages() -> dict[int, int]:
+def fp32_storages(device: str) -> dict[int, int]:
     """Bytes of every fp32 storage larger than the model's fp32 buffers (rotary frequencies) and Adam steps."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dtype == torch.float32]
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"}
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type == device}
     return {key: size for key, size in sizes.items() if size > SMALL_BUFFERS}
 
 

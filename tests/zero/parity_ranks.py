@@ -17,9 +17,15 @@ PARITY = {
         stage=stage, accumulation=accumulation, clip=clip, blocks=blocks, tied=accumulation == 3
     )
     for stage, (accumulation, clip, blocks) in product(
-        (1, 2, 3), [(1, 0.0, "all"), (1, 0.5, "layers"), (3, 0.0, "layers"), (3, 0.5, "all")]
+        (1, 2, 3), [(1, 0.0, "layers"), (1, 0.5, "all"), (3, 0.0, "layers"), (3, 0.5, "all")]
     )
 }
+SMALL_BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1500, "stage3_prefetch_bucket_size": 1500}
+PARITY |= {
+    f"stage{stage}-small-buckets": Scenario(stage=stage, accumulation=3, clip=0.5, tied=True, zero=SMALL_BUCKETS)
+    for stage in (1, 2, 3)
+}
+PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.5, zero={"contiguous_gradients": False})
 PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.5, zero={"sub_group_size": 1000})
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(

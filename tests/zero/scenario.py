@@ -26,6 +26,7 @@ class Scenario:
     steps: int = 16
     dtype: str = "fp32"
     tied: bool = False
+    fused: bool = False
     policy: Callable[[], agsel.Policy] = field(
         default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
     )
@@ -62,7 +63,8 @@ def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> 
     import deepspeed
 
     model = tiny_model(tied=scenario.tied)
-    optimizer = torch.optim.AdamW(agsel.block_param_groups(model, scenario.blocks), **ADAM)  # type: ignore[arg-type]
+    groups = agsel.block_param_groups(model, scenario.blocks)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(groups, fused=scenario.fused, **ADAM)  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
     return engine, agsel.attach(engine, scenario.policy(), **options) if attach else None
 

@@ -1,0 +1,43 @@
+"""The status line of a training run: one readable line per logging step."""
+
+from collections.abc import Iterable, Mapping
+
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "norm {:.3g}",
+    "tokens_per_second": "{:,.0f} tok/s",
+}
+
+
+def status_line(step: int, steps: int, numbers: Mapping[str, float], choice: str = "") -> str:
+    """For example `step   10/200  loss 1.4321  lr 4.00e-04  norm 0.83  1,234 tok/s  explore  layers 3,7-9`.
+
+    Args:
+        step: optimizer steps done.
+        steps: optimizer steps of the whole run.
+        numbers: what a Trainer logs; the names in `SHOWN` are shown, in its order.
+        choice: what the selection did.
+    """
+    shown = [text.format(numbers[name]) for name, text in SHOWN.items() if name in numbers]
+    return "  ".join([f"step {step:>{len(str(steps))}}/{steps}", *shown, *filter(None, [choice])])
+
+
+def block_ranges(names: Iterable[str]) -> str:
+    """Block names, the layers in ranges: `embed layers 3,7-9`.
+
+    Args:
+        names: names of blocks in forward order.
+    """
+    names = list(names)
+    layers = [int(name.removeprefix("layers.")) for name in names if name.startswith("layers.")]
+    first_of_ranges = [layer for layer in layers if layer - 1 not in layers]
+    last_of_ranges = [layer for layer in layers if layer + 1 not in layers]
+    ranges = [
+        str(first) if first == last else f"{first}-{last}"
+        for first, last in zip(first_of_ranges, last_of_ranges, strict=True)
+    ]
+    before = [name for name in names if name == "embed"]
+    after = [name for name in names if name not in before and not name.startswith("layers.")]
+    return " ".join([*before, *([f"layers {','.join(ranges)}"] if ranges else []), *after])

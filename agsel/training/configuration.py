@@ -1,0 +1,153 @@
+"""The settings of a run: defaults, then the YAML file of `--config`, then the command line. The later one wins."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from agsel.training.arguments import DataArguments, SelectionArguments, suggestion
+
+NOT_WRITTEN = ("hub_token", "local_rank")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All settings of a run, by who reads them; `resolved` is all of them by name, as plain YAML values."""
+
+    script: ScriptArguments
+    training: SFTConfig
+    model: ModelConfig
+    selection: SelectionArguments
+    data: DataArguments
+    resolved: dict[str, Any]
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage of the DeepSpeed configuration."""
+        return self.training.hf_deepspeed_config.config["zero_optimization"]["stage"]
+
+
+def parse_configuration(arguments: Sequence[str], defaults: dict[str, Any]) -> Configuration:
+    """Read the command line and the YAML file it names. Starts `torch.distributed`, as `TrainingArguments` does.
+
+    Args:
+        arguments: the command line, without the program's name.
+        defaults: settings whose default differs from TRL's.
+
+    Raises:
+        ValueError: an unknown or impossible setting; the message names it.
+        OSError: no such YAML file.
+    """
+    parser = _Parser((ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, DataArguments), allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    try:
+        script, training, model, selection, data, unknown_keys, unknown_arguments = parser.parse_args_and_config(
+            list(arguments), return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except yaml.YAMLError as error:
+        raise ValueError(f"the file of --config is no YAML: {error}") from error
+    parser.refuse_unknown(unknown_keys, "in the file of --config")
+    parser.refuse_unknown(unknown_arguments, "on the command line")
+    configuration = Configuration(script, training, model, selection, data, parser.resolved)
+    _complete(configuration)
+    return configuration
+
+
+def write_configuration(configuration: Configuration) -> Path:
+    """Write the resolved settings to `<output_dir>/config.yaml`, which `--config` reads again."""
+    path = Path(configuration.training.output_dir, "config.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "# every setting of this run; use it again with --config\n" + yaml.safe_dump(configuration.resolved)
+    )
+    return path
+
+
+class _Parser(TrlParser):
+    """`TrlParser` whose complaints are one-line `ValueError`s, and which keeps what it parsed."""
+
+    resolved: dict[str, Any]
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, remaining = super().parse_known_args(args, namespace)
+        self.resolved = {
+            name: value.value if isinstance(value, Enum) else value
+            for name, value in vars(parsed).items()
+            if name not in NOT_WRITTEN
+        }
+        _require_possible(self.resolved)
+        return parsed, remaining
+
+    def refuse_unknown(self, names: Iterable[str], where: str) -> None:
+        name = next((name for name in names if name.startswith("--")), next(iter(names), None))
+        if name is not None:
+            name = name.removeprefix("--").split("=")[0]
+            raise ValueError(f"unknown setting {name!r} {where}{suggestion(name, self.resolved)}")
+
+
+def _require_possible(settings: dict[str, Any]) -> None:
+    """What TRL would accept, or refuse late or in many lines."""
+    if not settings["output_dir"]:
+        raise ValueError("no run folder: name it (--output_dir)")
+    if not settings["model_name_or_path"]:
+        raise ValueError("no model: name a folder or a hub model (--model_name_or_path)")
+    if settings["dataset_streaming"]:
+        raise ValueError("agsel checks every row before it trains: streaming is not supported (--dataset_streaming)")
+    _require_zero(settings["deepspeed"])
+
+
+def _require_zero(deepspeed: str | dict[str, Any] | None) -> None:
+    """The DeepSpeed configuration (a file or the settings themselves) has a stage that agsel can train and export."""
+    settings = _read_deepspeed(deepspeed) if isinstance(deepspeed, str) else deepspeed
+    zero = (settings or {}).get("zero_optimization", {})
+    if zero.get("stage") not in (1, 2, 3):
+        raise ValueError("zero_optimization.stage is not 1, 2 or 3 (--deepspeed): ds_configs/ has one of each")
+    if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "ZeRO-3 cannot export the model: set stage3_gather_16bit_weights_on_model_save to true (--deepspeed)"
+        )
+
+
+def _read_deepspeed(deepspeed: str) -> dict[str, Any]:
+    inline = deepspeed.startswith("{")
+    if not inline and not Path(deepspeed).is_file():
+        raise ValueError(f"no such file: {deepspeed} (--deepspeed)")
+    try:
+        return json.loads(deepspeed if inline else Path(deepspeed).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{deepspeed} is no JSON (--deepspeed): {error}") from error
+
+
+def _complete(configuration: Configuration) -> None:
+    """Derive what the user left open, and check what depends on several groups."""
+    training, model = configuration.training, configuration.model
+    engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    model.dtype = model.dtype or engine_dtype
+    if engine_dtype == "float32" and model.dtype != "float32":
+        raise ValueError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
+    training.resume_from_checkpoint = _checkpoint(training)
+
+
+def _checkpoint(training: SFTConfig) -> str | None:
+    """The folder to resume from, or none; `true` is the newest checkpoint of the run folder."""
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        if not os.path.isdir(wanted):
+            raise ValueError(f"no such checkpoint folder: {wanted} (--resume_from_checkpoint)")
+        return str(wanted)
+    newest = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
+    if newest is None:
+        raise ValueError(f"{training.output_dir} holds no checkpoint to resume from (--resume_from_checkpoint)")
+    return newest

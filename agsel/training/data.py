@@ -1,0 +1,156 @@
+"""Datasets: load a hub name or a local file, map its columns to TRL's formats, refuse rows that would train nothing."""
+
+import re
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from agsel.training.arguments import DataArguments, suggestion
+
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+ROW_NUMBER = "agsel_row"
+
+
+def load_rows(name: str | None, split: str, config: str | None = None) -> Dataset:
+    """Load one split of a dataset of the hub, of a dataset folder or of a local JSON, JSON Lines or Parquet file.
+
+    Args:
+        name: hub name or path. A local file has one split, `train`; `train[90%:]` takes a part of it.
+        split: split expression as `datasets` reads it.
+        config: configuration name, for hub datasets that have several.
+
+    Raises:
+        ValueError: no name, no such file, unreadable file, no such split, or no rows.
+    """
+    if not name:
+        raise ValueError("no dataset: name a hub dataset or a .json, .jsonl or .parquet file (--dataset_name)")
+    loader = LOADERS.get(Path(name).suffix)
+    if loader and not Path(name).is_file():
+        raise ValueError(f"no such file: {name} (--dataset_name)")
+    if loader and not Path(name).stat().st_size:
+        raise ValueError(f"{name} is empty (--dataset_name)")
+    try:
+        rows = load_dataset(loader, data_files=name, split=split) if loader else load_dataset(name, config, split=split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"cannot read {name} (--dataset_name): {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"cannot load {name} (--dataset_name), split {split!r} (--dataset_train_split, --dataset_test_split; "
+            f"train[90%:] is the end of train): {error}"
+        ) from error
+    if not len(rows):
+        raise ValueError(f"{name} has no rows in split {split!r} (--dataset_name): give it at least one")
+    return rows
+
+
+def to_training_format(rows: Dataset, arguments: DataArguments) -> Dataset:
+    """Rows in TRL's prompt-completion format, or unchanged where they have one of TRL's formats and no mapping is set.
+
+    Every row gets its number in a column of its own, by which `require_labels` names the rows that TRL drops.
+
+    Raises:
+        ValueError: a field or template names a missing column, one of prompt and completion is not given, or a row
+            has nothing to learn.
+    """
+    templates = _templates(rows, arguments)
+    if templates:
+        rows = rows.map(_render, fn_kwargs=templates, remove_columns=rows.column_names, desc="Mapping columns")
+    _require_targets(rows)
+    return rows.add_column(ROW_NUMBER, list(range(len(rows))))
+
+
+def require_labels(prepared: Dataset, number_of_rows: int, max_length: int | None) -> None:
+    """Check the trainer's tokenised dataset: every row has kept at least one label.
+
+    Args:
+        prepared: what `SFTTrainer` made of the rows of `to_training_format`.
+        number_of_rows: how many rows it was given.
+        max_length: tokens after which it truncates.
+
+    Raises:
+        ValueError: all labels of a row are masked; names the first such row.
+    """
+    if ROW_NUMBER not in prepared.column_names:
+        return _require_packed_labels(prepared, max_length)
+    lost = sorted(set(range(number_of_rows)) - set(prepared[ROW_NUMBER]))
+    if lost:
+        raise ValueError(
+            f"row {lost[0]} of the dataset has no label left, as its prompt alone fills --max_length {max_length} "
+            f"({len(lost)} of {number_of_rows} rows): raise --max_length or remove the row"
+        )
+
+
+def _require_packed_labels(prepared: Dataset, max_length: int | None) -> None:
+    for labels in prepared["labels"]:
+        if all(label == -100 for label in labels):
+            raise ValueError(
+                f"a packed sequence has no label left, as the prompt of a row fills --max_length {max_length}: "
+                "raise --max_length, or set --packing false to be told the row"
+            )
+
+
+def _templates(rows: Dataset, arguments: DataArguments) -> dict[str, str]:
+    """Format strings of prompt and completion, or nothing where the dataset's own format is used."""
+    columns = rows.column_names
+    given = {
+        side: (getattr(arguments, f"{side}_field"), getattr(arguments, f"{side}_template"))
+        for side in ("prompt", "completion")
+    }
+    if not any(any(pair) for pair in given.values()):
+        if not {"prompt", "completion"} <= set(columns) and "messages" not in columns:
+            raise ValueError(
+                f"the dataset has the columns {', '.join(columns)}: say which are prompt and completion "
+                "(--prompt_field, --completion_field), or bring prompt and completion, or messages"
+            )
+        return {}
+    templates = {}
+    for side, (column, template) in given.items():
+        if column is None and template is None:
+            raise ValueError(f"the {side} is not given (--{side}_field): name one of the columns {', '.join(columns)}")
+        if column is not None:
+            _require_column(column, columns, f"--{side}_field")
+        templates[side] = _check_template(template, columns, f"--{side}_template") if template else f"{{{column}}}"
+    return templates
+
+
+def _check_template(template: str, columns: list[str], flag: str) -> str:
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{flag} {template!r} is no Python format string: {error}") from error
+    for name in names:
+        _require_column(re.split(r"[.\[]", name)[0], columns, flag)
+    return template
+
+
+def _require_column(column: str, columns: list[str], flag: str) -> None:
+    if column not in columns:
+        raise ValueError(
+            f"the dataset has no column {column!r} ({flag}): it has {', '.join(columns)}{suggestion(column, columns)}"
+        )
+
+
+def _render(row: Mapping[str, Any], prompt: str, completion: str) -> dict[str, str]:
+    values = {column: "" if value is None else value for column, value in row.items()}
+    return {"prompt": prompt.format_map(values), "completion": completion.format_map(values)}
+
+
+def _require_targets(rows: Dataset) -> None:
+    """Every row has a completion or, in the messages format, something that the assistant says."""
+    column = "completion" if "completion" in rows.column_names else "messages"
+    for number, target in enumerate(rows[column]):
+        if not _has_text(target):
+            raise ValueError(
+                f"row {number} of the dataset has nothing to learn: its {column} column has no text of the "
+                "assistant; remove the row or correct --completion_field and --completion_template"
+            )
+
+
+def _has_text(target: Any) -> bool:
+    if isinstance(target, list):
+        return any(message["role"] == "assistant" and message.get("content") for message in target)
+    return bool(target and target.strip())

@@ -1,0 +1,82 @@
+"""The arithmetic of a run, printed before it starts: batch, steps, blocks, and what is trained."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+from transformers import Trainer
+
+from agsel.blocks import Block, find_blocks, global_numel
+from agsel.monitor import block_ranges
+from agsel.policies import Policy
+from agsel.training.configuration import Configuration
+
+ROWS_MEASURED = 1000
+
+
+class Steps(NamedTuple):
+    """Optimizer steps of a run."""
+
+    per_epoch: int
+    total: int
+
+    @property
+    def of_first_epoch(self) -> int:
+        """Those of epoch 1, which `--max_steps` may cut short."""
+        return min(self.per_epoch, self.total)
+
+
+def count_steps(trainer: Trainer) -> Steps:
+    """How many optimizer steps `trainer.train()` will do."""
+    values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    _, per_epoch, *_, total = values
+    return Steps(per_epoch, total)
+
+
+def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy, steps: Steps) -> str:
+    """A few lines that say what will happen, for the user to check before waiting for it."""
+    arguments = configuration.training
+    examples = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    ranks = f"{arguments.world_size} rank{'s' if arguments.world_size > 1 else ''}"
+    model, sequences = configuration.model.model_name_or_path, len(trainer.train_dataset)
+    return "\n".join(
+        [
+            f"engine    ZeRO-{configuration.zero_stage}, {configuration.model.dtype}, {ranks}",
+            f"model     {model}: {global_numel(trainer.model.parameters()):,} parameters",
+            *_describe_blocks(trainer.model, configuration.selection.taking_part, policy),
+            f"batch     {arguments.per_device_train_batch_size} examples x {arguments.gradient_accumulation_steps} "
+            f"accumulation x {ranks} = {examples} examples or about {round(examples * _mean_length(trainer)):,} tokens "
+            "per step",
+            f"steps     {steps.per_epoch:,} per epoch of {sequences:,} sequences, {steps.total:,} in all",
+            f"output    {arguments.output_dir}",
+        ]
+    )
+
+
+def _describe_blocks(model: nn.Module, taking_part: str, policy: Policy) -> list[str]:
+    """The blocks that are selected from and the others, with their sizes, and how the selection is made."""
+    blocks = find_blocks(model)
+    selectable = [block for block in blocks if block.is_layer or taking_part == "all"]
+    frozen = [block for block in blocks if block not in selectable]
+    rehearsal = dataclasses.replace(policy)  # type: ignore[type-var]
+    rehearsal.start(len(selectable))
+    per_step = getattr(rehearsal, "blocks_per_step", len(selectable))
+    settings = ", ".join(f"{name} {value}" for name, value in policy.settings().items())
+    lines = [f"blocks    {_describe_members(selectable)}; {per_step} trained per step"]
+    if frozen:
+        lines.append(f"frozen    {_describe_members(frozen)}")
+    return [*lines, f"selection {settings}"]
+
+
+def _describe_members(blocks: Sequence[Block]) -> str:
+    sizes = [global_numel(block.trainable or block.parameters) for block in blocks]
+    size = f"{sizes[0]:,} parameters each" if min(sizes) == max(sizes) else f"{sum(sizes):,} parameters"
+    return f"{len(blocks)}: {block_ranges(block.name for block in blocks)}, {size}"
+
+
+def _mean_length(trainer: Trainer) -> float:
+    lengths = [len(row["input_ids"]) for row in itertools.islice(trainer.train_dataset, ROWS_MEASURED)]
+    return math.fsum(lengths) / len(lengths)

@@ -1,0 +1,135 @@
+"""Fine-tune a language model, updating only a few of its blocks at each step.
+
+deepspeed --num_gpus 4 launch/train.py --config launch/recipes/qwen2.5-0.5b-gsm8k.yaml --method adagradselect
+
+Settings: defaults, then the YAML file, then the command line (`python launch/train.py --help`). The run folder
+`--output_dir` receives `config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from datasets import Dataset
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoConfig, PrinterCallback, ProgressCallback
+from transformers.integrations import TensorBoardCallback
+from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+from agsel.training import add_selection, build_policy
+from agsel.training.configuration import Configuration, parse_configuration, write_configuration
+from agsel.training.data import load_rows, require_labels, to_training_format
+from agsel.training.ranks import join_ranks, mistakes_in_one_line, require_same_settings
+from agsel.training.summary import count_steps, describe_run
+
+DEFAULT_DEEPSPEED = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+
+
+def main(arguments: list[str]) -> SFTTrainer:
+    """Train as the command line says; returns the trainer after exporting the model."""
+    with mistakes_in_one_line():
+        join_ranks()
+        configuration = parse_configuration(arguments, default_settings())
+        # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        require_same_settings(configuration.resolved)
+        trainer = build_trainer(configuration)
+    with mistakes_in_one_line(only_of_agsel=True):
+        trainer.train(resume_from_checkpoint=configuration.training.resume_from_checkpoint)
+    trainer.save_model(str(Path(configuration.training.output_dir, "model")))
+    on_first_rank(f"done      {configuration.training.output_dir}: model/, tensorboard/, selection.json, config.yaml")
+    return trainer
+
+
+def default_settings() -> dict[str, Any]:
+    """Where agsel's defaults differ from TRL's."""
+    return {
+        "deepspeed": str(DEFAULT_DEEPSPEED),
+        "report_to": "tensorboard",
+        "use_cpu": get_accelerator().device_name() == "cpu",
+        "dtype": None,  # that of training
+        "assistant_only_loss": None,  # yes for datasets of messages
+    }
+
+
+def build_trainer(configuration: Configuration) -> SFTTrainer:
+    """TRL's trainer with the dataset mapped and checked, and with block selection added."""
+    training, model = configuration.training, configuration.model
+    require_model(configuration)
+    rows = load(configuration, configuration.script.dataset_train_split)
+    held_out = None
+    if training.eval_strategy != "no":
+        held_out = load(configuration, configuration.script.dataset_test_split)
+    if training.assistant_only_loss is None:
+        training.assistant_only_loss = "messages" in rows.column_names
+    training.model_init_kwargs = (training.model_init_kwargs or {}) | {
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+    }
+    trainer = SFTTrainer(
+        model.model_name_or_path,
+        args=training,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    require_labels(trainer.train_dataset, len(rows), training.max_length)
+    if held_out is not None:
+        require_labels(trainer.eval_dataset, len(held_out), training.max_length)
+    direct_output(trainer)
+    add_policy(trainer, configuration)
+    return trainer
+
+
+def require_model(configuration: Configuration) -> None:
+    """Refuse a model that is not there by its name, and before the ranks load it together."""
+    model = configuration.model
+    try:
+        AutoConfig.from_pretrained(
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=configuration.training.trust_remote_code,
+        )
+    except OSError as error:
+        raise ValueError(f"cannot load {model.model_name_or_path} (--model_name_or_path): {error}") from error
+
+
+def direct_output(trainer: SFTTrainer) -> None:
+    """TensorBoard into the run folder, unless TENSORBOARD_LOGGING_DIR is set; agsel's status line is the progress."""
+    trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(trainer.args.output_dir, "tensorboard"))
+
+
+def load(configuration: Configuration, split: str) -> Dataset:
+    """One split of the dataset, as prompt and completion or messages; the first rank fills the cache."""
+    with configuration.training.main_process_first(desc="dataset"):
+        rows = load_rows(configuration.script.dataset_name, split, configuration.script.dataset_config)
+        return to_training_format(rows, configuration.data)
+
+
+def add_policy(trainer: SFTTrainer, configuration: Configuration) -> None:
+    """Add block selection to the trainer, and say what will happen."""
+    settings = configuration.selection
+    steps = count_steps(trainer)
+    policy = build_policy(settings, explore_steps=steps.of_first_epoch, seed=configuration.training.seed)
+    add_selection(trainer, policy, blocks=settings.taking_part, offload_states=settings.offload_states)
+    if dist.get_rank() == 0:
+        write_configuration(configuration)
+    on_first_rank(describe_run(configuration, trainer, policy, steps))
+
+
+def on_first_rank(text: str) -> None:
+    """Print from one rank only."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    dist.destroy_process_group()

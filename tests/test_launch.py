@@ -1,0 +1,233 @@
+"""`launch/train.py` as users start it: results, files, export, resumption, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.distributed import REPOSITORY, environment, free_port, launch
+from tests.tiny import tiny_batch
+from tests.tiny_run import TRAIN, save_model, save_rows, settings
+
+LAYERS = [f"layers.{index}" for index in range(4)]
+
+
+def alone(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a Python script without a launcher."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment() | (env or {}), cwd=REPOSITORY, capture_output=True, text=True, timeout=200
+    )
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def scalars(run: Path) -> dict[str, list[float]]:
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def said(output: str) -> list[str]:
+    return [line for line in output.splitlines() if "agsel: error:" in line]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder and a data file."""
+    folder = tmp_path_factory.mktemp("parts")
+    return save_model(folder / "model"), save_rows(folder / "rows.jsonl", 32)
+
+
+def twelve_steps(parts: tuple[Path, Path], run: Path, **changed: object) -> list[str]:
+    """Three epochs of four steps of eight examples; a large eps, so that Adam does not magnify rounding."""
+    chosen = {"max_steps": 12, "learning_rate": 1e-3, "adam_epsilon": 1e-4, "logging_steps": 1} | changed
+    return settings(*parts, run, **chosen)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run folder and output of 2 examples x 2 accumulation x 2 ranks, with a checkpoint after six of twelve steps."""
+    run = tmp_path_factory.mktemp("two_ranks")
+    accumulated = twelve_steps(parts, run, gradient_accumulation_steps=2, save_strategy="steps", save_steps=6)
+    result = launch(TRAIN, *accumulated, ranks=2)
+    assert result.returncode == 0, result.stdout[-6000:]
+    return run, result.stdout
+
+
+def test_two_ranks_with_accumulation_equal_one_rank_with_the_whole_batch(
+    parts: tuple[Path, Path], two_ranks: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Rows have ragged lengths: a mean of means would differ. The single rank needs no launcher."""
+    result = alone(TRAIN, *twelve_steps(parts, tmp_path, per_device_train_batch_size=8))
+    assert result.returncode == 0, result.stderr[-6000:]
+    one, two = scalars(tmp_path), scalars(two_ranks[0])
+    assert one["train/loss"] == pytest.approx(two["train/loss"], abs=2e-6)
+    for layer in LAYERS:
+        assert one[f"block_count/{layer}"] == two[f"block_count/{layer}"]
+    for name, weight in weights(tmp_path).items():
+        torch.testing.assert_close(weight, weights(two_ranks[0])[name], rtol=0, atol=2e-6)
+
+
+def test_the_arithmetic_is_printed_before_training(two_ranks: tuple[Path, str]) -> None:
+    output = two_ranks[1]
+    arithmetic, _, training = output.partition("step  1/12")
+    assert "2 examples x 2 accumulation x 2 ranks = 8 examples" in arithmetic
+    assert "4 per epoch of 32 sequences, 12 in all" in arithmetic
+    assert "4: layers 0-3, 5,432 parameters each; 2 trained per step" in arithmetic
+    assert "explore_steps 4," in arithmetic, "as long as epoch 1"
+    assert "step 12/12  loss " in training
+
+
+def test_tensorboard_shows_training_and_selection_in_one_file(two_ranks: tuple[Path, str]) -> None:
+    run = two_ranks[0]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    logged = scalars(run)
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "selection/epsilon", "selection/entropy"):
+        assert len(logged[tag]) == 12, tag
+    assert logged["selection/blocks"] == [2] * 12
+    assert logged["selection/explored"][0] == 1, "ε starts at 1"
+    assert logged["selection/explored"][4:] == [0] * 8
+    assert min(logged["selection/epsilon"][:3]) > 0
+    assert logged["selection/epsilon"][3:] == [0] * 9, "exploring ends with the four steps of epoch 1"
+    assert len(logged["block_norm/layers.0"]) >= logged["block_count/layers.0"][-1]
+    assert sum(logged[f"block_count/{layer}"][-1] for layer in LAYERS) == 2 * 12
+
+
+def test_the_run_folder_tells_which_blocks_were_trained(parts: tuple[Path, Path], two_ranks: tuple[Path, str]) -> None:
+    run = two_ranks[0]
+    report = json.loads((run / "selection.json").read_text())
+    assert report["method"] == "AdaGradSelect"
+    assert report["blocks"] == LAYERS
+    assert report["steps"] == 12
+    assert sum(report["counts"].values()) == 24
+    before, after = load_file(parts[0] / "model.safetensors"), weights(run)
+    changed = {".".join(name.split(".")[1:3]) for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {layer for layer, count in report["counts"].items() if count}
+
+
+def test_resuming_with_the_written_configuration_gives_the_same_model(
+    two_ranks: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = two_ranks[0]
+    result = launch(
+        TRAIN,
+        "--config",
+        run / "config.yaml",
+        "--output_dir",
+        tmp_path,
+        "--resume_from_checkpoint",
+        run / "checkpoint-6",
+    )
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert "step  6/12" not in result.stdout
+    for name, weight in weights(tmp_path).items():
+        assert torch.equal(weight, weights(run)[name]), name
+    resumed, whole = ((folder / "selection.json").read_text() for folder in (tmp_path, run))
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_exported_model_reloads_to_equal_logits(stage: int, tmp_path: Path) -> None:
+    """Tied and untied; at stage 2 in bf16; at stage 3 with every weight partitioned."""
+    for name in ("tied", "untied"):
+        save_model(tmp_path / name, tied=name == "tied")
+    save_rows(tmp_path / "rows.jsonl", 16)
+    zero = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
+    if stage == 3:
+        zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    choices = {"deepspeed": tmp_path / "zero.json", "bf16": stage == 2, "select_blocks": "all", "method": "random"}
+    arguments = [text for name, value in choices.items() for text in (f"--{name}", str(value).lower())]
+    result = launch(REPOSITORY / "tests" / "export_worker.py", tmp_path, *arguments)
+    assert result.returncode == 0, result.stdout[-6000:]
+    for name in ("tied", "untied"):
+        folder = tmp_path / f"run-{name}" / "model"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tied")
+        assert model.dtype == (torch.bfloat16 if stage == 2 else torch.float32)
+        with torch.no_grad():
+            logits = model(tiny_batch(0, 0, 0)).logits
+            untrained = AutoModelForCausalLM.from_pretrained(tmp_path / name)(tiny_batch(0, 0, 0)).logits
+        torch.testing.assert_close(logits, torch.load(tmp_path / f"run-{name}" / "logits.pt"), rtol=0, atol=0)
+        assert not torch.allclose(logits.float(), untrained.float(), atol=1e-2), "the run has trained something"
+        assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+
+
+def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """One process for all of them: what matters here is that nothing but the line comes out, and exit code 1."""
+    empty = save_rows(tmp_path / "empty.jsonl", 0)
+    bad_row = save_rows(tmp_path / "bad_row.jsonl", 9, row_5={"answer": ""})
+    talk = [{"role": "user", "content": "w3 w4 w5"}, {"role": "assistant", "content": "w3"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    messages = {"dataset_name": tmp_path / "talk.jsonl", "max_length": 4}
+    messages |= dict.fromkeys(("prompt_field", "completion_field", "completion_template"))
+    (tmp_path / "stage0.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto"}))
+    zero = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text())
+    (tmp_path / "optimizer.json").write_text(json.dumps(zero | {"optimizer": {"type": "AdamW"}}))
+    expected = {
+        "fraction": ({"select_fraction": 1.5}, "--select_fraction"),
+        "unknown": ({"select_fractions": 0.5}, "did you mean 'select_fraction'"),
+        "model": ({"model_name_or_path": tmp_path / "nowhere"}, "--model_name_or_path"),
+        "file": ({"dataset_name": tmp_path / "nowhere.jsonl"}, "--dataset_name"),
+        "empty": ({"dataset_name": empty}, "is empty (--dataset_name)"),
+        "field": ({"completion_field": "anwser", "completion_template": None}, "did you mean 'answer'"),
+        "row": ({"dataset_name": bad_row}, "row 5 of the dataset has nothing to learn"),
+        "masked": ({"max_length": 3}, "has no label left, as its prompt alone fills --max_length 3"),
+        "messages": (messages, "row 0 of the dataset has no label left"),  # the loss is on the assistant's words only
+        "split": ({"eval_strategy": "steps"}, "--dataset_test_split"),
+        "stage": ({"deepspeed": tmp_path / "stage0.json"}, "stage is not 1, 2 or 3 (--deepspeed)"),
+        "optimizer": ({"deepspeed": tmp_path / "optimizer.json"}, "has an `optimizer` section: remove it"),
+        "optim": ({"optim": "sgd"}, "(--optim)"),
+        "reentrant": ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "--gradient_checkpointing_kwargs"),
+        "yaml": ({"config": tmp_path / "nowhere.yaml"}, "nowhere.yaml"),
+    }
+    cases = {name: settings(*parts, tmp_path / name, **changed) for name, (changed, _) in expected.items()}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    worker = alone(REPOSITORY / "tests" / "bad_input_worker.py", tmp_path / "cases.json")
+    assert worker.returncode == 0, worker.stderr[-6000:]
+    refusals = json.loads(worker.stdout.partition("RESULT")[2])
+    for name, (_, words) in expected.items():
+        code, errors = refusals[name]
+        assert code == 1, name
+        assert [words in line for line in said(errors)] == [True], f"{name}: {errors}"
+        assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("changed", [{"method": "adagrad"}, {"max_length": 3}], ids=["early", "late"])
+def test_all_ranks_end_with_one_message(parts: tuple[Path, Path], tmp_path: Path, changed: dict[str, object]) -> None:
+    result = launch(TRAIN, *settings(*parts, tmp_path, **changed), timeout=120)
+    assert result.returncode != 0
+    assert len(said(result.stdout)) == 1, result.stdout[-4000:]
+    assert "Traceback" not in result.stdout
+
+
+def test_ranks_with_different_settings_end_with_one_message(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """As when two terminals, or two lines of a job script, are not the same."""
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(TRAIN), *settings(*parts, tmp_path, seed=seed, select_fraction=fraction)],
+            env=environment() | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, (seed, fraction) in enumerate([(1, 0.5), (2, 0.25)])
+    ]
+    errors = "".join(rank.communicate(timeout=120)[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert len(said(errors)) == 1
+    assert "seed is 1 and 2" in errors
+    assert "select_fraction is 0.5 and 0.25" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,127 @@
+"""Settings: the YAML file, the command line over it, what is refused, and the file that a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agsel.training.configuration import Configuration, parse_configuration, write_configuration
+from tests.distributed import REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
+DEFAULTS = {"deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json"), "use_cpu": True, "dtype": None}
+
+
+@pytest.fixture(autouse=True)
+def untouched_environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    settings = {
+        "model_name_or_path": "some/model",
+        "output_dir": str(tmp_path / "run"),
+        "bf16": False,
+        "learning_rate": "3e-4",
+        "select_fraction": 0.5,
+        "gradient_checkpointing_kwargs": {"every_n_layers": 2},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def parse(*arguments: object) -> Configuration:
+    return parse_configuration([str(argument) for argument in arguments], DEFAULTS)
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(recipe: Path) -> None:
+    from_file = parse("--config", recipe)
+    assert from_file.selection.select_fraction == 0.5
+    assert from_file.training.learning_rate == 3e-4, "YAML reads 3e-4 as text"
+    assert from_file.selection.epsilon_start == 1.0
+    assert parse("--config", recipe, "--select_fraction", 0.25).selection.select_fraction == 0.25
+
+
+def test_the_model_has_the_type_that_is_trained(recipe: Path) -> None:
+    assert parse("--config", recipe).model.dtype == "float32"
+    assert parse("--config", recipe, "--bf16", "true").model.dtype == "bfloat16"
+
+
+def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Path) -> None:
+    first = parse("--config", recipe, "--method", "topk", "--seed", 3, "--hub_token", "secret")
+    path = write_configuration(first)
+    assert path == Path(first.training.output_dir, "config.yaml")
+    assert "secret" not in path.read_text()
+    again = parse("--config", path)
+    assert again.resolved == first.resolved
+    assert again.selection == first.selection
+    assert parse("--config", path, "--method", "full").selection.taking_part == "all", "what was left open still is"
+    assert again.training.gradient_checkpointing_kwargs == {"every_n_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--select_fractoin", "0.3"], "unknown setting 'select_fractoin' on the command line.*'select_fraction'"),
+        (["--select_frac", "0.3"], "unknown setting 'select_frac' on the command line"),
+        (["--select_fraction", "a third"], "--select_fraction.*a third"),
+        (["--method", "best"], "'best'.*--method"),
+        (["--output_dir", ""], "--output_dir"),
+        (["--model_name_or_path", ""], "--model_name_or_path"),
+        (["--deepspeed", "zero9.json"], "no such file: zero9.json.*--deepspeed"),
+        (["--deepspeed", "{]"], "no JSON.*--deepspeed"),
+        (["--deepspeed", '{"zero_optimization": {"stage": 0}}'], "not 1, 2 or 3.*--deepspeed"),
+        (["--deepspeed", "{}"], "not 1, 2 or 3.*--deepspeed"),
+        (["--dtype", "bfloat16"], "--dtype bfloat16.*--bf16"),
+        (["--dataset_streaming", "true"], "--dataset_streaming"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere.*--resume_from_checkpoint"),
+        (["--resume_from_checkpoint", "true"], "no checkpoint.*--resume_from_checkpoint"),
+        (["--fp16", "true", "--bf16", "true"], "fp16 and bf16"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(recipe: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse("--config", recipe, *arguments)
+
+
+def test_an_unknown_key_of_the_file_is_refused_by_name(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "selectfraction: 0.3\n")
+    with pytest.raises(ValueError, match=r"unknown setting 'selectfraction' in the file.*'select_fraction'"):
+        parse("--config", recipe)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_refused(recipe: Path) -> None:
+    with pytest.raises(OSError, match=r"nothing\.yaml"):
+        parse("--config", "nothing.yaml")
+    recipe.write_text("a: [1\nb: 2")
+    with pytest.raises(ValueError, match="--config is no YAML"):
+        parse("--config", recipe)
+
+
+def test_zero_3_without_gathering_cannot_export(recipe: Path, tmp_path: Path) -> None:
+    settings = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = False
+    (tmp_path / "zero3.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="stage3_gather_16bit_weights_on_model_save"):
+        parse("--config", recipe, "--deepspeed", tmp_path / "zero3.json")
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 6
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    configuration = parse("--config", path, "--bf16", "false")
+    assert configuration.data.prompt_field or configuration.data.prompt_template
+    assert f"launch/train.py --config launch/recipes/{path.name}" in path.read_text()

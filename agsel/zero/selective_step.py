@@ -34,13 +34,13 @@ class SelectiveStep:
         assert report is not None
         self._global_grad_norm = report.grad_norm
         if selected:
-            self._release_gradients(index for index in range(len(self.selection.blocks)) if index not in selected)
             self._update(selected, loss_scale * self._clip_divisor(report.grad_norm))
-        self._release_gradients(range(len(self.selection.blocks)))
+        self._release_gradients(self.selection.residency.partitions)
         self.selection.plan_step()
 
     def _update(self, selected: Sequence[int], divisor: float) -> None:
         partitions = [p for p in self.selection.residency.partitions if p.block in selected]
+        self._release_gradients(p for p in self.selection.residency.partitions if p.block not in selected)
         for partition in partitions:
             self._update_partition(partition, divisor)
         self._publish(partitions)
@@ -72,7 +72,7 @@ class SelectiveStep:
         """The partition's gradient as one flat tensor of the master's type; the reduced pieces are released."""
         flat = torch.empty_like(partition.master, requires_grad=False)
         torch.cat([piece.reshape(-1) for piece in self._gradient_pieces(partition)], out=flat)
-        self._release_gradients([partition.block])
+        self._release_gradients([partition])
         return flat
 
     def _begin_step(self) -> None:
@@ -83,8 +83,8 @@ class SelectiveStep:
         """This rank's reduced gradient of a partition, in order, padding included; empty if the block has none."""
         raise NotImplementedError
 
-    def _release_gradients(self, blocks: Iterable[int]) -> None:
-        """Drop every reference to the gradients of these blocks."""
+    def _release_gradients(self, partitions: Iterable[Partition]) -> None:
+        """Drop every reference to the gradients of these partitions."""
         raise NotImplementedError
 
     def _publish(self, partitions: Sequence[Partition]) -> None:

@@ -87,13 +87,11 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def _gradient_pieces(self, partition: Partition) -> list[torch.Tensor]:
         return list(self.averaged_gradients.get(partition.index) or [])
 
-    def _release_gradients(self, blocks: Iterable[int]) -> None:
-        blocks = set(blocks)
-        for partition in self.selection.residency.partitions:
-            if partition.block in blocks:
-                self.averaged_gradients[partition.index] = None
-                self.all_grad_tensors[partition.index] = None
-                self.free_grad_in_param_list(self.bit16_groups[partition.index])
+    def _release_gradients(self, partitions: Iterable[Partition]) -> None:
+        for partition in partitions:
+            self.averaged_gradients[partition.index] = None
+            self.all_grad_tensors[partition.index] = None
+            self.free_grad_in_param_list(self.bit16_groups[partition.index])
 
     def _publish(self, partitions: Sequence[Partition]) -> None:
         indices = [partition.index for partition in partitions]

@@ -103,12 +103,10 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             flat.record_stream(torch.cuda.current_stream(flat.device))
         return [flat]
 
-    def _release_gradients(self, blocks: Iterable[int]) -> None:
-        blocks = set(blocks)
-        for partition in self.selection.residency.partitions:
-            if partition.block in blocks:
-                self.averaged_gradients[partition.index] = None
-                self._gradients.release(partition.index)
+    def _release_gradients(self, partitions: Iterable[Partition]) -> None:
+        for partition in partitions:
+            self.averaged_gradients[partition.index] = None
+            self._gradients.release(partition.index)
 
     def _publish(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:

@@ -21,6 +21,7 @@ from trl import SFTTrainer, get_peft_config, get_quantization_config
 from agsel.training import add_selection, build_policy
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
+from agsel.training.export import export_model
 from agsel.training.ranks import join_ranks, mistakes_in_one_line, require_same_settings
 from agsel.training.summary import count_steps, describe_run
 
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> SFTTrainer:
         trainer = build_trainer(configuration)
     with mistakes_in_one_line(only_of_agsel=True):
         trainer.train(resume_from_checkpoint=configuration.training.resume_from_checkpoint)
-    trainer.save_model(str(Path(configuration.training.output_dir, "model")))
+    export_model(trainer, Path(configuration.training.output_dir, "model"))
     on_first_rank(f"done      {configuration.training.output_dir}: model/, tensorboard/, selection.json, config.yaml")
     return trainer
 
@@ -98,9 +99,18 @@ def require_model(configuration: Configuration) -> None:
         raise ValueError(f"cannot load {model.model_name_or_path} (--model_name_or_path): {error}") from error
 
 
+class ProgressBar(ProgressCallback):
+    """The Trainer's progress bar without its lines of numbers: agsel's status line says that in words."""
+
+    def on_log(self, *arguments: Any, **options: Any) -> None:
+        """Write nothing."""
+
+
 def direct_output(trainer: SFTTrainer) -> None:
-    """TensorBoard into the run folder, unless TENSORBOARD_LOGGING_DIR is set; agsel's status line is the progress."""
+    """Status line, progress bar on a terminal, TensorBoard in the run folder unless TENSORBOARD_LOGGING_DIR is set."""
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
+    if sys.stderr.isatty() and not trainer.args.disable_tqdm:
+        trainer.add_callback(ProgressBar)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(trainer.args.output_dir, "tensorboard"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -155,6 +156,8 @@ def test_the_exported_model_reloads_to_equal_logits(stage: int, tmp_path: Path) 
         folder = tmp_path / f"run-{name}" / "model"
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tied")
+        with safe_open(tmp_path / f"run-{name}" / "model" / "model.safetensors", "pt") as weights:
+            assert ("lm_head.weight" in weights.keys()) == (name == "untied")  # noqa: SIM118
         assert model.dtype == (torch.bfloat16 if stage == 2 else torch.float32)
         with torch.no_grad():
             logits = model(tiny_batch(0, 0, 0)).logits

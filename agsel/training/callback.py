@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.training_args import OptimizerNames
@@ -144,10 +145,10 @@ class SelectionCallback(TrainerCallback):
         if not state.is_world_process_zero or not numbers.keys() & {"loss", "eval_loss"}:
             return
         if "loss" not in numbers:
-            print(status_line(state.global_step, state.max_steps, numbers), flush=True)
+            tqdm.write(status_line(state.global_step, state.max_steps, numbers))
             return
         numbers |= self._clock.tokens_per_second(numbers.get("num_tokens"))
-        print(status_line(state.global_step, state.max_steps, numbers, self._choice()), flush=True)
+        tqdm.write(status_line(state.global_step, state.max_steps, numbers, self._choice()))
         self._write_scalars(state.global_step)
         self._modes.clear()
 

@@ -1,0 +1,265 @@
+"""What holds for every policy: plan and resolve, counts, saved state, seeds, the number of blocks, settings."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import agsel.policies
+from agsel.policies import AdaGradSelect, FullFineTuning, Policy, RandomBlocks, TopK
+from tests.policies.running import BLOCKS, norms_of, run, started
+
+STEPS = 200
+SAVES = 40
+
+POLICIES: dict[str, Callable[[int], Policy]] = {
+    "adagradselect": lambda seed: AdaGradSelect(fraction=0.3, explore_steps=100, epsilon_end=0.2, seed=seed),
+    "adagradselect, sample": lambda seed: AdaGradSelect(fraction=0.3, explore_steps=30, draw="sample", seed=seed),
+    "random": lambda seed: RandomBlocks(fraction=0.3, seed=seed),
+    "random, every 7": lambda seed: RandomBlocks(fraction=0.3, every=7, seed=seed),
+    "topk": lambda seed: TopK(fraction=0.3, seed=seed),
+    "full": lambda seed: FullFineTuning(),
+}
+DRAWING = [name for name in POLICIES if name not in ("topk", "full")]
+every_policy = pytest.mark.parametrize("name", POLICIES)
+
+
+@every_policy
+def test_counts_are_how_often_each_block_was_selected(name: str) -> None:
+    policy = started(POLICIES[name](0))
+    selected = [selection for _, selection in run(policy, STEPS)]
+    occurrences = Counter(block for selection in selected for block in selection)
+    assert policy.counts == [occurrences[block] for block in range(BLOCKS)]
+    assert policy.step == STEPS
+
+
+def test_counts_move_on_both_kinds_of_step() -> None:
+    policy = started(POLICIES["adagradselect"](0))
+    kinds = set()
+    for step in range(STEPS):
+        before = list(policy.counts)
+        kinds.add(policy.plan().explore)
+        selected = policy.resolve(norms_of(step))
+        assert [after - count for after, count in zip(policy.counts, before, strict=True)] == [
+            int(block in selected) for block in range(BLOCKS)
+        ]
+    assert kinds == {True, False}
+
+
+@every_policy
+def test_selections_are_ascending_and_planned(name: str) -> None:
+    policy = started(POLICIES[name](0))
+    for plan, selected in run(policy, STEPS):
+        assert list(selected) == sorted(set(selected))
+        assert set(selected) <= set(plan.blocks)
+        assert plan.explore or selected == plan.blocks
+        assert not plan.explore or plan.blocks == tuple(range(BLOCKS))
+        assert len(selected) == (BLOCKS if name == "full" else 3)
+
+
+@every_policy
+def test_planning_again_changes_nothing(name: str) -> None:
+    once, often = (started(POLICIES[name](0)) for _ in range(2))
+    for step in range(STEPS):
+        plans = [often.plan() for _ in range(3)]
+        assert plans == [once.plan()] * 3
+        assert often.state_dict() == once.state_dict()
+        assert often.resolve(norms_of(step)) == once.resolve(norms_of(step))
+
+
+@every_policy
+def test_resolve_alone_is_a_whole_step(name: str) -> None:
+    planned, unplanned = (started(POLICIES[name](0)) for _ in range(2))
+    assert [unplanned.resolve(norms_of(step)) for step in range(50)] == [chosen for _, chosen in run(planned, 50)]
+
+
+@every_policy
+@pytest.mark.parametrize("planned", [False, True], ids=["between steps", "after plan"])
+def test_saved_anywhere_it_continues_alike(name: str, planned: bool) -> None:
+    """Each of the first SAVES steps is a cut; the state goes through JSON into a policy that has made steps already."""
+    policy = started(POLICIES[name](0))
+    expected = run(started(POLICIES[name](0)), SAVES + STEPS)
+    for step in range(SAVES):
+        if planned:
+            policy.plan()
+        saved = json.dumps(policy.state_dict())
+        resumed = started(POLICIES[name](0))
+        run(resumed, 3)
+        resumed.load_state_dict(json.loads(saved))
+        assert resumed.state_dict() == policy.state_dict()
+        assert run(resumed, STEPS) == expected[step : step + STEPS]
+        assert json.dumps(policy.state_dict()) == saved, "resuming moved the policy that was saved"
+        run(policy, 1)
+
+
+@every_policy
+def test_starting_again_forgets(name: str) -> None:
+    policy = started(POLICIES[name](0))
+    first = run(policy, 50)
+    policy.plan()
+    policy.start(BLOCKS)
+    assert run(policy, 50) == first
+
+
+@every_policy
+def test_the_same_seed_chooses_the_same(name: str) -> None:
+    assert run(started(POLICIES[name](5)), STEPS) == run(started(POLICIES[name](5)), STEPS)
+
+
+@pytest.mark.parametrize("name", DRAWING)
+def test_another_seed_chooses_otherwise(name: str) -> None:
+    """From the first steps on, and not only later."""
+    assert run(started(POLICIES[name](5)), 10) != run(started(POLICIES[name](6)), 10)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "blocks", "expected"),
+    [
+        (0.1, 16, 1),
+        (0.1, 18, 1),
+        (0.1, 9, 1),
+        (0.1, 20, 2),
+        (0.3, 10, 3),
+        (0.3, 24, 7),
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (0.7, 10, 7),
+        (1 / 3, 3, 1),
+        (2 / 3, 3, 2),
+        (0.999, 4, 3),
+        (1.0, 7, 7),
+        (1, 7, 7),
+        (1e-6, 7, 1),
+        (0.5, 1, 1),
+    ],
+)
+def test_the_number_of_blocks_is_truncated_but_not_by_floating_point(
+    fraction: float, blocks: int, expected: int
+) -> None:
+    policy = started(TopK(fraction=fraction), blocks)
+    assert policy.blocks_per_step == expected
+    assert len(policy.resolve([1.0] * blocks)) == expected
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ([1, 5, 3, 4, 2, 0], (1, 2, 3)),
+        ([0, 1, 2, 3, 4, 5], (3, 4, 5)),
+        ([2, 2, 2, 2, 2, 2], (0, 1, 2)),
+        ([1, 2, 3, 3, 2, 2], (1, 2, 3)),
+        ([0, 0, 0, 0, 0, 7], (0, 1, 5)),
+        ([1e-300, 0, 1e300, 1e-299, 0, 1e-301], (0, 2, 3)),
+    ],
+)
+@pytest.mark.parametrize(
+    "policy",
+    [TopK(fraction=0.5), AdaGradSelect(fraction=0.5, explore_steps=1)],
+    ids=["topk", "adagradselect"],
+)
+def test_exploring_picks_the_largest_norms_and_of_equal_ones_the_earlier(
+    policy: Policy, norms: list[float], expected: tuple[int, ...]
+) -> None:
+    policy.start(6)
+    assert policy.plan().explore
+    assert policy.resolve(norms) == expected
+
+
+def test_full_fine_tuning_updates_everything_without_exploring() -> None:
+    policy = started(FullFineTuning(), 3)
+    assert run(policy, 5) == [(policy.plan(), (0, 1, 2))] * 5
+    assert not policy.plan().explore
+
+
+NAN, INFINITY = float("nan"), float("inf")
+OUT_OF_RANGE: list[tuple[Callable[..., Policy], dict[str, Any], str]] = [
+    *((TopK, {"fraction": value}, "fraction --select_fraction") for value in (0, -0.1, 1.01, NAN)),
+    (RandomBlocks, {"fraction": 0.0}, "fraction --select_fraction"),
+    (RandomBlocks, {"every": 0}, "every --select_every"),
+    (RandomBlocks, {"seed": -1}, "seed --selection_seed"),
+    (AdaGradSelect, {"fraction": 2}, "fraction --select_fraction"),
+    (AdaGradSelect, {"explore_steps": -1}, "explore_steps --explore_steps"),
+    (AdaGradSelect, {"epsilon_start": 1.1}, "epsilon_start --epsilon_start"),
+    (AdaGradSelect, {"epsilon_start": NAN}, "epsilon_start --epsilon_start"),
+    *((AdaGradSelect, {"epsilon_end": value}, "epsilon_end --epsilon_end") for value in (0.0, 1.1, NAN)),
+    (AdaGradSelect, {"epsilon_start": 0.1, "epsilon_end": 0.2}, "epsilon_end epsilon_start --epsilon_end"),
+    *((AdaGradSelect, {"dirichlet_delta": v}, "dirichlet_delta --dirichlet_delta") for v in (0.0, -1.0, NAN, INFINITY)),
+    (AdaGradSelect, {"draw": "best"}, "draw --dirichlet_draw"),
+]
+
+
+@pytest.mark.parametrize(("method", "settings", "named"), OUT_OF_RANGE)
+def test_a_setting_out_of_range_is_refused_by_name(
+    method: Callable[..., Policy], settings: dict[str, Any], named: str
+) -> None:
+    needed: dict[str, Any] = {"fraction": 0.3} | ({"explore_steps": 1} if method is AdaGradSelect else {})
+    method(**needed)
+    with pytest.raises(ValueError, match="--") as error:
+        method(**needed | settings)
+    message = str(error.value)
+    assert all(re.search(rf"(?<![\w-]){name}\b", message) for name in named.split()), message
+    assert "\n" not in message
+
+
+def state_of(policy: Policy, blocks: int = BLOCKS) -> dict[str, Any]:
+    started(policy, blocks)
+    run(policy, 5)
+    return json.loads(json.dumps(policy.state_dict()))
+
+
+def test_a_state_over_other_blocks_is_refused() -> None:
+    state = state_of(TopK(fraction=0.3), 14)
+    with pytest.raises(ValueError, match=r"^the saved selection is over 14 blocks, this run has 12: .*--select_blocks"):
+        started(TopK(fraction=0.3)).load_state_dict(state)
+
+
+@every_policy
+def test_a_state_of_another_method_is_refused(name: str) -> None:
+    policy = started(POLICIES[name](0))
+    other = FullFineTuning() if name != "full" else TopK(fraction=0.3)
+    state = state_of(other)
+    message = rf"^the saved selection is of {type(other).__name__}, this run's of {type(policy).__name__}: .*--method"
+    with pytest.raises(ValueError, match=message):
+        policy.load_state_dict(state)
+    assert policy.state_dict() == started(POLICIES[name](0)).state_dict(), "a refused state has changed the policy"
+
+
+def test_changed_settings_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    state = state_of(RandomBlocks(fraction=0.3, every=2))
+    with caplog.at_level(logging.WARNING, logger="agsel"):
+        started(RandomBlocks(fraction=0.3, every=2)).load_state_dict(state)
+        assert caplog.messages == []
+        started(RandomBlocks(fraction=0.5, every=3)).load_state_dict(state)
+    assert caplog.messages == ["the selection continues with changed settings: fraction 0.3 -> 0.5, every 2 -> 3"]
+
+
+def test_settings_name_the_method_and_every_setting() -> None:
+    assert RandomBlocks(fraction=0.3, every=2, seed=4).settings() == {
+        "method": "RandomBlocks",
+        "fraction": 0.3,
+        "every": 2,
+        "seed": 4,
+    }
+
+
+def test_policies_are_plain_python_and_numpy() -> None:
+    imported = set()
+    for path in Path(agsel.policies.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                imported.add(str(node.module))
+    assert "numpy" in imported
+    others = {name for name in imported if name.split(".")[0] in ("torch", "deepspeed", "transformers", "trl")}
+    own = {name for name in imported if name.split(".")[0] == "agsel" and not name.startswith("agsel.policies.")}
+    assert not others | own

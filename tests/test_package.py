@@ -1,0 +1,135 @@
+"""What the package promises as a whole: its names, its files, its dependencies, and which room may import which."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import agsel
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
+ROOMS = {
+    "agsel/__init__.py": {"agsel.blocks", "agsel.policies", "agsel.zero"},
+    "agsel/blocks.py": {"torch"},
+    "agsel/policies": {"agsel.policies", "agsel.blocks", "numpy"},
+    "agsel/sparse": {"agsel.sparse", "torch"},
+    "agsel/zero": {"agsel.zero", "agsel.blocks", "agsel.policies", "deepspeed", "torch"},
+    "agsel/monitor": {"agsel.monitor", "torch", "tensorboard", "matplotlib", "numpy"},
+}
+"""What each room of the package may import, besides the standard library. Training, launch and tools are free."""
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported_by(path: Path) -> Iterator[str]:
+    """Dotted names of the modules that a file imports, wherever in it; `from agsel import blocks` is `agsel.blocks`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            of_package = node.module == "agsel"
+            yield from (f"agsel.{alias.name}" for alias in node.names) if of_package else [str(node.module)]
+
+
+def is_inside(module: str, packages: set[str]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def is_standard(module: str) -> bool:
+    return module.split(".")[0] in sys.stdlib_module_names
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_every_public_name_is_there_once_and_in_order() -> None:
+    assert all(hasattr(agsel, name) for name in agsel.__all__)
+    assert sorted(set(agsel.__all__)) == agsel.__all__
+
+
+@pytest.mark.parametrize("package", [agsel, agsel.policies, agsel.zero], ids=lambda package: package.__name__)
+def test_all_is_what_is_imported(package: object) -> None:
+    """Nothing is public by accident, and nothing that is meant to be is forgotten."""
+    tree = ast.parse(Path(str(package.__file__)).read_text())  # type: ignore[attr-defined]
+    names = [alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(package.__all__) == sorted(names)  # type: ignore[attr-defined]
+
+
+def test_every_public_name_is_documented() -> None:
+    assert [name for name in agsel.__all__ if not getattr(agsel, name).__doc__] == []
+
+
+def test_versions_agree() -> None:
+    assert agsel.__version__ == PROJECT["version"]
+
+
+def test_the_package_is_typed() -> None:
+    """`package-data` ships the marker that tells type checkers to use the annotations."""
+    assert (ROOT / "agsel" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("path", sources("agsel"), ids=relative)
+def test_dependencies_point_downward(path: Path) -> None:
+    room = next((room for room in ROOMS if relative(path) == room or relative(path).startswith(f"{room}/")), None)
+    modules = [module for module in imported_by(path) if not is_standard(module)]
+    if room is None:
+        assert relative(path).startswith("agsel/training/"), f"{relative(path)} is in no room"
+        assert not [module for module in modules if is_inside(module, {"launch", "tools", "tests"})]
+    else:
+        assert [module for module in modules if not is_inside(module, ROOMS[room])] == []
+
+
+@pytest.mark.parametrize("path", sources("agsel", "launch", "tools"), ids=relative)
+def test_only_the_zero_room_knows_the_inside_of_deepspeed(path: Path) -> None:
+    inside = [module for module in imported_by(path) if is_inside(module, {"deepspeed.runtime"})]
+    assert not inside or relative(path).startswith("agsel/zero/")
+
+
+def test_the_zero_room_does_know_it() -> None:
+    """The test above finds something where there is something to find."""
+    modules = [module for path in sources("agsel/zero") for module in imported_by(path)]
+    assert any(is_inside(module, {"deepspeed.runtime"}) for module in modules)
+
+
+def distribution(requirement: str) -> str:
+    """`deepspeed` of `deepspeed>=0.19.8,<0.20`, normalised."""
+    name = requirement.split(";")[0]
+    for separator in "[<>=!~ ":
+        name = name.split(separator)[0]
+    return name.lower().replace("_", "-")
+
+
+def test_what_is_imported_is_declared() -> None:
+    """By the project, or by transformers, which it needs anyway."""
+    declared = {distribution(requirement) for requirement in REQUIREMENTS}
+    declared |= {
+        distribution(requirement) for requirement in requires("transformers") or () if "extra ==" not in requirement
+    }
+    providers = packages_distributions()
+    undeclared = {
+        f"{relative(path)}: {module}"
+        for path in sources("agsel", "launch", "tools")
+        for module in imported_by(path)
+        if not is_standard(module) and not is_inside(module, {"agsel", "launch", "tools"})
+        if not declared & {distribution(provider) for provider in providers.get(module.split(".")[0], [module])}
+    }
+    assert undeclared == set()
+
+
+def test_requirements_have_a_lower_bound() -> None:
+    """Stubs of types have no versions that matter; everything else says what it was tested with."""
+    tested = [requirement for requirement in REQUIREMENTS if not requirement.startswith(("types-", "agsel["))]
+    assert [requirement for requirement in tested if ">=" not in requirement] == []

@@ -18,6 +18,12 @@ from tests.distributed import REPOSITORY, environment, free_port, launch
 from tests.tiny import tiny_batch
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
 
+REFUSED_ZERO_SETTINGS = {
+    "offload_optimizer": {"device": "cpu", "super_offload": True},
+    "offload_param": {"device": "cpu"},
+    "zenflow": {"topk_ratio": 0.05},
+    "elastic_checkpoint": True,
+}
 LAYERS = [f"layers.{index}" for index in range(4)]
 
 
@@ -178,7 +184,14 @@ def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[P
     (tmp_path / "stage0.json").write_text(json.dumps({"train_micro_batch_size_per_gpu": "auto"}))
     zero = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text())
     (tmp_path / "optimizer.json").write_text(json.dumps(zero | {"optimizer": {"type": "AdamW"}}))
+    for name, value in REFUSED_ZERO_SETTINGS.items():
+        refused = zero | {"zero_optimization": zero["zero_optimization"] | {name: value}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(refused))
     expected = {
+        name: ({"deepspeed": tmp_path / f"{name}.json"}, f"zero_optimization.{name} is not supported (--deepspeed)")
+        for name in REFUSED_ZERO_SETTINGS
+    }
+    expected |= {
         "fraction": ({"select_fraction": 1.5}, "--select_fraction"),
         "unknown": ({"select_fractions": 0.5}, "did you mean 'select_fraction'"),
         "model": ({"model_name_or_path": tmp_path / "nowhere"}, "--model_name_or_path"),

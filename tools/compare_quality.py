@@ -75,7 +75,7 @@ def evaluate(model: str | Path, recipe: dict[str, Any], output: Path, arguments:
     """Run launch/evaluate.py on the recipe's held-out rows. Returns what it wrote."""
     command = [sys.executable, "launch/evaluate.py", "--model", str(model), "--output", str(output)]
     command += ["--dataset", recipe["dataset_name"], "--dataset_split", recipe["dataset_test_split"]]
-    for name in ("prompt_field", "completion_field", "prompt_template", "completion_template"):
+    for name in ("dataset_config", "prompt_field", "completion_field", "prompt_template", "completion_template"):
         command += [f"--{name}", recipe[name]] if name in recipe else []
     command += [] if arguments.generate else ["--skip_generation"]
     output.parent.mkdir(parents=True, exist_ok=True)

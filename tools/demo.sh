@@ -1,62 +1,86 @@
 #!/usr/bin/env bash
-# A tiny Llama learns two-step arithmetic, three of its six layers at a time: the whole way of a fine-tuning run in
-# about three minutes on two cores, without a GPU or a model hub. Sets everything up on a machine with Python and pip.
+# A tiny Llama learns two-step arithmetic, three of its six layers at a time: a whole fine-tuning run in about three
+# minutes on two cores, without a GPU or a model hub. Sets everything up on a machine with Python and pip.
 #   bash tools/demo.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
+export HF_HUB_OFFLINE=1
 
-demo=runs/demo
+run=runs/demo
 recipe=launch/recipes/demo.yaml
-columns=(--prompt_field question --completion_field answer --completion_template " {answer}")
+columns=(--prompt_field question --completion_field answer --completion_template ' {answer}')
 
-main() {
-  mkdir -p "$demo/logs"
-  choose_device
-  if [ ! -d $demo/pretrained/model ]; then
-    quietly "data and an untrained model" data python tools/arithmetic.py --output $demo
-    quietly "pre-training on one-step problems, all layers, $ranks rank(s)" pretrain pretrain
+demo() {
+  mkdir -p $run/logs
+  if [ ! -f $run/pretrained/complete ]; then
+    step data "Data and an untrained model" python tools/arithmetic.py --output $run
+    pretrain
+    touch $run/pretrained/complete
   fi
-  if [ ! $demo/after.json -nt $recipe ] || [ ! $demo/after.json -nt $demo/pretrained/model/config.json ]; then
-    quietly "evaluation on two-step problems" before evaluate $demo/pretrained/model $demo/before.json
-    quietly "fine-tuning on two-step problems, $recipe" finetune train --config $recipe
-    quietly "evaluation again" after evaluate $demo/model $demo/after.json
+  if [ ! $run/after.json -nt $recipe ] || [ ! $run/after.json -nt $run/pretrained/complete ]; then
+    evaluate before $run/pretrained/model
+    train finetune "Fine-tuning on two-step problems" --config $recipe
+    evaluate after $run/model
   fi
   report
+  echo "To fine-tune again, edit $recipe; to start from nothing, rm -r $run; then bash tools/demo.sh"
 }
-
-# Two GPUs or one; without any, two processes on the CPU, of one thread each.
-choose_device() {
-  local gpus
-  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-  ranks=$((gpus == 1 ? 1 : 2))
-  if [ "$gpus" = 0 ]; then
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-  fi
-}
-
-# quietly WHAT LOG COMMAND...: say what runs and for how long; its output goes to a log, shown only if it fails.
-quietly() {
-  local what=$1 log=$demo/logs/$2.log start=$SECONDS
-  shift 2
-  printf '%-72s' "$what"
-  "$@" >"$log" 2>&1 || { printf 'failed\n'; tail -n 30 "$log"; exit 1; }
-  printf '%4d s\n' $((SECONDS - start))
-}
-
-train() { deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29513}" launch/train.py "$@"; }
 
 pretrain() {
-  train --method full --model_name_or_path $demo/base --dataset_name $demo/data/one_step_train.jsonl "${columns[@]}" \
-    --output_dir $demo/pretrained --max_steps 600 --learning_rate 7e-3 --warmup_steps 50 --adam_beta2 0.98 \
-    --per_device_train_batch_size $((64 / ranks)) --bf16 false --gradient_checkpointing false \
-    --save_strategy no --logging_steps 50
+  train pretrain "Pre-training on one-step problems" --method full --output_dir $run/pretrained \
+    --model_name_or_path $run/base --dataset_name $run/data/one_step_train.jsonl "${columns[@]}" \
+    --max_steps 500 --per_device_train_batch_size 32 --learning_rate 7e-3 --warmup_steps 50 --adam_beta2 0.98 \
+    --bf16 false --gradient_checkpointing false --save_strategy no --logging_steps 100
 }
 
+# train LOG TITLE ARGUMENTS...: 64 examples a step on two GPUs or one; without any, on two processes of one CPU thread.
+train() {
+  local log=$1 title=$2 gpus port
+  shift 2
+  gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+  port=$(python -c 'import socket; probe = socket.socket(); probe.bind(("", 0)); print(probe.getsockname()[1])')
+  [ "$gpus" != 0 ] || export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+  [ "$gpus" != 1 ] || set -- "$@" --gradient_accumulation_steps 2
+  step "$log" "$title" deepspeed --num_gpus $((gpus == 1 ? 1 : 2)) --master_port "$port" launch/train.py "$@"
+}
+
+# evaluate NAME MODEL: results go to NAME.json
 evaluate() {
-  python launch/evaluate.py --model "$1" --output "$2" --dataset $demo/data/two_step_heldout.jsonl "${columns[@]}" \
-    --batch_size 128 --max_new_tokens 24
+  step "$1" "Held-out two-step problems, $1 fine-tuning" \
+    python launch/evaluate.py --model "$2" --dataset $run/data/two_step_heldout.jsonl "${columns[@]}" \
+    --output $run/"$1".json --batch_size 128 --max_new_tokens 24
+}
+
+# step LOG TITLE COMMAND...: say what is done and show the lines worth reading; everything goes to logs/LOG.log
+step() {
+  local log=$run/logs/$1.log title=$2 start=$SECONDS shown='^(engine|model|blocks|frozen|batch|steps?|nll|accuracy) '
+  shift 2
+  printf '\n%s\n$%s\n' "$title" "$(printf ' %q' "$@")"
+  "$@" 2>&1 | tee "$log" | { grep --line-buffered -E "$shown" || true; } ||
+    { tail -n 30 "$log"; echo "failed: the whole output is in $log"; exit 1; }
+  echo "($((SECONDS - start)) s)"
 }
 
 report() {
-  python - $demo <<'PYTHON'
+  python - $run <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+run = Path(sys.argv[1])
+before, after, selection = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "after", "selection"))
+print(f"\nHeld-out accuracy   {before['accuracy']:.1%} before, {after['accuracy']:.1%} after, {after['rows']} problems")
+print(f"Answer NLL          {before['nll']:.3f} before, {after['nll']:.3f} after\n")
+untrained, trained = before["predictions"][0], after["predictions"][0]
+print(f"Asked      {trained['prompt']}\nBefore    {untrained['generated']}\nAfter     {trained['generated']}\n")
+print(f"Steps in which each block was trained, of {selection['steps']}")
+for block, count in selection["counts"].items():
+    print(f"  {block:10}{count:5}  {'#' * round(40 * count / selection['steps'])}")
+print(f"\n{run}/model/         the fine-tuned model, an ordinary Hugging Face folder")
+print(f"{run}/tensorboard/   tensorboard --logdir {run}/tensorboard")
+print(f"{run}/logs/          the whole output of every step")
+PYTHON
+}
+
+demo

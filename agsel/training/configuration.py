@@ -15,6 +15,8 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from agsel.training.arguments import DataArguments, SelectionArguments, suggestion
 
 NOT_WRITTEN = ("hub_token", "local_rank")
+REFUSED_ZERO_SETTINGS = ("offload_optimizer", "offload_param", "zenflow", "elastic_checkpoint")
+"""What `agsel.attach` would refuse; DeepSpeed stumbles over some of it earlier, in many lines."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,13 @@ def _require_zero(deepspeed: str | dict[str, Any] | None) -> None:
     zero = (settings or {}).get("zero_optimization", {})
     if zero.get("stage") not in (1, 2, 3):
         raise ValueError("zero_optimization.stage is not 1, 2 or 3 (--deepspeed): ds_configs/ has one of each")
+    for name in REFUSED_ZERO_SETTINGS:
+        value = zero.get(name)
+        if value and (not isinstance(value, dict) or value.get("device") != "none"):
+            raise ValueError(
+                f"zero_optimization.{name} is not supported (--deepspeed): remove it, agsel keeps the optimizer states "
+                "of blocks that are not selected in host memory itself (--offload_states)"
+            )
     if zero["stage"] == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
             "ZeRO-3 cannot export the model: set stage3_gather_16bit_weights_on_model_save to true (--deepspeed)"

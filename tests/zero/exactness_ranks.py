@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from functools import partial
 from typing import Any
 
@@ -85,31 +86,28 @@ def twice(stage: int) -> list[dict[str, torch.Tensor]]:
 
 
 def gradient_elements(stage: int, dtype: str, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per point of a step: gradient bytes held by each block, and bytes of everything the backward left behind."""
+    """Per point of a step: gradient bytes held by each block, and bytes of all tensors but the weights."""
     forget_older_objects()
     engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED, accumulation=2, config=config))
     full = {partition.block: 0 for partition in selection.residency.partitions}
     for partition in selection.residency.partitions:
         full[partition.block] += agsel.blocks.global_numel(engine.optimizer.parameters_of_partition(partition.index))
-    points = []
-
-    def count(at: str, new: int = 0) -> None:
-        points.append(
-            {"at": at, "planned": planned, "explore": plan.explore, "new": new, "full": full_bytes}
-            | {"held": held_gradients(engine, selection)}
-        )
-
     full_bytes = {selection.blocks[block]: 4 * numel for block, numel in full.items()}
+    points: list[dict[str, Any]] = []
+
+    def count(at: str) -> None:
+        point = {"at": at, "planned": planned, "explore": plan.explore, "full": full_bytes}
+        points.append(point | {"held": held_gradients(engine, selection), "live": settled_bytes(engine.module)})
+
     for step in range(5):
         plan = selection.policy.plan()
         planned = {selection.blocks[index] for index in plan.blocks}
         for micro_step in range(2):
             ids = tiny_batch(step, micro_step, torch.distributed.get_rank()).to(engine.device)
             loss = engine(input_ids=ids, labels=ids).loss
-            before = live_storages()
             engine.backward(loss)
             del loss
-            count(f"backward {micro_step}", sum(size for key, size in live_storages().items() if key not in before))
+            count(f"backward {micro_step}")
             engine.step()
         count("step")
     return points
@@ -138,13 +136,27 @@ def forget_older_objects() -> None:
     gc.freeze()
 
 
-def live_storages() -> dict[int, int]:
-    """Bytes of every tensor storage that Python can reach in this process, gradients included, by address."""
+def settled_bytes(model: torch.nn.Module) -> int:
+    """`live_bytes` after a moment: gloo's threads let go of the buffer of their last operation a little later."""
+    readings = []
+    for _ in range(5):
+        readings.append(live_bytes(model))
+        time.sleep(0.02)
+    return min(readings)
+
+
+def live_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all tensor storages that Python can reach in this process, the model's weights left out.
+
+    Weights, because stage 3 gathers and releases them when it likes.
+    """
     gc.collect()
     tensors = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    real = [t for t in tensors if t.device.type != "meta"]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in real if t.untyped_storage().nbytes()}
+    storages = [t.untyped_storage() for t in tensors if t.device.type != "meta"]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(size for address, size in sizes.items() if address not in weights)
 
 
 def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any]]:

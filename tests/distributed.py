@@ -23,7 +23,8 @@ def launch(
     """
     deepspeed = shutil.which("deepspeed", path=environment()["PATH"])
     assert deepspeed is not None, "the deepspeed command is not installed"
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(free_port()), str(script)]
+    port = free_port()
+    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port), str(script)]
     process = subprocess.Popen(
         [*command, *map(str, arguments)],
         env=environment() | (env or {}),
@@ -39,6 +40,8 @@ def launch(
         kill_session(process.pid)
         output, _ = process.communicate()
         raise subprocess.TimeoutExpired(command, timeout, output) from None
+    finally:
+        remove_shared_memory(port)
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
@@ -70,6 +73,12 @@ def kill_session(leader: int) -> None:
                     os.kill(int(entry.name), signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+
+def remove_shared_memory(port: int) -> None:
+    """Remove what DeepSpeed's CPU all-reduce leaves behind: 66 MiB per rank and port, until /dev/shm is full."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        buffer.unlink()
 
 
 def free_port() -> int:

@@ -1,11 +1,13 @@
 """What the ranks of a run owe each other: a common environment, equal settings, one error message, one end."""
 
+import atexit
 import os
 import socket
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -25,6 +27,7 @@ def join_ranks() -> None:
     Raises:
         ValueError: under `mpirun` without mpi4py.
     """
+    atexit.register(_remove_shared_memory)
     if "RANK" in os.environ:
         return
     if any(name in os.environ for name in MPI_VARIABLES):
@@ -37,6 +40,12 @@ def join_ranks() -> None:
         free.bind(("127.0.0.1", 0))
         os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+
+
+def _remove_shared_memory() -> None:
+    """On the CPU, DeepSpeed's all-reduce leaves 66 MiB of shared memory per rank behind for every port it ever used."""
+    address = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}").unlink(missing_ok=True)
 
 
 def require_same_settings(settings: Mapping[str, Any]) -> None:

@@ -58,10 +58,14 @@ def attach(
     blocks, block_indices = _match_blocks(
         engine.module, [selective_class.parameters_of_partition(optimizer, index) for index in range(len(masters))]
     )
-    require_equal_settings(
-        policy.settings() | {"blocks": [block.name for block in blocks], "offload_states": offload_states},
-        optimizer.dp_process_group,
-    )
+    settings = {
+        "blocks": [block.name for block in blocks],
+        "offload_states": offload_states,
+        "max_skipped_steps": max_skipped_steps,
+        "gradient_clipping": engine.gradient_clipping(),
+        "optimizer": str(optimizer.optimizer.defaults),
+    }
+    require_equal_settings(policy.settings() | settings, optimizer.dp_process_group)
 
     partitions = [
         Partition(index, block, master, optimizer.optimizer)

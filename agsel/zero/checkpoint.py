@@ -37,8 +37,17 @@ class SelectiveEngine(DeepSpeedEngine):
         with self.selection.everything_trainable():
             return super().save_checkpoint(save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
 
-    def load_checkpoint(self, load_dir: str, *args: Any, **options: Any) -> tuple[Any, Any]:
-        """`DeepSpeedEngine.load_checkpoint`, restoring the selection state too.
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[Any, Any]:
+        """`DeepSpeedEngine.load_checkpoint`, restoring the selection state too, unless only the module is loaded.
 
         A checkpoint without one (of a run without agsel) starts the selection afresh, with a warning.
 
@@ -47,10 +56,20 @@ class SelectiveEngine(DeepSpeedEngine):
         """
         self.selection.residency.synchronize()
         with self.selection.everything_trainable():
-            path, client_state = super().load_checkpoint(load_dir, *args, **options)
+            path, client_state = super().load_checkpoint(
+                load_dir,
+                tag,
+                load_module_strict,
+                load_optimizer_states,
+                load_lr_scheduler_states,
+                load_module_only,
+                custom_load_fn,
+            )
         if path is not None:
             self.selection.residency.adopt(self.selection.needed_before_forward())
-            self._restore_selection(path, client_state.pop(CLIENT_STATE_KEY, None))
+            state = client_state.pop(CLIENT_STATE_KEY, None)
+            if not load_module_only:
+                self._restore_selection(path, state)
         return path, client_state
 
     def _restore_selection(self, path: str, state: dict[str, Any] | None) -> None:

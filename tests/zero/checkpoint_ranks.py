@@ -82,9 +82,16 @@ def other_blocks(stage: int) -> str:
     return ""
 
 
+def warm_start(stage: int) -> dict[str, int]:
+    """Counts after loading the weights alone."""
+    engine, selection = start_engine(SCENARIOS[stage])
+    engine.load_checkpoint(folder(stage), load_module_only=True)
+    return selection.counts
+
+
 CASES = {
     f"{action.__name__}-{stage}": partial(action, stage)
-    for action in (uninterrupted, saved, resumed, other_blocks)
+    for action in (uninterrupted, saved, resumed, other_blocks, warm_start)
     for stage in (1, 2, 3)
 }
 

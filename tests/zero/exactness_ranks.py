@@ -22,7 +22,10 @@ MIXED = partial(agsel.AdaGradSelect, fraction=0.4, explore_steps=8, epsilon_end=
 
 
 def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
-    """Per step: the selected blocks, and the blocks in which at least one bit of the weights changed (T1)."""
+    """Per step: the selected blocks, the blocks in which a bit of the weights changed (T1), and the resident ones.
+
+    On the device are the blocks that the next step is known to update; before an exploring step, those of the last.
+    """
     engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED))
     block_of = {
         name: block.name
@@ -36,7 +39,10 @@ def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
         train_step(engine, step, accumulation=1)
         after = whole_weights(engine)
         changed = {block_of[name] for name in after if not torch.equal(before[name], after[name])}
-        steps.append({"mode": selection.last.mode, "selected": set(selection.last.selected), "changed": changed})
+        selected = set(selection.last.selected)
+        needed = {selection.blocks[index] for index in selection.needed_before_forward()} or selected
+        steps.append({"mode": selection.last.mode, "selected": selected, "changed": changed, "needed": needed})
+        steps[-1]["resident"] = set(selection.resident)
         before = after
     return steps
 
@@ -189,6 +195,16 @@ def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any
     return points
 
 
+def kept_states(stage: int) -> list[bool]:
+    """Per step: whether every block's state is on the device, without offloading."""
+    engine, selection = start_engine(Scenario(stage=stage, policy=MIXED), offload_states=False)
+    steps = []
+    for step in range(4):
+        train_step(engine, step, accumulation=1)
+        steps.append(selection.resident == selection.blocks)
+    return steps
+
+
 def fp32_storages(device: str) -> dict[int, int]:
     """Bytes of every fp32 storage larger than the model's fp32 buffers (rotary frequencies) and Adam steps."""
     gc.collect()
@@ -210,6 +226,7 @@ for stage in STAGES:
     CASES[f"masters-{stage}"] = partial(master_changes, stage)
     CASES[f"final-{stage}"] = partial(final_states, stage)
     CASES[f"twice-{stage}"] = partial(twice, stage)
+    CASES[f"kept-{stage}"] = partial(kept_states, stage)
     CASES[f"states-{stage}"] = partial(state_bytes, stage, EXPLOIT)
     for name, (dtype, config) in GRADIENTS.items():
         if not (stage == 1 and config):

@@ -16,11 +16,23 @@ from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
 
 
 def poisoned_step(engine: Any, step: int, value: float) -> None:
-    """One optimizer step whose gradient is not finite on the last rank."""
+    """One optimizer step with a non-finite gradient on the last rank, in elements that only the first rank owns."""
     rank = torch.distributed.get_rank()
     ids = tiny_batch(step, 0, rank).to(engine.device)
-    factor = value if rank == torch.distributed.get_world_size() - 1 else 1.0
-    engine.backward(engine(input_ids=ids, labels=ids).loss * factor)
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        poisoned = gradient.clone()
+        poisoned[0] = value
+        return poisoned
+
+    loss = engine(input_ids=ids, labels=ids).loss
+    parameter = next(p for p in engine.module.parameters() if p.requires_grad)
+    if rank == torch.distributed.get_world_size() - 1:
+        hook = parameter.register_hook(poison)
+        engine.backward(loss)
+        hook.remove()
+    else:
+        engine.backward(loss)
     engine.step()
 
 

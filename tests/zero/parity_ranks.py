@@ -26,6 +26,7 @@ PARITY |= {
     for stage in (1, 2, 3)
 }
 PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.5, zero={"contiguous_gradients": False})
+PARITY["stage3-persistent"] = Scenario(stage=3, clip=0.5, zero={"stage3_param_persistence_threshold": 100})
 PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.5, zero={"sub_group_size": 1000})
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(

@@ -22,7 +22,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             SCRIPT, folder / "a", *(f"{case}-{s}" for s in STAGES for case in ("uninterrupted", "saved"))
         )
         after = launch_cases(
-            SCRIPT, folder / "b", *(f"{case}-{s}" for s in STAGES for case in ("resumed", "other_blocks"))
+            SCRIPT, folder / "b", *(f"{case}-{s}" for s in STAGES for case in ("resumed", "other_blocks", "warm_start"))
         )
     return [one | other for one, other in zip(before, after, strict=True)]
 
@@ -55,3 +55,8 @@ def test_the_save_was_hard(ranks: list[dict[str, Any]], stage: int) -> None:
 def test_a_checkpoint_over_other_blocks_is_refused(ranks: list[dict[str, Any]], stage: int) -> None:
     for rank in ranks:
         assert "the saved selection is over 4 blocks (layers.0 ...), this run's over 7" in rank[f"other_blocks-{stage}"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loading_the_weights_alone_starts_the_selection_afresh(ranks: list[dict[str, Any]], stage: int) -> None:
+    assert set(ranks[0][f"warm_start-{stage}"].values()) == {0}

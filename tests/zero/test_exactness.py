@@ -29,6 +29,7 @@ def test_only_selected_blocks_change_weights(ranks: list[dict], name: str) -> No
         assert len({frozenset(step["selected"]) for step in rank[name]}) > 1
         for step in rank[name]:
             assert step["changed"] == step["selected"]
+            assert step["resident"] == step["needed"]
 
 
 @pytest.mark.parametrize("name", cases("masters"))
@@ -84,6 +85,12 @@ def test_only_planned_blocks_have_device_state(ranks: list[dict], name: str) -> 
             assert point["resident"] == point["planned"], point["at"]
             assert point["device"] == sum(point["state"][block] for block in point["resident"]), point["at"]
         assert len({point["resident"] for point in rank[name]}) > 2
+
+
+@pytest.mark.parametrize("name", cases("kept"))
+def test_without_offloading_all_states_stay_on_the_device(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        assert rank[name] == [True] * 4
 
 
 @pytest.mark.parametrize("name", cases("gradients"))

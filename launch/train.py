@@ -22,8 +22,9 @@ from agsel.training import add_selection, build_policy
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model
-from agsel.training.ranks import join_ranks, mistakes_in_one_line, require_same_settings
+from agsel.training.ranks import join_ranks, mistakes_in_one_line
 from agsel.training.summary import count_steps, describe_run
+from agsel.zero.consensus import require_equal_settings
 
 DEFAULT_DEEPSPEED = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> SFTTrainer:
         configuration = parse_configuration(arguments, default_settings())
         # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        require_same_settings(configuration.resolved)
+        require_equal_settings(configuration.resolved)
         trainer = build_trainer(configuration)
     with mistakes_in_one_line(only_of_agsel=True):
         trainer.train(resume_from_checkpoint=configuration.training.resume_from_checkpoint)

@@ -1,14 +1,13 @@
-"""What the ranks of a run owe each other: a common environment, equal settings, one error message, one end."""
+"""What the ranks of a run owe each other: a common environment, one error message, one end."""
 
 import atexit
 import os
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -46,22 +45,6 @@ def _remove_shared_memory() -> None:
     """On the CPU, DeepSpeed's all-reduce leaves 66 MiB of shared memory per rank behind for every port it ever used."""
     address = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}").unlink(missing_ok=True)
-
-
-def require_same_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse ranks that were started with different settings. Every rank calls it, and every rank gets the error.
-
-    Raises:
-        ValueError: names each setting that differs, with its values.
-    """
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, dict(settings))
-    names = sorted(set().union(*everyone))
-    differing = {name: [theirs.get(name) for theirs in everyone] for name in names}
-    differing = {name: values for name, values in differing.items() if any(value != values[0] for value in values)}
-    if differing:
-        details = "; ".join(f"{name} is {' and '.join(map(repr, values))}" for name, values in differing.items())
-        raise ValueError(f"the ranks have different settings: {details}; start every rank with the same command")
 
 
 @contextmanager

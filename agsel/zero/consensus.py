@@ -51,8 +51,8 @@ def global_squares(local: torch.Tensor, state_checksum: int, group: Any, step: i
     return squares
 
 
-def require_equal_settings(settings: dict[str, Any], group: Any) -> None:
-    """Compare the settings of all ranks.
+def require_equal_settings(settings: dict[str, Any], group: Any = None) -> None:
+    """Compare the settings of all ranks of a process group, by default of the run. Every rank must call it.
 
     Raises:
         ValueError: on every rank, naming the settings that differ and their values by rank.
@@ -62,8 +62,8 @@ def require_equal_settings(settings: dict[str, Any], group: Any) -> None:
     values = {key: [rank_settings.get(key) for rank_settings in by_rank] for key in keys}
     different = {key: ranks for key, ranks in values.items() if any(value != ranks[0] for value in ranks)}
     if different:
-        listed = "; ".join(f"{key} = {ranks}" for key, ranks in different.items())
-        raise ValueError(f"ranks were started with different settings (by rank): {listed}; start all ranks alike")
+        listed = "; ".join(f"{key} is {' and '.join(map(repr, ranks))}" for key, ranks in different.items())
+        raise ValueError(f"the ranks have different settings: {listed}; start every rank with the same command")
 
 
 def _gather(value: Any, group: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,11 @@ SCENARIOS = {
         accumulation=2,
         blocks="layers",
         fused=stage != 1,  # fused AdamW keeps its step count on the device, also of evicted blocks
-        policy=partial(agsel.AdaGradSelect, fraction=0.3, explore_steps=12, epsilon_end=0.5, seed=5),
+        policy=partial(agsel.AdaGradSelect, fraction=0.3, explore_steps=12, epsilon_start=0.6, epsilon_end=0.5, seed=0),
     )
     for stage in (1, 2, 3)
 }
+SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET = 7
 
 
 def folder(stage: int) -> str:
@@ -52,7 +54,7 @@ def saved(stage: int) -> dict[str, Any]:
     engine, selection = start_engine(scenario)
     for step in range(SAVED_AFTER):
         train_step(engine, step, scenario.accumulation)
-    at_save = {"counts": selection.counts, "resident": selection.resident}
+    at_save = {"counts": selection.counts, "resident": selection.resident, "planned": selection.policy.plan()}
     frozen = [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
     engine.save_checkpoint(folder(stage), client_state={"mine": 42})
     assert frozen == [name for name, parameter in engine.module.named_parameters() if not parameter.requires_grad]
@@ -60,14 +62,17 @@ def saved(stage: int) -> dict[str, Any]:
 
 
 def resumed(stage: int) -> dict[str, Any]:
-    """Load what `saved` saved into a fresh process group, and go on."""
+    """Load what `saved` saved into a fresh process group in which other blocks are frozen, and go on."""
     scenario = SCENARIOS[stage]
-    engine, selection = start_engine(scenario)
+    other_seed = partial(scenario.policy, seed=SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET)
+    engine, selection = start_engine(replace(scenario, policy=other_seed))
+    planned_before_load = selection.policy.plan()
     path, client_state = engine.load_checkpoint(folder(stage))
     assert path is not None
     return outcome(engine, selection, run_engine(engine, selection, scenario, first=SAVED_AFTER)) | {
         "client state": client_state["mine"],
         "resident after load": selection.resident,
+        "planned before load": planned_before_load,
     }
 
 

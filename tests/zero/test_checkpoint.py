@@ -47,6 +47,10 @@ def test_the_save_was_hard(ranks: list[dict[str, Any]], stage: int) -> None:
     assert 0 in at_save["counts"].values()
     assert len(at_save["resident"]) < len(at_save["counts"])
     assert {"explore", "exploit"} <= set(ranks[0][f"resumed-{stage}"]["modes"])
+    before_load = ranks[0][f"resumed-{stage}"]["planned before load"]
+    assert not at_save["planned"].explore
+    assert not before_load.explore
+    assert at_save["planned"].blocks != before_load.blocks
     assert ranks[0][f"resumed-{stage}"]["client state"] == 42
     assert len(ranks[0][f"resumed-{stage}"]["resident after load"]) < len(at_save["counts"])
 

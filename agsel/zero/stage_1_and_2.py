@@ -10,7 +10,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
-from agsel.zero.selective_step import Partition, SelectiveStep
+from agsel.zero.residency import Partition
+from agsel.zero.selective_step import SelectiveStep
 
 
 class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):

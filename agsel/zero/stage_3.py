@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-from agsel.zero.selective_step import Partition, SelectiveStep
+from agsel.zero.residency import Partition
+from agsel.zero.selective_step import SelectiveStep
 
 GRADIENT_MAP = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 

@@ -6,6 +6,7 @@ selection = agsel.attach(engine, agsel.AdaGradSelect(fraction=0.3, explore_steps
 """
 
 from agsel.blocks import Block, block_param_groups, find_blocks
+from agsel.compilation import compile_layers
 from agsel.policies import AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
 from agsel.zero import RanksDisagreeError, Selection, StepReport, attach
 
@@ -24,5 +25,6 @@ __all__ = [
     "TopK",
     "attach",
     "block_param_groups",
+    "compile_layers",
     "find_blocks",
 ]

@@ -96,6 +96,16 @@ def block_param_groups(model: nn.Module, blocks: Literal["layers", "all"] = "lay
     return groups
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a model, in forward order.
+
+    Raises:
+        ValueError: none are found.
+    """
+    language_model = _language_model(model)
+    return _layer_stacks(language_model, _decoder(language_model))[0]
+
+
 def global_numel(parameters: Iterable[nn.Parameter]) -> int:
     """Number of elements of the whole parameters, also when ZeRO-3 has partitioned them."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

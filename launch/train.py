@@ -18,6 +18,7 @@ from transformers import AutoConfig, PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
+import agsel
 from agsel.training import add_selection, build_policy
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
@@ -82,6 +83,8 @@ def build_trainer(configuration: Configuration) -> SFTTrainer:
     require_labels(trainer.train_dataset, len(rows), training.max_length)
     if held_out is not None:
         require_labels(trainer.eval_dataset, len(held_out), training.max_length)
+    if configuration.selection.compile_layers:
+        agsel.compile_layers(trainer.model)
     direct_output(trainer)
     add_policy(trainer, configuration)
     return trainer
@@ -129,7 +132,13 @@ def add_policy(trainer: SFTTrainer, configuration: Configuration) -> None:
     settings = configuration.selection
     steps = count_steps(trainer)
     policy = build_policy(settings, explore_steps=steps.of_first_epoch, seed=configuration.training.seed)
-    add_selection(trainer, policy, blocks=settings.taking_part, offload_states=settings.offload_states)
+    add_selection(
+        trainer,
+        policy,
+        blocks=settings.taking_part,
+        offload_states=settings.offload_states,
+        pin_memory=settings.pin_memory,
+    )
     if dist.get_rank() == 0:
         write_configuration(configuration)
     on_first_rank(describe_run(configuration, trainer, policy, steps))

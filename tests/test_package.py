@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
 ROOMS = {
-    "agsel/__init__.py": {"agsel.blocks", "agsel.policies", "agsel.zero"},
+    "agsel/__init__.py": {"agsel.blocks", "agsel.compilation", "agsel.policies", "agsel.zero"},
     "agsel/blocks.py": {"torch"},
+    "agsel/compilation.py": {"agsel.blocks", "torch"},
     "agsel/policies": {"agsel.policies", "agsel.blocks", "numpy"},
     "agsel/sparse": {"agsel.sparse", "torch"},
-    "agsel/zero": {"agsel.zero", "agsel.blocks", "agsel.policies", "deepspeed", "torch"},
+    "agsel/zero": {"agsel.zero", "agsel.blocks", "agsel.policies", "deepspeed", "psutil", "torch"},
     "agsel/monitor": {"agsel.monitor", "torch", "tensorboard", "matplotlib", "numpy"},
 }
 """What each room of the package may import, besides the standard library. Training, launch and tools are free."""

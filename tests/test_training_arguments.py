@@ -27,6 +27,8 @@ def test_the_command_line_is_frozen() -> None:
         "dirichlet_draw": "topk",
         "select_blocks": None,
         "offload_states": True,
+        "pin_memory": True,
+        "compile_layers": False,
         "selection_seed": None,
     }
     assert defaults(DataArguments) == {

@@ -10,13 +10,13 @@ LENGTH = 12
 
 
 def tiny_model(
-    *, layers: int = 4, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+    *, layers: int = 4, intermediate: int = 36, tied: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
     """A Llama with odd sizes, so that partitions need padding."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=28,
-        intermediate_size=36,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,

@@ -80,6 +80,21 @@ class SelectionArguments:
             "nothing is moved, nothing is saved."
         },
     )
+    pin_memory: bool = field(
+        default=True,
+        metadata={
+            "help": "Page-lock the host memory of the optimizer states. False where the system forbids it "
+            "(`ulimit -l`): copies are then slower, and training waits for them."
+        },
+    )
+    compile_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the decoder layers one by one with torch.compile, at ZeRO stage 1 or 2. The first steps "
+            "take a minute longer, all others are faster. Works best with few different batch shapes "
+            "(`--packing`, `--pad_to_multiple_of`)."
+        },
+    )
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selection's own random generator. Default: `--seed`."}
     )

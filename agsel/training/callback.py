@@ -30,6 +30,7 @@ def add_selection(
     *,
     blocks: Literal["layers", "all"] = "layers",
     offload_states: bool = True,
+    pin_memory: bool = True,
 ) -> "SelectionCallback":
     """Make a Trainer update only the blocks that `policy` selects. Call it once, before `trainer.train()`.
 
@@ -41,6 +42,7 @@ def add_selection(
         policy: who is updated next; equal on all ranks.
         blocks: which blocks take part, as in `agsel.block_param_groups`.
         offload_states: keep the optimizer states of blocks that are not selected in host memory.
+        pin_memory: page-lock that memory.
 
     Returns:
         The callback; its `selection` is set from the first moment of training.
@@ -59,7 +61,7 @@ def add_selection(
         return torch.optim.AdamW(agsel.block_param_groups(model, blocks), **adam)
 
     trainer.optimizer_cls_and_kwargs = (lambda: build_optimizer, {})
-    callback = SelectionCallback(trainer, policy, offload_states)
+    callback = SelectionCallback(trainer, policy, offload_states=offload_states, pin_memory=pin_memory)
     trainer.add_callback(callback)
     return callback
 
@@ -95,10 +97,10 @@ class SelectionCallback(TrainerCallback):
     TensorBoard scalars go where the Trainer's own go, if it has a `TensorBoardCallback`.
     """
 
-    def __init__(self, trainer: Trainer, policy: Policy, offload_states: bool) -> None:
+    def __init__(self, trainer: Trainer, policy: Policy, **residency: bool) -> None:
         self.selection: Selection | None = None
         self._policy = policy
-        self._offload_states = offload_states
+        self._residency = residency
         self._trainer = trainer
         self._modes: list[str] = []
         self._clock = _TokenClock()
@@ -125,7 +127,7 @@ class SelectionCallback(TrainerCallback):
         # every frozen layer below the lowest selected one. Only reentrant checkpointing, which is refused, needs it.
         if self._trainer.args.gradient_checkpointing:
             engine.module.disable_input_require_grads()
-        self.selection = agsel.attach(engine, self._policy, offload_states=self._offload_states)
+        self.selection = agsel.attach(engine, self._policy, **self._residency)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember how the step chose its blocks."""

@@ -18,6 +18,15 @@ NOT_WRITTEN = ("hub_token", "local_rank")
 REFUSED_ZERO_SETTINGS = ("offload_optimizer", "offload_param", "zenflow", "elastic_checkpoint")
 """What `agsel.attach` would refuse; DeepSpeed stumbles over some of it earlier, in many lines."""
 
+LIGER_BESIDE_COMPILED_LAYERS = {
+    "rope": False,
+    "rms_norm": False,
+    "swiglu": False,
+    "cross_entropy": False,
+    "fused_linear_cross_entropy": True,
+}
+"""Liger's kernels inside the layers do not trace under torch.compile; its loss, outside them, is what saves memory."""
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -144,7 +153,20 @@ def _complete(configuration: Configuration) -> None:
     model.dtype = model.dtype or engine_dtype
     if engine_dtype == "float32" and model.dtype != "float32":
         raise ValueError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
+    if configuration.selection.compile_layers:
+        _prepare_compilation(configuration)
     training.resume_from_checkpoint = _checkpoint(training)
+
+
+def _prepare_compilation(configuration: Configuration) -> None:
+    if configuration.zero_stage == 3:
+        raise ValueError(
+            "--compile_layers does not work at ZeRO-3, which gathers the weights inside the layers: use stage 1 or 2 "
+            "(--deepspeed), or leave it out"
+        )
+    training = configuration.training
+    if training.use_liger_kernel:
+        training.liger_kernel_config = LIGER_BESIDE_COMPILED_LAYERS | (training.liger_kernel_config or {})
 
 
 def _checkpoint(training: SFTConfig) -> str | None:

@@ -14,6 +14,7 @@ from agsel.policies import Policy
 from agsel.zero import guards
 from agsel.zero.checkpoint import SelectiveEngine
 from agsel.zero.consensus import require_equal_settings
+from agsel.zero.host_memory import require_host_memory
 from agsel.zero.residency import Partition, Residency
 from agsel.zero.selection import Selection
 from agsel.zero.stage_1_and_2 import SelectiveZeroOptimizer
@@ -27,7 +28,12 @@ SELECTIVE_CLASSES: dict[int, type[SelectiveZeroOptimizer] | type[SelectiveZeroOp
 
 
 def attach(
-    engine: DeepSpeedEngine, policy: Policy, *, offload_states: bool = True, max_skipped_steps: int = 50
+    engine: DeepSpeedEngine,
+    policy: Policy,
+    *,
+    offload_states: bool = True,
+    pin_memory: bool = True,
+    max_skipped_steps: int = 50,
 ) -> Selection:
     """Train only the blocks that `policy` selects. The training loop stays as it is.
 
@@ -38,13 +44,15 @@ def attach(
         engine: of ZeRO stage 1, 2 or 3, with a client Adam or AdamW built from `agsel.block_param_groups(model)`.
         policy: who is updated next; equal on all ranks.
         offload_states: keep the optimizer partitions of blocks that are not selected in host memory.
+        pin_memory: page-lock that memory; without, copies are slower and the training waits for them.
         max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
 
     Returns:
         The selection: `blocks`, `last`, `counts`, `resident`.
 
     Raises:
-        ValueError: the engine's configuration, optimizer or model does not fit, the policy is not equal on all ranks.
+        ValueError: the engine's configuration, optimizer or model does not fit, the policy is not equal on all ranks,
+            or the host has too little memory.
         RuntimeError: this DeepSpeed differs from the tested one where agsel overrides it.
     """
     guards.require_supported_engine(engine)
@@ -61,6 +69,7 @@ def attach(
     settings = {
         "blocks": [block.name for block in blocks],
         "offload_states": offload_states,
+        "pin_memory": pin_memory,
         "max_skipped_steps": max_skipped_steps,
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
@@ -71,7 +80,9 @@ def attach(
         Partition(index, block, master, optimizer.optimizer)
         for index, (block, master) in enumerate(zip(block_indices, masters, strict=True))
     ]
-    residency = Residency(partitions, torch.device(engine.device), offload_states)
+    if offload_states:
+        require_host_memory(sum(p.shape.numel() * p.master.itemsize for p in partitions), optimizer.dp_process_group)
+    residency = Residency(partitions, torch.device(engine.device), offload_states, pin_memory)
     selection = Selection(blocks, policy, residency, optimizer.dp_process_group, max_skipped_steps)
     optimizer.__class__ = selective_class
     optimizer.selection = selection
@@ -79,8 +90,20 @@ def attach(
     engine.__class__ = SelectiveEngine
     engine.selection = selection
     residency.adopt(selection.needed_before_forward())
+    _expect_states_during_backward(engine, selection, blocks)
     selection.plan_step()
     return selection
+
+
+def _expect_states_during_backward(engine: Any, selection: Selection, blocks: Sequence[Block]) -> None:
+    """On exploring steps, call likely states back when a third of the backward has freed its activations."""
+    trigger = blocks[len(blocks) * 2 // 3].trainable[0]
+
+    def on_gradient(_: nn.Parameter) -> None:
+        if engine.is_gradient_accumulation_boundary():
+            selection.expect_states()
+
+    trigger.register_post_accumulate_grad_hook(on_gradient)
 
 
 def _match_blocks(

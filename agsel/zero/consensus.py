@@ -43,7 +43,7 @@ def global_squares(local: torch.Tensor, state_checksum: int, group: Any, step: i
     *squares, total, total_of_squares = vector.tolist()
     # Cauchy-Schwarz: (Σc)² = n Σc² only if all c are equal. Every rank sees the same sums, so all raise or none.
     if int(total) ** 2 != dist.get_world_size(group=group) * int(total_of_squares):
-        checksums = _gather(state_checksum, group)
+        checksums = gather(state_checksum, group)
         raise RanksDisagreeError(
             f"ranks disagree on the selection state at step {step} (checksums by rank: {checksums}): "
             "give every rank the same seed and settings, and change the policy on all ranks or on none"
@@ -57,7 +57,7 @@ def require_equal_settings(settings: dict[str, Any], group: Any = None) -> None:
     Raises:
         ValueError: on every rank, naming the settings that differ and their values by rank.
     """
-    by_rank = _gather(settings, group)
+    by_rank = gather(settings, group)
     keys = sorted({key for rank_settings in by_rank for key in rank_settings})
     values = {key: [rank_settings.get(key) for rank_settings in by_rank] for key in keys}
     different = {key: ranks for key, ranks in values.items() if any(value != ranks[0] for value in ranks)}
@@ -66,7 +66,8 @@ def require_equal_settings(settings: dict[str, Any], group: Any = None) -> None:
         raise ValueError(f"the ranks have different settings: {listed}; start every rank with the same command")
 
 
-def _gather(value: Any, group: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size(group=group)
+def gather(value: Any, group: Any) -> list[Any]:
+    """The values of all ranks of a process group, by rank. Every rank must call it."""
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(values, value, group=group)
     return values

@@ -1,18 +1,25 @@
 """Where each block's optimizer partition lives: on the accelerator while the block is selected, else in host memory.
 
 A partition is the fp32 master weights and the two Adam moments of one block on this rank. The three are rows of one
-buffer, so moving a partition is one copy. On CUDA the host buffer is pinned and the copies run on side streams, hidden
-behind the next forward and backward.
+buffer, so moving a partition is one copy. On CUDA the host memory is page-locked and the copies run on side streams,
+hidden behind the next forward and backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from agsel.zero.host_memory import Arena
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+POISON = "AGSEL_POISON"
+"""Debug switch (environment, 1): overwrite every copy that must not be read any more, or not yet, with NaN."""
 
 
 class Partition:
@@ -22,56 +29,53 @@ class Partition:
         index: DeepSpeed's number of it: the param group at stages 1 and 2, the sub-group at stage 3.
         block: index of the block it belongs to.
         master: the flat fp32 parameter that the client optimizer steps.
+        rows: [3, elements], where master and moments are now.
+        home: the same shape in host memory, where they wait while the block is not selected; None without offloading.
     """
 
     def __init__(self, index: int, block: int, master: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
         self.index = index
         self.block = block
         self.master = master
-        self.on_device: torch.Tensor | None = None
-        self.on_host: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        self.home: torch.Tensor | None = None
         self._optimizer = optimizer
         self._device = master.device
 
-    def adopt(self) -> None:
-        """Copy master and moments, wherever they are, into the rows of the current buffer; missing moments are zero.
+    @property
+    def shape(self) -> torch.Size:
+        """Of its rows."""
+        return torch.Size((1 + len(MOMENTS), self.master.numel()))
 
-        Called once at the start and again after a checkpoint load, which replaces the moments by tensors of its own.
+    @property
+    def is_resident(self) -> bool:
+        """Whether it is on the device."""
+        return self.rows is not None and self.rows is not self.home
+
+    def adopt(self, rows: torch.Tensor) -> None:
+        """Copy master and moments from wherever they are into `rows` and keep them there; missing moments are zero.
+
+        At the start they are DeepSpeed's own tensors, and after a checkpoint load the moments are those it read.
         """
-        if self.on_device is None and self.on_host is None:
-            self.on_device = torch.zeros(3, self.master.numel(), dtype=self.master.dtype, device=self._device)
-        rows = self._rows()
         state = self._optimizer.state[self.master]
         for row, source in zip(rows, (self.master.detach(), *(state.get(name) for name in MOMENTS)), strict=True):
-            if source is not None and source.data_ptr() != row.data_ptr():
+            if source is None:
+                row.zero_()
+            elif source.data_ptr() != row.data_ptr():
                 row.copy_(source)
         state["step"] = self._placed_step(state.get("step", 0))
         self._point_to(rows)
 
-    def to_host(self, pin: bool) -> torch.Tensor:
-        """Copy the device rows to the host, point master and moments there and return the device rows."""
-        rows = self.on_device
-        assert rows is not None, "only a resident partition can be evicted"
-        if self.on_host is None:
-            self.on_host = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=pin)
-        self.on_host.copy_(rows, non_blocking=pin)
-        self.on_device = None
-        self._point_to(self.on_host)
-        return rows
-
-    def to_device(self, rows: torch.Tensor) -> None:
-        """Fill `rows`, a device buffer, from the host and point master and moments there."""
-        assert self.on_host is not None, "only an evicted partition can be fetched"
-        rows.copy_(self.on_host, non_blocking=True)
-        self.on_device = rows
+    def move_to(self, rows: torch.Tensor) -> torch.Tensor:
+        """Start copying to `rows` on the current stream, keep master and moments there, and return the rows left."""
+        left = self.rows
+        assert left is not None, "only an adopted partition can be moved"
+        rows.copy_(left, non_blocking=True)
         self._point_to(rows)
-
-    def _rows(self) -> torch.Tensor:
-        rows = self.on_device if self.on_device is not None else self.on_host
-        assert rows is not None, "a partition is on the device or on the host"
-        return rows
+        return left
 
     def _point_to(self, rows: torch.Tensor) -> None:
+        self.rows = rows
         self.master.data = rows[0]
         state = self._optimizer.state[self.master]
         for row, name in enumerate(MOMENTS, start=1):
@@ -86,34 +90,88 @@ class Partition:
         return torch.as_tensor(step, dtype=torch.float32).to(self._device if on_device else "cpu")
 
 
+class SideStream:
+    """A CUDA stream beside the compute stream. On the CPU, where copies are synchronous, it is nothing at all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def after_compute_and(self, other: SideStream) -> Iterator[None]:
+        """Run what is inside on this stream, after all work given so far to the compute stream and the other one."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._stream.wait_stream(other._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Do not let the memory be used again before this stream has done what it was given."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
+    def record(self) -> Any:
+        """An event at this point of the stream, None on the CPU."""
+        return self._stream and self._stream.record_event()
+
+    def synchronize(self) -> None:
+        """Wait, on the host, for all of it."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
 class Residency:
     """Moves partitions so that the wanted blocks are on the device and, when offloading, no others are.
 
-    On CUDA: the side stream of a copy first waits for the compute stream, the compute stream waits for a fetch only
-    where it steps that partition (`wait_for`), and a fetch waits for evictions, so host memory is never read early.
+    A copy first waits for the compute stream; the compute stream waits for a fetch only where it steps that partition
+    (`wait_for`); fetches and evictions wait for each other's earlier copies, so no memory is read early.
+
+    Attributes:
+        partitions: all of this rank.
+        moved_bytes: copied so far between device and host, both ways.
     """
 
-    def __init__(self, partitions: Sequence[Partition], device: torch.device, offload_states: bool) -> None:
+    def __init__(
+        self, partitions: Sequence[Partition], device: torch.device, offload_states: bool, pin_memory: bool
+    ) -> None:
         self.partitions = list(partitions)
         self.device = device
+        self.moved_bytes = 0
         self._offload = offload_states
-        self._uses_streams = device.type == "cuda"
-        self._evictions: Any = torch.cuda.Stream(device) if self._uses_streams else None
-        self._fetches: Any = torch.cuda.Stream(device) if self._uses_streams else None
+        self._poison = os.environ.get(POISON) == "1"
+        self._evictions, self._fetches = SideStream(device), SideStream(device)
         self._arrivals: dict[Partition, Any] = {}
+        if offload_states:
+            pin = pin_memory and device.type == "cuda"
+            self._arena = Arena([partition.shape for partition in partitions], partitions[0].master.dtype, pin)
+            for partition, home in zip(partitions, self._arena.tensors, strict=True):
+                partition.home = home
 
     def adopt(self, wanted: Iterable[int]) -> None:
-        """Take over every partition, one at a time, and leave only those of the `wanted` blocks on the device."""
+        """Take over every partition, one at a time, and leave only those of the `wanted` blocks on the device.
+
+        Called once at the start, and again after a checkpoint load.
+        """
         wanted = set(wanted)
         self.synchronize()
+        self._arrivals.clear()
         for partition in self.partitions:
-            partition.adopt()
-            self._move([partition], wanted)
+            at_home = self._offload and partition.block not in wanted
+            rows = partition.home if at_home else partition.rows if partition.is_resident else self._new_rows(partition)
+            assert rows is not None
+            partition.adopt(rows)
         self.synchronize()
 
     def keep_only(self, wanted: Iterable[int]) -> None:
         """Start moving the partitions of the `wanted` blocks to the device, and all others off it if offloading."""
-        self._move(self.partitions, set(wanted))
+        if not self._offload:
+            return
+        wanted = set(wanted)
+        self._evict([p for p in self.partitions if p.is_resident and p.block not in wanted])
+        self._fetch([p for p in self.partitions if not p.is_resident and p.block in wanted])
 
     def wait_for(self, partition: Partition) -> None:
         """Make the compute stream wait until a fetched partition has arrived."""
@@ -121,51 +179,46 @@ class Residency:
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
+    def in_order_of_arrival(self, partitions: Iterable[Partition]) -> list[Partition]:
+        """Resident partitions first, then those under way: work on the former hides the copies of the latter."""
+        order = {partition: number for number, partition in enumerate(self._arrivals)}
+        return sorted(partitions, key=lambda partition: order.get(partition, -1))
+
     def is_resident(self, block: int) -> bool:
         """Whether every partition of the block is on the device."""
-        return all(partition.on_device is not None for partition in self.partitions if partition.block == block)
+        return all(partition.is_resident for partition in self.partitions if partition.block == block)
 
     def synchronize(self) -> None:
         """Wait, on the host, until every copy has landed."""
-        if self._uses_streams:
-            self._evictions.synchronize()
-            self._fetches.synchronize()
-
-    def _move(self, partitions: Sequence[Partition], wanted: set[int]) -> None:
-        if self._offload:
-            self._evict([p for p in partitions if p.on_device is not None and p.block not in wanted])
-        self._fetch([p for p in partitions if p.on_device is None and p.block in wanted])
+        self._evictions.synchronize()
+        self._fetches.synchronize()
 
     def _evict(self, partitions: Sequence[Partition]) -> None:
         if not partitions:
             return
-        if not self._uses_streams:
+        with self._evictions.after_compute_and(self._fetches):
             for partition in partitions:
-                partition.to_host(pin=False)
-            return
-        for partition in partitions:
-            self._arrivals.pop(partition, None)
-        self._evictions.wait_stream(torch.cuda.current_stream(self.device))
-        self._evictions.wait_stream(self._fetches)
-        with torch.cuda.stream(self._evictions):
-            for partition in partitions:
-                partition.to_host(pin=True).record_stream(self._evictions)
+                assert partition.home is not None
+                self._arrivals.pop(partition, None)
+                self._evictions.keep(self._move(partition, partition.home))
 
     def _fetch(self, partitions: Sequence[Partition]) -> None:
         if not partitions:
             return
-        if not self._uses_streams:
-            for partition in partitions:
-                partition.to_device(self._new_rows(partition))
-            return
         destinations = [self._new_rows(partition) for partition in partitions]
-        self._fetches.wait_stream(torch.cuda.current_stream(self.device))
-        self._fetches.wait_stream(self._evictions)
-        with torch.cuda.stream(self._fetches):
+        with self._fetches.after_compute_and(self._evictions):
             for partition, rows in zip(partitions, destinations, strict=True):
-                partition.to_device(rows)
-                self._arrivals[partition] = self._fetches.record_event()
+                self._fetches.keep(rows)
+                self._move(partition, rows)
+                self._arrivals[partition] = self._fetches.record()
+
+    def _move(self, partition: Partition, rows: torch.Tensor) -> torch.Tensor:
+        left = partition.move_to(rows)
+        self.moved_bytes += rows.nbytes
+        if self._poison:
+            left.copy_(torch.full_like(left, math.nan, device=self.device), non_blocking=True)
+        return left
 
     def _new_rows(self, partition: Partition) -> torch.Tensor:
-        assert partition.on_host is not None
-        return torch.empty_like(partition.on_host, device=self.device)
+        rows = torch.empty(partition.shape, dtype=partition.master.dtype, device=self.device)
+        return rows.fill_(math.nan) if self._poison else rows

@@ -63,6 +63,7 @@ class Selection:
         self._group = group
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
+        self._last_explored: tuple[int, ...] = ()
         policy.start(len(blocks))
 
     @property
@@ -101,15 +102,18 @@ class Selection:
     def plan_step(self) -> None:
         """Before the forward: freeze what the plan leaves out, and start moving optimizer partitions.
 
-        On an exploring plan the choice is not known yet: the partitions of the last step stay where they are.
+        On an exploring plan the choice is not known yet, and the memory is needed for the activations of all blocks.
         """
-        plan = self.policy.plan()
-        planned = set(plan.blocks)
+        planned = set(self.policy.plan().blocks)
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
                 parameter.requires_grad_(index in planned)
-        if not plan.explore:
-            self.residency.keep_only(planned)
+        self.residency.keep_only(self.needed_before_forward())
+
+    def expect_states(self) -> None:
+        """In the backward of an exploring step: start fetching what the last such step chose; most will be right."""
+        if self.policy.plan().explore:
+            self.residency.keep_only(self._last_explored)
 
     def resolve(self, local_squares: torch.Tensor, loss_scale: float) -> tuple[int, ...]:
         """After the backward: fix the blocks to update, on all ranks alike. Empty if the step must be skipped.
@@ -133,6 +137,8 @@ class Selection:
         self._require_gradients(named)
         self._skipped_in_a_row = 0
         selected = self.policy.resolve(norms)
+        if plan.explore:
+            self._last_explored = selected
         self.residency.keep_only(selected)
         self.last = StepReport(
             step=self.policy.step,

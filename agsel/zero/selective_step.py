@@ -41,7 +41,7 @@ class SelectiveStep:
     def _update(self, selected: Sequence[int], divisor: float) -> None:
         partitions = [p for p in self.selection.residency.partitions if p.block in selected]
         self._release_gradients(p for p in self.selection.residency.partitions if p.block not in selected)
-        for partition in partitions:
+        for partition in self.selection.residency.in_order_of_arrival(partitions):
             self._update_partition(partition, divisor)
         self._publish(partitions)
 
@@ -60,13 +60,14 @@ class SelectiveStep:
 
     def _local_squares(self) -> torch.Tensor:
         """fp64 [blocks]: this rank's share of each block's squared gradient norm, zero where there is no gradient."""
-        squares = torch.zeros(len(self.selection.blocks), dtype=torch.float64, device=self.selection.residency.device)
+        pieces: list[list[torch.Tensor]] = [[] for _ in self.selection.blocks]
         for partition in self.selection.residency.partitions:
-            pieces = self._gradient_pieces(partition)
-            if pieces:
-                norms = torch.stack(torch._foreach_norm(pieces, 2, torch.float32))
-                squares[partition.block] += norms.double().square().sum()
-        return squares
+            pieces[partition.block] += self._gradient_pieces(partition)
+        flat = [piece for of_block in pieces for piece in of_block]
+        if not flat:
+            return torch.zeros(len(pieces), dtype=torch.float64, device=self.selection.residency.device)
+        squares = torch.stack(torch._foreach_norm(flat, 2, torch.float32)).double().square()
+        return torch.stack([own.sum() for own in squares.split([len(of_block) for of_block in pieces])])
 
     def _take_gradient(self, partition: Partition) -> torch.Tensor:
         """The partition's gradient as one flat tensor of the master's type; the reduced pieces are released."""

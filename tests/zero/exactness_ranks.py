@@ -24,7 +24,7 @@ MIXED = partial(agsel.AdaGradSelect, fraction=0.4, explore_steps=8, epsilon_end=
 def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
     """Per step: the selected blocks, the blocks in which a bit of the weights changed (T1), and the resident ones.
 
-    On the device are the blocks that the next step is known to update; before an exploring step, those of the last.
+    On the device are the blocks that the next step is known to update; before an exploring step, none.
     """
     engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED))
     block_of = {
@@ -40,7 +40,7 @@ def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
         after = whole_weights(engine)
         changed = {block_of[name] for name in after if not torch.equal(before[name], after[name])}
         selected = set(selection.last.selected)
-        needed = {selection.blocks[index] for index in selection.needed_before_forward()} or selected
+        needed = {selection.blocks[index] for index in selection.needed_before_forward()}
         steps.append({"mode": selection.last.mode, "selected": selected, "changed": changed, "needed": needed})
         steps[-1]["resident"] = set(selection.resident)
         before = after
@@ -92,7 +92,7 @@ def twice(stage: int) -> list[dict[str, torch.Tensor]]:
 
 
 def gradient_elements(stage: int, dtype: str, config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per point of a step: gradient bytes held by each block, and bytes of all tensors but the weights."""
+    """Per point of a step: gradient bytes held by each block, and bytes of all else but weights and states."""
     forget_older_objects()
     engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED, accumulation=2, config=config))
     full = {partition.block: 0 for partition in selection.residency.partitions}
@@ -103,7 +103,9 @@ def gradient_elements(stage: int, dtype: str, config: dict[str, Any]) -> list[di
 
     def count(at: str) -> None:
         point = {"at": at, "planned": planned, "explore": plan.explore, "full": full_bytes}
-        points.append(point | {"held": held_gradients(engine, selection), "live": settled_bytes(engine.module)})
+        states = sum(12 * p.master.numel() for p in selection.residency.partitions if p.is_resident)
+        live = settled_bytes(engine.module) - states
+        points.append(point | {"held": held_gradients(engine, selection), "live": live})
 
     for step in range(5):
         plan = selection.policy.plan()
@@ -167,31 +169,30 @@ def live_bytes(model: torch.nn.Module) -> int:
 
 def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any]]:
     """Per point of a step: bytes in device copies of optimizer states, by counting all storages of the process."""
-    scenario = Scenario(stage=stage, dtype="bf16", policy=policy)
     forget_older_objects()
-    engine, selection = start_engine(scenario)
-    points = []
+    engine, selection = start_engine(Scenario(stage=stage, dtype="bf16", policy=policy))
+    points: list[dict[str, Any]] = []
+    last_explored: tuple[str, ...] = ()
+
+    def count(at: str) -> None:
+        plan = selection.policy.plan()
+        planned = tuple(selection.blocks[index] for index in plan.blocks)
+        likely = last_explored if at == "backward" else ()
+        point = {"at": at, "resident": selection.resident, "expected": likely if plan.explore else planned}
+        host = {partition.home.untyped_storage().data_ptr() for partition in selection.residency.partitions}
+        fp32 = fp32_storages(engine.device.type)
+        point["device"] = sum(size for key, size in fp32.items() if key not in host)
+        point["state"] = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
+        points.append(point)
+
     for step in range(6):
-        for action in ("forward and backward", "step"):
-            if action == "step":
-                engine.step()
-            else:
-                ids = tiny_batch(step, 0, torch.distributed.get_rank()).to(engine.device)
-                engine.backward(engine(input_ids=ids, labels=ids).loss)
-            host = {
-                p.on_host.untyped_storage().data_ptr() for p in selection.residency.partitions if p.on_host is not None
-            }
-            fp32 = fp32_storages(engine.device.type)
-            device = sum(size for key, size in fp32.items() if key not in host)
-            points.append(
-                {
-                    "at": action,
-                    "resident": selection.resident,
-                    "state": {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions},
-                    "device": device,
-                    "planned": tuple(selection.blocks[index] for index in selection.needed_before_forward()),
-                }
-            )
+        ids = tiny_batch(step, 0, torch.distributed.get_rank()).to(engine.device)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        count("backward")
+        engine.step()
+        if selection.last.mode == "explore":
+            last_explored = selection.last.selected
+        count("step")
     return points
 
 
@@ -227,7 +228,9 @@ for stage in STAGES:
     CASES[f"final-{stage}"] = partial(final_states, stage)
     CASES[f"twice-{stage}"] = partial(twice, stage)
     CASES[f"kept-{stage}"] = partial(kept_states, stage)
-    CASES[f"states-{stage}"] = partial(state_bytes, stage, EXPLOIT)
+    CASES[f"states-{stage}-exploit"] = partial(state_bytes, stage, EXPLOIT)
+    CASES[f"states-{stage}-explore"] = partial(state_bytes, stage, partial(agsel.TopK, fraction=0.4))
+    CASES[f"states-{stage}-mixed"] = partial(state_bytes, stage, MIXED)
     for name, (dtype, config) in GRADIENTS.items():
         if not (stage == 1 and config):
             CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config)

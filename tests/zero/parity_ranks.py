@@ -25,6 +25,7 @@ PARITY |= {
     f"stage{stage}-small-buckets": Scenario(stage=stage, accumulation=3, clip=0.5, tied=True, zero=SMALL_BUCKETS)
     for stage in (1, 2, 3)
 }
+PARITY |= {f"stage{stage}-compiled": Scenario(stage=stage, clip=0.5, compiled=True) for stage in (1, 2)}
 PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.5, zero={"contiguous_gradients": False})
 PARITY["stage3-persistent"] = Scenario(stage=3, clip=0.5, zero={"stage3_param_persistence_threshold": 100})
 PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.5, zero={"sub_group_size": 1000})

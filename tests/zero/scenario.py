@@ -26,7 +26,9 @@ class Scenario:
     steps: int = 16
     dtype: str = "fp32"
     tied: bool = False
+    intermediate: int = 36
     fused: bool = False
+    compiled: bool = False
     policy: Callable[[], agsel.Policy] = field(
         default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
     )
@@ -62,7 +64,9 @@ def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> 
     """A DeepSpeed engine over the tiny model, and agsel's selection on it (None without `attach`)."""
     import deepspeed
 
-    model = tiny_model(tied=scenario.tied)
+    model = tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
+    if scenario.compiled:
+        agsel.compile_layers(model, backend="inductor" if torch.cuda.is_available() else "aot_eager")
     groups = agsel.block_param_groups(model, scenario.blocks)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups, fused=scenario.fused, **ADAM)  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
@@ -101,7 +105,7 @@ class Reference:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.model = tiny_model(tied=scenario.tied)
+        self.model = tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
         self.blocks = {
             block.name: list(block.parameters)
             for block in agsel.find_blocks(self.model)

@@ -79,12 +79,12 @@ def test_the_same_seed_gives_the_same_weights(ranks: list[dict], name: str) -> N
 
 
 @pytest.mark.parametrize("name", cases("states"))
-def test_only_planned_blocks_have_device_state(ranks: list[dict], name: str) -> None:
+def test_only_planned_or_expected_blocks_have_device_state(ranks: list[dict], name: str) -> None:
     for rank in ranks:
         for point in rank[name]:
-            assert point["resident"] == point["planned"], point["at"]
+            assert point["resident"] == point["expected"], point["at"]
             assert point["device"] == sum(point["state"][block] for block in point["resident"]), point["at"]
-        assert len({point["resident"] for point in rank[name]}) > 2
+        assert len({point["resident"] for point in rank[name]}) > 1
 
 
 @pytest.mark.parametrize("name", cases("kept"))

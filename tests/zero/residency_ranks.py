@@ -1,0 +1,51 @@
+"""States that move, against states that never do: on the ranks of test_residency.py."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+import agsel
+from agsel.zero.residency import POISON
+from tests.ranks import run_cases
+from tests.zero.parity_ranks import whole_weights
+from tests.zero.scenario import Scenario, run_engine, start_engine
+
+ON_GPU = torch.cuda.is_available()
+MIXED = partial(agsel.AdaGradSelect, fraction=0.5, explore_steps=500, epsilon_end=0.3, seed=4)
+NEW_SET_EVERY_STEP = partial(agsel.RandomBlocks, fraction=0.5, seed=4)
+
+
+def scenario(stage: int, policy: partial[agsel.Policy]) -> Scenario:
+    """On GPUs long, and with blocks so wide that a copy outlasts the work that must wait for it."""
+    steps, intermediate = (500, 100_000) if ON_GPU else (12, 36)
+    return Scenario(stage=stage, dtype="bf16", steps=steps, intermediate=intermediate, blocks="layers", policy=policy)
+
+
+def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, Any]:
+    """Final weights of a run whose stale copies are NaN, and of one whose states stay on the device."""
+    run = scenario(stage, policy)
+    results: dict[str, Any] = {}
+    for name, options in {"kept": {"offload_states": False}, "moved": {}, "not pinned": {"pin_memory": False}}.items():
+        with mock.patch.dict("os.environ", {POISON: "1"}):
+            engine, selection = start_engine(run, **options)
+        record = run_engine(engine, selection, run)
+        weights = {key: weight.cpu() for key, weight in whole_weights(engine).items()}
+        results[name] = {"weights": weights, "losses": record.losses, "selected": record.selected}
+        results[name]["moved_bytes"] = selection.residency.moved_bytes
+        results["bytes"] = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
+        engine.destroy()
+    return results
+
+
+CASES: dict[str, partial[Any]] = {
+    f"stage{stage}-{name}": partial(poisoned_and_kept, stage, policy)
+    for stage in (1, 2, 3)
+    for name, policy in {"mixed": MIXED, "new-set-every-step": NEW_SET_EVERY_STEP}.items()
+}
+
+if __name__ == "__main__":
+    run_cases(CASES)

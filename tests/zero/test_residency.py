@@ -1,0 +1,42 @@
+"""No state is read before its copy landed, or after it left: stale copies are NaN, and nothing changes."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.ranks import launch_cases
+from tests.zero.residency_ranks import CASES
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return launch_cases("tests/zero/residency_ranks.py", tmp_path_factory.mktemp("residency"))
+
+
+@pytest.mark.parametrize("moving", ["moved", "not pinned"])
+@pytest.mark.parametrize("name", CASES)
+def test_moving_states_changes_nothing(ranks: list[dict], name: str, moving: str) -> None:
+    for rank in ranks:
+        kept, moved = rank[name]["kept"], rank[name][moving]
+        assert all(map(math.isfinite, kept["losses"]))
+        assert moved["losses"] == kept["losses"]
+        assert moved["selected"] == kept["selected"]
+        assert all(torch.equal(kept["weights"][key], moved["weights"][key]) for key in kept["weights"])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("new-set-every-step")])
+def test_only_what_changes_is_moved(ranks: list[dict], name: str) -> None:
+    """The last step has planned the one after it, which moved blocks too: at most one more set."""
+    for rank in ranks:
+        size, run = rank[name]["bytes"], rank[name]["moved"]
+        assert rank[name]["kept"]["moved_bytes"] == 0
+        exchanged = sum(
+            size[block] for before, after in pairwise(run["selected"]) for block in set(before) ^ set(after)
+        )
+        largest = sum(size.values())
+        assert exchanged <= run["moved_bytes"] <= exchanged + largest
+        assert exchanged > 0

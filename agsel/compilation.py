@@ -14,7 +14,7 @@ GRAPHS_PER_LAYER_CODE = 64
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:
-    """Compile each decoder layer in place with `torch.compile`. Call it before `deepspeed.initialize`, at stage 1 or 2.
+    """Compile the forward of each decoder layer. Call it before `deepspeed.initialize`, at stage 1 or 2.
 
     All layers share their graphs, and there are four: a layer is frozen or trainable, and its input needs a gradient or
     not. After these have been seen nothing is compiled again, whatever blocks are selected. A second sequence length
@@ -22,11 +22,12 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 
     Args:
         model: a decoder model.
-        options: passed on to `torch.nn.Module.compile`.
+        options: passed on to `torch.compile`.
 
     Raises:
         ValueError: no decoder layers are found.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_LAYER_CODE)
     for layer in decoder_layers(model):
-        layer.compile(**options)
+        # Not `layer.compile`, which compiles the calls of hooks too.
+        layer.forward = torch.compile(layer.forward, **options)

@@ -116,10 +116,10 @@ def test_zero_3_without_gathering_cannot_export(recipe: Path, tmp_path: Path) ->
         parse("--config", recipe, "--deepspeed", tmp_path / "zero3.json")
 
 
-def test_compiled_layers_leave_liger_the_loss_only_and_need_stage_1_or_2(recipe: Path) -> None:
-    assert parse("--config", recipe, "--use_liger_kernel", "true").training.liger_kernel_config is None
-    both = parse("--config", recipe, "--use_liger_kernel", "true", "--compile_layers", "true").training
-    assert {name for name, used in both.liger_kernel_config.items() if used} == {"fused_linear_cross_entropy"}
+def test_layers_are_compiled_at_stage_1_or_2_and_without_liger(recipe: Path) -> None:
+    assert parse("--config", recipe, "--compile_layers", "true").selection.compile_layers
+    with pytest.raises(ValueError, match=r"--use_liger_kernel or --compile_layers"):
+        parse("--config", recipe, "--use_liger_kernel", "true", "--compile_layers", "true")
     zero3 = REPOSITORY / "ds_configs" / "zero3.json"
     with pytest.raises(ValueError, match=r"--compile_layers.*--deepspeed"):
         parse("--config", recipe, "--deepspeed", zero3, "--compile_layers", "true")

@@ -1,7 +1,21 @@
 #!/usr/bin/env bash
 # Run the GPU tests on a machine with at least two GPUs: bash tools/gpu_test.sh [pytest arguments]
-# Uses the current Python environment, which must hold torch with CUDA and agsel's dependencies.
-set -euo pipefail
+# Uses the current Python environment, which must hold torch with CUDA and agsel's dependencies. The files run side by
+# side: most of their time is the start of processes.
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-exec python3 -m pytest tests/gpu -p no:cacheprovider "$@"
+logs=$(mktemp -d)
+declare -A running
+for file in tests/gpu/test_*.py; do
+  python3 -m pytest "$file" -p no:cacheprovider "$@" > "$logs/$(basename "$file")" 2>&1 &
+  running[$file]=$!
+done
+failed=0
+for file in "${!running[@]}"; do
+  wait "${running[$file]}" || failed=1
+  echo "== $file"
+  cat "$logs/$(basename "$file")"
+done
+rm -r "$logs"
+exit $failed

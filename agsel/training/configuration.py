@@ -18,15 +18,6 @@ NOT_WRITTEN = ("hub_token", "local_rank")
 REFUSED_ZERO_SETTINGS = ("offload_optimizer", "offload_param", "zenflow", "elastic_checkpoint")
 """What `agsel.attach` would refuse; DeepSpeed stumbles over some of it earlier, in many lines."""
 
-LIGER_BESIDE_COMPILED_LAYERS = {
-    "rope": False,
-    "rms_norm": False,
-    "swiglu": False,
-    "cross_entropy": False,
-    "fused_linear_cross_entropy": True,
-}
-"""Liger's kernels inside the layers do not trace under torch.compile; its loss, outside them, is what saves memory."""
-
 
 @dataclass(frozen=True)
 class Configuration:
@@ -164,9 +155,11 @@ def _prepare_compilation(configuration: Configuration) -> None:
             "--compile_layers does not work at ZeRO-3, which gathers the weights inside the layers: use stage 1 or 2 "
             "(--deepspeed), or leave it out"
         )
-    training = configuration.training
-    if training.use_liger_kernel:
-        training.liger_kernel_config = LIGER_BESIDE_COMPILED_LAYERS | (training.liger_kernel_config or {})
+    if configuration.training.use_liger_kernel:
+        raise ValueError(
+            "torch.compile cannot trace Liger's kernels: leave out --use_liger_kernel or --compile_layers (TRL's own "
+            "chunked loss, which saves the memory of the logits, works with both)"
+        )
 
 
 def _checkpoint(training: SFTConfig) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from agsel.blocks import Block, find_blocks
+from agsel.blocks import Block, decoder_layers, find_blocks
 from agsel.policies import Policy
 from agsel.zero import guards
 from agsel.zero.checkpoint import SelectiveEngine
@@ -90,20 +90,27 @@ def attach(
     engine.__class__ = SelectiveEngine
     engine.selection = selection
     residency.adopt(selection.needed_before_forward())
-    _expect_states_during_backward(engine, selection, blocks)
+    _move_states_while_computing(engine, selection, blocks)
     selection.plan_step()
     return selection
 
 
-def _expect_states_during_backward(engine: Any, selection: Selection, blocks: Sequence[Block]) -> None:
-    """On exploring steps, call likely states back when a third of the backward has freed its activations."""
-    trigger = blocks[len(blocks) * 2 // 3].trainable[0]
+def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequence[Block]) -> None:
+    """Start the copies of a step at its first layer, and on exploring steps again after a third of the backward.
+
+    Not earlier: at the end of a step DeepSpeed's throughput timer makes the host wait for the whole device, and while
+    they make the attention mask, models read a value from the device, which would queue behind the copies. By the
+    third of the backward, freed activations leave room for the states of the blocks that will likely be chosen.
+    """
 
     def on_gradient(_: nn.Parameter) -> None:
         if engine.is_gradient_accumulation_boundary():
             selection.expect_states()
 
-    trigger.register_post_accumulate_grad_hook(on_gradient)
+    engine.hooks = [
+        decoder_layers(engine.module)[0].register_forward_pre_hook(lambda *_: selection.move_states()),
+        blocks[len(blocks) * 2 // 3].trainable[0].register_post_accumulate_grad_hook(on_gradient),
+    ]
 
 
 def _match_blocks(

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch.utils.hooks import RemovableHandle
 
 from agsel.zero.selection import Selection
 
@@ -15,13 +16,20 @@ CLIENT_STATE_KEY = "agsel"
 
 
 class SelectiveEngine(DeepSpeedEngine):
-    """`DeepSpeedEngine` with block selection; made from one by `agsel.attach`. `selection` is set right after."""
+    """`DeepSpeedEngine` with block selection; made from one by `agsel.attach`, which sets both attributes."""
 
     stock = DeepSpeedEngine
-    relies_on = ("save_checkpoint", "load_checkpoint", "_take_model_step", "_backward_epilogue")
+    relies_on = ("destroy", "save_checkpoint", "load_checkpoint", "_take_model_step", "_backward_epilogue")
     """Methods of the stock class that this class replaces or whose inner working agsel depends on."""
 
     selection: Selection
+    hooks: list[RemovableHandle]
+
+    def destroy(self) -> None:
+        """`DeepSpeedEngine.destroy`, without leaving hooks on the model that would keep the engine alive."""
+        for hook in self.hooks:
+            hook.remove()
+        super().destroy()
 
     def save_checkpoint(
         self,

@@ -21,6 +21,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 ALLOW_UNTESTED = "AGSEL_ALLOW_UNTESTED"
 
 TESTED = {
+    "DeepSpeedEngine.destroy": 0xB778EB76,
     "DeepSpeedEngine.save_checkpoint": 0x3F1D5691,
     "DeepSpeedEngine.load_checkpoint": 0xFF67C709,
     "DeepSpeedEngine._take_model_step": 0x006D0E3E,

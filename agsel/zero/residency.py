@@ -98,15 +98,19 @@ class SideStream:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @contextmanager
-    def after_compute_and(self, other: SideStream) -> Iterator[None]:
-        """Run what is inside on this stream, after all work given so far to the compute stream and the other one."""
+    def after_compute(self) -> Iterator[None]:
+        """Run what is inside on this stream, after all work given so far to the compute stream."""
         if self._stream is None:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        self._stream.wait_stream(other._stream)
         with torch.cuda.stream(self._stream):
             yield
+
+    def wait_for(self, event: Any) -> None:
+        """Do what comes next on this stream after an event; None has happened."""
+        if event is not None:
+            self._stream.wait_event(event)
 
     def keep(self, tensor: torch.Tensor) -> None:
         """Do not let the memory be used again before this stream has done what it was given."""
@@ -126,8 +130,9 @@ class SideStream:
 class Residency:
     """Moves partitions so that the wanted blocks are on the device and, when offloading, no others are.
 
-    A copy first waits for the compute stream; the compute stream waits for a fetch only where it steps that partition
-    (`wait_for`); fetches and evictions wait for each other's earlier copies, so no memory is read early.
+    A copy first waits for the compute stream and for the same partition's copy before it, so no memory is read early;
+    the compute stream waits for a fetch only where it steps that partition (`wait_for`). Evictions and fetches have a
+    stream each, because both directions of the bus can be busy at once.
 
     Attributes:
         partitions: all of this rank.
@@ -143,7 +148,7 @@ class Residency:
         self._offload = offload_states
         self._poison = os.environ.get(POISON) == "1"
         self._evictions, self._fetches = SideStream(device), SideStream(device)
-        self._arrivals: dict[Partition, Any] = {}
+        self._under_way: dict[Partition, Any] = {}
         if offload_states:
             pin = pin_memory and device.type == "cuda"
             self._arena = Arena([partition.shape for partition in partitions], partitions[0].master.dtype, pin)
@@ -157,7 +162,7 @@ class Residency:
         """
         wanted = set(wanted)
         self.synchronize()
-        self._arrivals.clear()
+        self._under_way.clear()
         for partition in self.partitions:
             at_home = self._offload and partition.block not in wanted
             rows = partition.home if at_home else partition.rows if partition.is_resident else self._new_rows(partition)
@@ -175,13 +180,13 @@ class Residency:
 
     def wait_for(self, partition: Partition) -> None:
         """Make the compute stream wait until a fetched partition has arrived."""
-        arrival = self._arrivals.pop(partition, None)
+        arrival = self._under_way.pop(partition, None)
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
     def in_order_of_arrival(self, partitions: Iterable[Partition]) -> list[Partition]:
         """Resident partitions first, then those under way: work on the former hides the copies of the latter."""
-        order = {partition: number for number, partition in enumerate(self._arrivals)}
+        order = {partition: number for number, partition in enumerate(self._under_way)}
         return sorted(partitions, key=lambda partition: order.get(partition, -1))
 
     def is_resident(self, block: int) -> bool:
@@ -196,27 +201,27 @@ class Residency:
     def _evict(self, partitions: Sequence[Partition]) -> None:
         if not partitions:
             return
-        with self._evictions.after_compute_and(self._fetches):
+        with self._evictions.after_compute():
             for partition in partitions:
                 assert partition.home is not None
-                self._arrivals.pop(partition, None)
-                self._evictions.keep(self._move(partition, partition.home))
+                self._evictions.keep(self._move(partition, partition.home, self._evictions))
 
     def _fetch(self, partitions: Sequence[Partition]) -> None:
         if not partitions:
             return
         destinations = [self._new_rows(partition) for partition in partitions]
-        with self._fetches.after_compute_and(self._evictions):
+        with self._fetches.after_compute():
             for partition, rows in zip(partitions, destinations, strict=True):
                 self._fetches.keep(rows)
-                self._move(partition, rows)
-                self._arrivals[partition] = self._fetches.record()
+                self._move(partition, rows, self._fetches)
 
-    def _move(self, partition: Partition, rows: torch.Tensor) -> torch.Tensor:
+    def _move(self, partition: Partition, rows: torch.Tensor, stream: SideStream) -> torch.Tensor:
+        stream.wait_for(self._under_way.pop(partition, None))
         left = partition.move_to(rows)
         self.moved_bytes += rows.nbytes
         if self._poison:
             left.copy_(torch.full_like(left, math.nan, device=self.device), non_blocking=True)
+        self._under_way[partition] = stream.record()
         return left
 
     def _new_rows(self, partition: Partition) -> torch.Tensor:

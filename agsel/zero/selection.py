@@ -63,6 +63,7 @@ class Selection:
         self._group = group
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
+        self._has_moved = False
         self._last_explored: tuple[int, ...] = ()
         policy.start(len(blocks))
 
@@ -100,15 +101,21 @@ class Selection:
         return () if plan.explore else plan.blocks
 
     def plan_step(self) -> None:
-        """Before the forward: freeze what the plan leaves out, and start moving optimizer partitions.
-
-        On an exploring plan the choice is not known yet, and the memory is needed for the activations of all blocks.
-        """
+        """Before the forward: freeze what the plan leaves out."""
+        self._has_moved = False
         planned = set(self.policy.plan().blocks)
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
                 parameter.requires_grad_(index in planned)
-        self.residency.keep_only(self.needed_before_forward())
+
+    def move_states(self) -> None:
+        """In the forward: start moving optimizer partitions to where the plan wants them, once per step.
+
+        On an exploring plan the choice is not known yet, and the memory is needed for the activations of all blocks.
+        """
+        if not self._has_moved:
+            self.residency.keep_only(self.needed_before_forward())
+            self._has_moved = True
 
     def expect_states(self) -> None:
         """In the backward of an exploring step: start fetching what the last such step chose; most will be right."""

@@ -22,10 +22,7 @@ MIXED = partial(agsel.AdaGradSelect, fraction=0.4, explore_steps=8, epsilon_end=
 
 
 def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
-    """Per step: the selected blocks, the blocks in which a bit of the weights changed (T1), and the resident ones.
-
-    On the device are the blocks that the next step is known to update; before an exploring step, none.
-    """
+    """Per step: the selected blocks, the blocks in which a bit of the weights changed (T1), and the resident ones."""
     engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED))
     block_of = {
         name: block.name
@@ -40,8 +37,7 @@ def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
         after = whole_weights(engine)
         changed = {block_of[name] for name in after if not torch.equal(before[name], after[name])}
         selected = set(selection.last.selected)
-        needed = {selection.blocks[index] for index in selection.needed_before_forward()}
-        steps.append({"mode": selection.last.mode, "selected": selected, "changed": changed, "needed": needed})
+        steps.append({"mode": selection.last.mode, "selected": selected, "changed": changed})
         steps[-1]["resident"] = set(selection.resident)
         before = after
     return steps
@@ -174,11 +170,8 @@ def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any
     points: list[dict[str, Any]] = []
     last_explored: tuple[str, ...] = ()
 
-    def count(at: str) -> None:
-        plan = selection.policy.plan()
-        planned = tuple(selection.blocks[index] for index in plan.blocks)
-        likely = last_explored if at == "backward" else ()
-        point = {"at": at, "resident": selection.resident, "expected": likely if plan.explore else planned}
+    def count(at: str, expected: tuple[str, ...]) -> None:
+        point = {"at": at, "resident": selection.resident, "expected": expected}
         host = {partition.home.untyped_storage().data_ptr() for partition in selection.residency.partitions}
         fp32 = fp32_storages(engine.device.type)
         point["device"] = sum(size for key, size in fp32.items() if key not in host)
@@ -187,12 +180,17 @@ def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any
 
     for step in range(6):
         ids = tiny_batch(step, 0, torch.distributed.get_rank()).to(engine.device)
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
-        count("backward")
+        plan = selection.policy.plan()
+        planned = tuple(selection.blocks[index] for index in plan.blocks)
+        loss = engine(input_ids=ids, labels=ids).loss
+        assert selection.resident == (() if plan.explore else planned)
+        engine.backward(loss)
+        del loss
+        count("backward", last_explored if plan.explore else planned)
         engine.step()
-        if selection.last.mode == "explore":
+        if plan.explore:
             last_explored = selection.last.selected
-        count("step")
+        count("step", selection.last.selected)
     return points
 
 

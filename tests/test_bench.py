@@ -1,0 +1,187 @@
+"""tools/bench.py: one real launch on the CPU that measures several methods, and the arithmetic behind its table."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.distributed import REPOSITORY, environment, kill_session
+
+sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
+import bench
+import bench_methods
+import bench_probe
+import model_shapes
+
+PLAN = """
+- {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, lora-16], shapes: 2x16}
+- {models: tiny, stages: 3, methods: [bound, exploit], shapes: 2x16}
+- {models: tiny, stages: 2, methods: badam, shapes: 2x16, checkpointing: on}
+"""
+STEPS = 4
+TIMES = ("ms_per_step", "ms_p10", "ms_p90", "forward_ms", "backward_ms", "step_ms", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of the command leaves behind."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "plan.yaml").write_text(PLAN)
+    run("--plan", folder / "plan.yaml", "--output", folder, "--steps", STEPS, "--warmup", 2, "--profile")
+    return folder
+
+
+def run(*arguments: object) -> str:
+    process = subprocess.Popen(
+        [sys.executable, "tools/bench.py", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        kill_session(process.pid)
+    assert process.returncode == 0, output[-6000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(row["method"], row["stage"]): row for row in bench.read_rows(folder / "rows.jsonl")}
+
+
+def test_every_configuration_is_measured(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
+    assert len(rows) == 9
+    for row in rows.values():
+        if row["method"] != "badam":
+            assert row["error"] is None
+            assert all(math.isfinite(row[name]) and row[name] > 0 for name in TIMES), row
+            assert row["ms_p10"] <= row["ms_per_step"] <= row["ms_p90"]
+
+
+def test_a_configuration_that_cannot_run_says_why(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
+    assert rows["badam", 2]["error"] == "ValueError: the badam package supports ZeRO-3, or one GPU without DeepSpeed"
+
+
+def test_states_move_only_when_the_set_changes(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """At most one layer comes and one goes per step, fewer where one is drawn again."""
+    most = 2 * 3 * 4 * weights_of_a_layer() / 2  # two directions; three states of 4 bytes; split over 2 ranks
+    for stage in (2, 3):
+        assert 0 < rows["exploit", stage]["moved_bytes_per_step"] <= most
+        assert rows["bound", stage]["moved_bytes_per_step"] == 0
+        assert rows["bound", stage]["exposed_ms"] is None
+    assert rows["lisa", 2]["moved_bytes_per_step"] == 0  # its set is 20 steps old before it changes
+    assert rows["full", 2]["moved_bytes_per_step"] == 0
+
+
+def weights_of_a_layer() -> int:
+    """Weights of one layer of the tiny shape."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_shapes.MODEL_SHAPES["tiny"]())
+    return sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+
+
+def test_profiles_are_of_the_training_step(folder: Path) -> None:
+    profile = (folder / "profile-tiny-ZeRO-2-2x16-exploit.txt").read_text()
+    assert "selective_step.py" in profile
+    assert "Ordered by: cumulative time" in profile
+    assert "Ordered by: internal time" in profile
+
+
+def test_table_has_every_row_and_its_ratios(folder: Path, rows: dict[tuple[str, int], dict[str, Any]]) -> None:
+    lines = (folder / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| explo")]
+    exploit, bound, full = (rows[method, 2]["ms_per_step"] for method in ("exploit", "bound", "full"))
+    assert [row[0] for row in cells] == ["exploit", "explore", "exploit"]
+    assert all(len(row) == len(bench.COLUMNS) for row in cells)
+    named = dict(zip(bench.COLUMNS, cells[0], strict=True))
+    assert named["time / bound"] == f"{exploit / bound:.3f}"
+    assert named["full / time"] == f"{full / exploit:.2f}"
+    assert cells[2][bench.COLUMNS.index("full / time")] == "-"  # stage 3 has no row of full fine-tuning
+    assert "- badam: ValueError" in "\n".join(lines)
+    assert f"--plan {folder}" in lines[-1]
+
+
+def test_picture_is_a_png_and_is_made_again(folder: Path) -> None:
+    picture, table = folder / "bench.png", folder / "table.md"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    before = table.read_text()
+    picture.unlink()
+    table.unlink()
+    run("--output", folder, "--table_only")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert table.read_text() == before
+
+
+@pytest.mark.parametrize(("layers", "fraction"), [(24, 0.3), (16, 0.5), (32, 0.1), (6, 0.3)])
+def test_expected_set_is_the_mean_of_random_sets(layers: int, fraction: float) -> None:
+    chosen = bench_methods.expected_set(layers, fraction)
+    draw = np.random.default_rng(0)
+    means = np.mean([sorted(draw.permutation(layers)[: len(chosen)]) for _ in range(20_000)], axis=0)
+    assert len(chosen) == max(1, int(fraction * layers))
+    assert np.abs(np.array(chosen) - means).max() < 0.5 + 0.1  # rounded; the means are of 20,000 draws
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """Against torch's own counter, with attention as plain products: it counts the square, the formula half of it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    rows, sequence = 2, 16
+    ids = torch.randint(97, (rows, sequence))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    other_half = 6 * 3 * 48 * sequence
+    expected = rows * sequence * (bench_probe.flops_per_token(model, sequence) + other_half)
+    rotary_table = sequence * 48 // 4  # a product of positions and head size / 2 frequencies, once per forward
+    assert counter.get_total_flops() == expected + rotary_table
+
+
+def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
+    options = {"models": "tiny", "stages": [2, 3], "methods": ["full", "exploit"], "fractions": [0.1, 0.2]}
+    configurations = bench.expand([options, options | {"liger": "on", "stages": 2, "methods": "bound"}])
+    found = [(c.stage, c.method, c.fraction, c.liger) for c in configurations]
+    for stage in (2, 3):
+        assert [row for row in found if row[:2] == (stage, "full")] == [(stage, "full", 0.3, False)]
+        assert (stage, "exploit", 0.1, False) in found
+        assert (stage, "exploit", 0.2, False) in found
+    assert found[-2:] == [(2, "bound", 0.1, True), (2, "bound", 0.2, True)]
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": "tiny", "stages": 2, "methods": "fool"}, "unknown method 'fool'"),
+        ({"models": "tiny", "stages": 4, "methods": "full"}, "stage must be 1, 2 or 3, got 4"),
+        ({"models": "tiny", "stage": 2, "methods": "full"}, "unknown option 'stage' in the plan"),
+    ],
+)
+def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.expand([options])
+
+
+def test_every_method_has_a_way_to_start() -> None:
+    assert {*bench_methods.METHODS, "trainer"} == set(bench.METHODS)

@@ -1,0 +1,43 @@
+"""One global batch on however many ranks there are: what test_global_batch.py compares."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+import agsel
+from tests.ranks import run_cases
+from tests.tiny import tiny_batch
+from tests.zero.scenario import Record, Scenario, start_engine
+
+STEPS = 50
+ROWS = 4
+SCENARIO = Scenario(
+    stage=2,
+    dtype="bf16",
+    clip=1.0,
+    blocks="layers",
+    policy=partial(agsel.AdaGradSelect, fraction=0.5, explore_steps=STEPS, epsilon_end=0.5, seed=6),
+)
+
+
+def selections() -> Record:
+    """Train on `ROWS` rows per step, divided among the ranks."""
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": ROWS // ranks}
+    engine, selection = start_engine(Scenario(**(vars(SCENARIO) | {"config": config})))
+    record = Record()
+    for step in range(STEPS):
+        ids = tiny_batch(step, 0, 0, rows=ROWS)[rank::ranks].to(engine.device)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+        record.selected.append(selection.last.selected)
+        record.modes.append(selection.last.mode)
+        record.norms.append(selection.last.norms)
+    return record
+
+
+if __name__ == "__main__":
+    run_cases({"selections": selections})

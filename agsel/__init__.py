@@ -8,7 +8,7 @@ selection = agsel.attach(engine, agsel.AdaGradSelect(fraction=0.3, explore_steps
 from agsel.blocks import Block, block_param_groups, find_blocks
 from agsel.compilation import compile_layers
 from agsel.policies import AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
-from agsel.zero import RanksDisagreeError, Selection, StepReport, attach
+from agsel.zero import RanksDisagreeError, Selection, StepReport, attach, lean_initialization
 
 __version__ = "0.1.0"
 
@@ -27,4 +27,5 @@ __all__ = [
     "block_param_groups",
     "compile_layers",
     "find_blocks",
+    "lean_initialization",
 ]

@@ -6,6 +6,7 @@ Settings: defaults, then the YAML file, then the command line (`python launch/tr
 `--output_dir` receives `config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from agsel.training.configuration import Configuration, parse_configuration, wri
 from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model
 from agsel.training.ranks import join_ranks, mistakes_in_one_line
+from agsel.training.run_memory import plan_of_run
 from agsel.training.summary import count_steps, describe_run
 from agsel.zero.consensus import require_equal_settings
 
@@ -83,6 +85,8 @@ def build_trainer(configuration: Configuration) -> SFTTrainer:
     require_labels(trainer.train_dataset, len(rows), training.max_length)
     if held_out is not None:
         require_labels(trainer.eval_dataset, len(held_out), training.max_length)
+    # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
+    trainer.model.num_parameters = functools.cache(trainer.model.num_parameters)
     if configuration.selection.compile_layers:
         agsel.compile_layers(trainer.model)
     direct_output(trainer)
@@ -142,6 +146,19 @@ def add_policy(trainer: SFTTrainer, configuration: Configuration) -> None:
     if dist.get_rank() == 0:
         write_configuration(configuration)
     on_first_rank(describe_run(configuration, trainer, policy, steps))
+    check_memory(trainer, configuration, policy)
+
+
+def check_memory(trainer: SFTTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
+    """Say what memory the run needs, and refuse what cannot fit. The first rank decides; it ends the others."""
+    if dist.get_rank() != 0:
+        return
+    text, lacking = plan_of_run(configuration, trainer, policy)
+    on_first_rank(text)
+    if lacking and not configuration.selection.force:
+        raise ValueError(f"{lacking}; --force true starts all the same")
+    if lacking:
+        on_first_rank(f"warning   {lacking}")
 
 
 def on_first_rank(text: str) -> None:

@@ -160,19 +160,21 @@ def test_flops_are_those_that_torch_counts() -> None:
 
 def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
     options = {"models": "tiny", "stages": [2, 3], "methods": ["full", "exploit"], "fractions": [0.1, 0.2]}
-    configurations = bench.expand([options, options | {"liger": "on", "stages": 2, "methods": "bound"}])
+    configurations = bench.expand([options, options | {"liger": "loss", "stages": 2, "methods": "bound"}])
     found = [(c.stage, c.method, c.fraction, c.liger) for c in configurations]
     for stage in (2, 3):
-        assert [row for row in found if row[:2] == (stage, "full")] == [(stage, "full", 0.3, False)]
-        assert (stage, "exploit", 0.1, False) in found
-        assert (stage, "exploit", 0.2, False) in found
-    assert found[-2:] == [(2, "bound", 0.1, True), (2, "bound", 0.2, True)]
+        assert [row for row in found if row[:2] == (stage, "full")] == [(stage, "full", 0.3, "none")]
+        assert (stage, "exploit", 0.1, "none") in found
+        assert (stage, "exploit", 0.2, "none") in found
+    assert found[-2:] == [(2, "bound", 0.1, "loss"), (2, "bound", 0.2, "loss")]
     assert len(found) == 8
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"models": "tiny", "stages": 2, "methods": "full", "liger": "some"}, "unknown value 'some'.*--liger"),
+        ({"models": "tiny", "stages": 2, "methods": "full", "liger": "all", "compile": "on"}, "use --liger loss"),
         ({"models": "tiny", "stages": 2, "methods": "fool"}, "unknown method 'fool'"),
         ({"models": "tiny", "stages": 4, "methods": "full"}, "stage must be 1, 2 or 3, got 4"),
         ({"models": "tiny", "stage": 2, "methods": "full"}, "unknown option 'stage' in the plan"),

@@ -29,6 +29,7 @@ def test_the_command_line_is_frozen() -> None:
         "offload_states": True,
         "pin_memory": True,
         "compile_layers": False,
+        "force": False,
         "selection_seed": None,
     }
     assert defaults(DataArguments) == {

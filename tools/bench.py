@@ -1,7 +1,7 @@
 """Speed and memory of training methods side by side on the same model, kernels and DeepSpeed.
 
 python tools/bench.py --models qwen2.5-0.5b --stages 2 --methods full bound exploit explore --ranks 2 \
-    --shapes 8x512 --liger on --output runs/bench
+    --shapes 8x512 --liger all --output runs/bench
 
 Every option that takes several values multiplies the configurations; `--plan FILE` takes a YAML list of such option
 sets instead. One launch measures them all, one after another. `<output>/rows.jsonl` receives a line as soon as a
@@ -43,6 +43,7 @@ METHODS = {
     "zero-offload": "full fine-tuning, ZeRO-Offload (CPU Adam)",
     "badam": "the BAdam package, as many layers at a time, no switch while measured",
 }
+LIGER = {"none": "", "loss": "Liger's loss", "all": "Liger"}
 WITHOUT_FRACTION = ("full", "lora-256", "lora-16", "zero-offload")
 MOVING_STATES = ("fixed", "exploit", "explore", "topk", "lisa", "trainer")
 
@@ -63,7 +64,7 @@ class Configuration:
     fraction: float = 0.3
     micro_batch: int = 8
     sequence: int = 512
-    liger: bool = False
+    liger: str = "none"
     checkpointing: bool = False
     compile: bool = False
     offload_states: bool = True
@@ -74,6 +75,10 @@ class Configuration:
             raise ValueError(f"unknown method {self.method!r} (--methods): use some of {', '.join(METHODS)}")
         if self.stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, got {self.stage} (--stages)")
+        if self.liger not in LIGER:
+            raise ValueError(f"unknown value {self.liger!r} (--liger): use {', '.join(LIGER)}")
+        if self.liger == "all" and self.compile:
+            raise ValueError("Liger's kernels inside the layers cannot be compiled: use --liger loss, or --compile off")
 
     @property
     def label(self) -> str:
@@ -84,7 +89,8 @@ class Configuration:
     @property
     def setting(self) -> str:
         """All but the method: what rows must share to be compared."""
-        switches = [name for name in ("liger", "checkpointing", "compile") if getattr(self, name)]
+        switches = [LIGER[self.liger]] if LIGER[self.liger] else []
+        switches += [name for name in ("checkpointing", "compile") if getattr(self, name)]
         accumulation = [f"accumulation {self.accumulation}"] if self.accumulation > 1 else []
         parts = [self.model, f"ZeRO-{self.stage}", f"{self.micro_batch} x {self.sequence}", *accumulation, *switches]
         return ", ".join(parts)
@@ -310,7 +316,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--fractions", default=[0.3], type=float, help="shares of the layers", **several)
     parser.add_argument("--shapes", default=["8x512"], help="rows x tokens of a micro-batch per GPU", **several)
-    parser.add_argument("--liger", default=["off"], help="Liger's kernels; with --compile its loss only", **switch)
+    parser.add_argument(
+        "--liger", default=["none"], choices=list(LIGER), help="its fused loss alone, or all of its kernels", **several
+    )
     parser.add_argument("--checkpointing", default=["off"], help="gradient checkpointing", **switch)
     parser.add_argument("--compile", default=["off"], help="compile every decoder layer", **switch)
     parser.add_argument("--offload_states", default=["on"], help="agsel's own offloading", **switch)

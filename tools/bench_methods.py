@@ -34,8 +34,8 @@ def build_model(configuration: Configuration) -> PreTrainedModel:
     with torch.device(device()):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.train()
-    if configuration.liger:
-        use_liger(model, loss_only=configuration.compile)
+    if configuration.liger != "none":
+        use_liger(model, loss_only=configuration.liger == "loss")
     if configuration.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # else every backward reaches the embedding, through frozen layers too
@@ -45,7 +45,7 @@ def build_model(configuration: Configuration) -> PreTrainedModel:
 
 
 def use_liger(model: PreTrainedModel, loss_only: bool) -> None:
-    """Liger's kernels, or its fused linear cross-entropy alone: those inside the layers cannot be compiled."""
+    """Liger's kernels, or its fused linear cross-entropy alone."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     in_layers = dict.fromkeys(("rope", "rms_norm", "swiglu"), not loss_only)
@@ -125,7 +125,8 @@ def selecting(policy_of: Callable[[float], agsel.Policy]) -> Starter:
     """agsel with the policy made from the fraction."""
 
     def start_selection(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, agsel.Selection]:
-        engine = start(model, adam(agsel.block_param_groups(model)), zero_config(configuration))
+        with agsel.lean_initialization():
+            engine = start(model, adam(agsel.block_param_groups(model)), zero_config(configuration))
         policy = policy_of(configuration.fraction)
         return engine, agsel.attach(engine, policy, offload_states=configuration.offload_states)
 

@@ -217,7 +217,7 @@ def trainer_command(configuration: Configuration, folder: Path, steps: int) -> l
         "select_fraction": configuration.fraction,
         "offload_states": configuration.offload_states,
         "compile_layers": configuration.compile,
-        "use_liger_kernel": configuration.liger and not configuration.compile,
+        "use_liger_kernel": configuration.liger == "all",
     }
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
@@ -251,7 +251,7 @@ def watched(trainer: Any, probe: Probe, trainers: list[Any]) -> Any:
 
 def save_inputs(configuration: Configuration, folder: Path, rows: int) -> None:
     """A model folder with random weights and a tokenizer of bytes, and rows of `sequence` tokens."""
-    plain = replace(configuration, liger=False, checkpointing=False, compile=False)
+    plain = replace(configuration, liger="none", checkpointing=False, compile=False)
     build_model(plain).save_pretrained(folder / "model")
     vocabulary = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, []))

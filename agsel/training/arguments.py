@@ -95,6 +95,10 @@ class SelectionArguments:
             "(`--packing`, `--pad_to_multiple_of`)."
         },
     )
+    force: bool = field(
+        default=False,
+        metadata={"help": "Start even if the memory plan, which is printed first, says that the run does not fit."},
+    )
     selection_seed: int | None = field(
         default=None, metadata={"help": "Seed of the selection's own random generator. Default: `--seed`."}
     )

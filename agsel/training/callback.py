@@ -115,7 +115,8 @@ class SelectionCallback(TrainerCallback):
         """
 
         def prepare_and_attach(*objects: Any, **options: Any) -> Any:
-            prepared = prepare(*objects, **options)
+            with agsel.lean_initialization():
+                prepared = prepare(*objects, **options)
             if self._trainer.is_in_train and any(isinstance(item, torch.optim.Optimizer) for item in objects):
                 self._attach(self._trainer.accelerator.deepspeed_engine_wrapped.engine)
             return prepared

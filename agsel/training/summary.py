@@ -13,8 +13,10 @@ from agsel.blocks import Block, find_blocks, global_numel
 from agsel.monitor import block_ranges
 from agsel.policies import Policy
 from agsel.training.configuration import Configuration
+from agsel.training.memory import MemoryPlan
 
 ROWS_MEASURED = 1000
+PARTS = ("weights", "states", "gradients", "buffers", "activations", "loss")
 
 
 class Steps(NamedTuple):
@@ -34,6 +36,13 @@ def count_steps(trainer: Trainer) -> Steps:
     values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     _, per_epoch, *_, total = values
     return Steps(per_epoch, total)
+
+
+def blocks_per_step(policy: Policy, blocks: int) -> int:
+    """How many of so many blocks the policy updates in a step."""
+    rehearsal = dataclasses.replace(policy)  # type: ignore[type-var]
+    rehearsal.start(blocks)
+    return getattr(rehearsal, "blocks_per_step", blocks)
 
 
 def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy, steps: Steps) -> str:
@@ -61,9 +70,7 @@ def _describe_blocks(model: nn.Module, taking_part: str, policy: Policy) -> list
     blocks = find_blocks(model)
     selectable = [block for block in blocks if block.is_layer or taking_part == "all"]
     frozen = [block for block in blocks if block not in selectable]
-    rehearsal = dataclasses.replace(policy)  # type: ignore[type-var]
-    rehearsal.start(len(selectable))
-    per_step = getattr(rehearsal, "blocks_per_step", len(selectable))
+    per_step = blocks_per_step(policy, len(selectable))
     settings = ", ".join(f"{name} {value}" for name, value in policy.settings().items())
     lines = [f"blocks    {_describe_members(selectable)}; {per_step} trained per step"]
     if frozen:
@@ -80,3 +87,28 @@ def _describe_members(blocks: Sequence[Block]) -> str:
 def _mean_length(trainer: Trainer) -> float:
     lengths = [len(row["input_ids"]) for row in itertools.islice(trainer.train_dataset, ROWS_MEASURED)]
     return math.fsum(lengths) / len(lengths)
+
+
+def describe_memory(plan: MemoryPlan) -> str:
+    """A few lines on what a run needs, at most, with GB for 10^9 bytes."""
+    names = {"full": "full fine-tuning", "explore": "explore", "exploit": "exploit"}
+    rows = [(names[kind], peak.total, [peak.parts.get(part, 0) for part in PARTS]) for kind, peak in plan.steps.items()]
+    lines = []
+    if rows:
+        lines = [f"memory    {'GB on each GPU, at most':24} {'all':>6}" + "".join(f"{part:>12}" for part in PARTS)]
+        for name, total, parts in [*rows, ("while starting", plan.starting, [])]:
+            lines.append(f"          {name:24} {total / 1e9:6.2f}" + "".join(f"{part / 1e9:12.2f}" for part in parts))
+    return "\n".join([*lines, f"host      {_describe_host(plan)}"])
+
+
+def _describe_host(plan: MemoryPlan) -> str:
+    if not plan.host:
+        return "no optimizer states"
+    needed = f"{plan.host / 1e9:.2f} GB per rank, {plan.host_needed / 1e9:.2f} GB per host for optimizer states"
+    if not plan.steps:
+        return needed
+    hidden = "hidden behind" if plan.copy_seconds <= plan.compute_seconds else "NOT hidden behind"
+    return (
+        f"{needed}; {plan.moved / 1e9:.2f} GB in and out per step take {1000 * plan.copy_seconds:.1f} ms, {hidden} "
+        f"at least {1000 * plan.compute_seconds:.1f} ms of arithmetic"
+    )

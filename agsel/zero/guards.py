@@ -26,6 +26,7 @@ TESTED = {
     "DeepSpeedEngine.load_checkpoint": 0xFF67C709,
     "DeepSpeedEngine._take_model_step": 0x006D0E3E,
     "DeepSpeedEngine._backward_epilogue": 0x1F893CA0,
+    "DeepSpeedZeroOptimizer.initialize_optimizer_states": 0xB691B59D,
     "DeepSpeedZeroOptimizer.step": 0x086E88EE,
     "DeepSpeedZeroOptimizer._optimizer_step": 0x9B7D498D,
     "DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state": 0x6E47613D,

@@ -21,6 +21,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
 
     stock = DeepSpeedZeroOptimizer
     relies_on = (
+        "initialize_optimizer_states",
         "step",
         "_optimizer_step",
         "_lazy_init_hp_params_optimizer_state",

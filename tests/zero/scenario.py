@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,8 @@ def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> 
         agsel.compile_layers(model, backend="inductor" if torch.cuda.is_available() else "aot_eager")
     groups = agsel.block_param_groups(model, scenario.blocks)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups, fused=scenario.fused, **ADAM)  # type: ignore[arg-type]
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
+    with agsel.lean_initialization() if attach else nullcontext():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
     return engine, agsel.attach(engine, scenario.policy(), **options) if attach else None
 
 

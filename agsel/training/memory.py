@@ -1,0 +1,235 @@
+"""Memory of a run before it starts: what each kind of step needs on a GPU and on the host, and what does not fit.
+
+The numbers come from rehearsing the steps (`agsel.training.rehearsal`), not from formulas for one architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from agsel.blocks import Block, find_blocks
+from agsel.training.rehearsal import Peak, Rehearsal, Step, Workload
+
+StepKind = Literal["explore", "exploit", "full"]
+
+KINDS_OF_STEPS: dict[str, tuple[StepKind, ...]] = {
+    "adagradselect": ("explore", "exploit"),
+    "topk": ("explore",),
+    "random": ("exploit",),
+    "full": ("exploit",),
+}
+"""By method; `--method full` is an exploit step with all blocks."""
+STATE_BYTES = 12
+"""Per parameter: fp32 master weight and two Adam moments."""
+CONTEXT_BYTES = 2e9
+FRAGMENTATION = 1.05
+"""Beyond what PyTorch allocates: CUDA context and NCCL, and the allocator's gaps."""
+COPY_SPEED = 50e9
+"""Bytes per second each way between a GPU and page-locked host memory (PCIe 5)."""
+ARITHMETIC_SPEED = 0.5 * 989e12
+"""Floating point operations per second: half the dense bf16 peak of H100 and H200. On other GPUs copies hide better."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a run needs. Bytes, per rank unless said otherwise.
+
+    Attributes:
+        steps: fullest moment of each kind of step that the run does, and of full fine-tuning by stock DeepSpeed.
+        starting: peak while engine and optimizer are built.
+        host: optimizer states in host memory.
+        ranks_per_host: that share the host.
+        moved: optimizer states that a step fetches, at most; it evicts as many.
+    """
+
+    steps: dict[StepKind, Peak]
+    starting: int
+    host: int
+    ranks_per_host: int
+    moved: int
+
+    @property
+    def gpu_needed(self) -> float:
+        """Memory a GPU must have: the peak of the run, and what lies outside PyTorch's count."""
+        return on_gpu(max([self.starting, *(peak.total for kind, peak in self.steps.items() if kind != "full")]))
+
+    @property
+    def host_needed(self) -> int:
+        """Memory a host must have for the optimizer states of all its ranks."""
+        return self.host * self.ranks_per_host
+
+    @property
+    def copy_seconds(self) -> float:
+        """Time a step's copies take, both ways at once."""
+        return self.moved / COPY_SPEED
+
+    @property
+    def compute_seconds(self) -> float:
+        """Time forward and backward take at least: their matrix products at half the peak of an H100 or H200."""
+        return min(peak.flops for kind, peak in self.steps.items() if kind != "full") / ARITHMETIC_SPEED
+
+
+class Planner:
+    """Plans for one model and workload; how many blocks are updated per step may vary.
+
+    Args:
+        model: from `meta_model` or `meta_copy`, and nobody else's.
+        workload: batch, kernels, ZeRO settings.
+        blocks: which blocks take part.
+        offload_states: keep the optimizer states of blocks that are not selected in host memory.
+        ranks_per_host: that share the host's memory; all by default.
+
+    Raises:
+        ValueError: the model's blocks cannot be found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        workload: Workload,
+        *,
+        blocks: Literal["layers", "all"] = "layers",
+        offload_states: bool = True,
+        ranks_per_host: int | None = None,
+    ) -> None:
+        self._blocks = [b for b in find_blocks(model) if b.trainable and (b.is_layer or blocks == "all")]
+        self._groups = [block.trainable for block in self._blocks]
+        self._trained_in_full = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._weights = sum(parameter.nbytes for parameter in model.parameters())
+        self._itemsize = self._groups[0][0].itemsize
+        self._workload = workload
+        self._offload = offload_states
+        self._ranks_per_host = ranks_per_host or workload.ranks
+        self._rehearsal = Rehearsal(model, workload)
+        self._peak = cache(self._rehearse)
+
+    @property
+    def number_of_blocks(self) -> int:
+        """Blocks that take part."""
+        return len(self._blocks)
+
+    def plan(self, blocks_per_step: int, kinds: Sequence[StepKind]) -> MemoryPlan:
+        """The plan of a run with these kinds of steps."""
+        return MemoryPlan(
+            steps={kind: self._peak(kind, blocks_per_step) for kind in kinds},
+            starting=self._starting(),
+            host=self._states(range(self.number_of_blocks)) if self._offload else 0,
+            ranks_per_host=self._ranks_per_host,
+            moved=self._states(heaviest(self._blocks, blocks_per_step)) if self._offload else 0,
+        )
+
+    def most_blocks(self, gpu_bytes: float, kinds: Sequence[StepKind]) -> int:
+        """The largest number of blocks per step that fits a GPU; 0 if not even one does."""
+
+        def fits(count: int) -> bool:
+            peaks = itertools.chain([self._starting()], (self._peak(kind, count).total for kind in reversed(kinds)))
+            return all(on_gpu(peak) <= gpu_bytes for peak in peaks)
+
+        low, high = 0, self.number_of_blocks + 1
+        guess = self.number_of_blocks  # most often all fit
+        while high - low > 1:
+            low, high = (guess, high) if fits(guess) else (low, guess)
+            guess = (low + high) // 2
+        return low
+
+    def _rehearse(self, kind: StepKind, count: int) -> Peak:
+        everything, nothing = frozenset(range(self.number_of_blocks)), frozenset[int]()
+        if kind == "full":
+            all_in_one = frozenset({0})
+            whole = [self._trained_in_full]
+            return self._rehearsal.run(
+                Step(groups=whole, trainable=all_in_one, updated=all_in_one, resident=all_in_one, stock=True)
+            )
+        chosen = heaviest(self._blocks, count)
+        known = chosen if kind == "exploit" else nothing
+        return self._rehearsal.run(
+            Step(
+                groups=self._groups,
+                trainable=everything if kind == "explore" else chosen,
+                updated=chosen,
+                resident=known if self._offload else everything,
+            )
+        )
+
+    def _states(self, groups: Iterable[int]) -> int:
+        return sum(STATE_BYTES * self._on_rank(group) for group in groups)
+
+    def _on_rank(self, group: int) -> int:
+        return -(-_numel(self._groups[group]) // self._workload.ranks)
+
+    def _starting(self) -> int:
+        """Peak of engine and optimizer: one group's weights are flattened at a time, then fp32 masters are made.
+
+        At stage 3 the model is taken to be made in slices, as Hugging Face does; there is a flat 16-bit gradient.
+        """
+        taking_part = sum(map(self._on_rank, range(self.number_of_blocks)))
+        states = 0 if self._offload else self._states(range(self.number_of_blocks))
+        if self._workload.zero.stage == 3:
+            slices = self._weights // self._workload.ranks
+            return slices + max((4 + self._itemsize) * taking_part, slices, states)
+        return self._weights + max(4 * taking_part + self._itemsize * max(map(_numel, self._groups)), states)
+
+
+def on_gpu(peak: int) -> float:
+    """Memory a GPU must have for a peak that PyTorch counts."""
+    return peak * FRAGMENTATION + CONTEXT_BYTES
+
+
+def heaviest(blocks: Sequence[Block], count: int) -> frozenset[int]:
+    """The choice of blocks that needs most memory: embedding and head, first and last layer, layers in between.
+
+    With the first layer trained, the activations of all others are kept. With the last one trained, gradients come, and
+    buckets for them, while all activations are still there.
+    """
+    layers = [index for index, block in enumerate(blocks) if block.is_layer]
+    others = sorted(set(range(len(blocks))) - set(layers), key=lambda index: -_numel(blocks[index].parameters))
+    spread = spread_evenly(len(layers), max(0, count - len(others)))
+    if spread:
+        spread[-1], spread[0] = len(layers) - 1, 0
+    return frozenset(others[:count]) | {layers[index] for index in spread}
+
+
+def spread_evenly(total: int, count: int) -> list[int]:
+    """The expected order statistics of `count` indices drawn at random from `total`."""
+    return [round((i + 1) * (total + 1) / (count + 1)) - 1 for i in range(count)]
+
+
+def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """A model without weights from its configuration."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:
+    """The same model without weights, PEFT adapters included. Works for a model that ZeRO-3 has partitioned.
+
+    Raises:
+        ValueError: the model is quantised.
+    """
+    adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
+    base = model.get_base_model() if adapter is not None else model
+    if getattr(base, "is_quantized", False):
+        raise ValueError("its weights are quantised")
+    config = copy.deepcopy(base.config)
+    if config._attn_implementation != "eager":
+        config._attn_implementation = None  # PyTorch's own kernels need as much memory as others, but no GPU
+    with torch.device("meta"):
+        twin = type(base)(config).to(dtype)
+        if adapter is not None:
+            from peft import get_peft_model
+
+            twin = get_peft_model(twin, copy.deepcopy(adapter)).to(dtype)
+    return twin
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

@@ -1,0 +1,120 @@
+"""Whether a run of `launch/train.py` fits its GPUs and its host, asked before it starts."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import Trainer
+from trl import SFTConfig
+
+from agsel.policies import Policy
+from agsel.training.arguments import SelectionArguments
+from agsel.training.configuration import Configuration
+from agsel.training.memory import KINDS_OF_STEPS, MemoryPlan, Planner, StepKind, meta_copy
+from agsel.training.rehearsal import Workload, ZeroSettings
+from agsel.training.summary import blocks_per_step, describe_memory
+from agsel.zero.host_memory import available_bytes
+
+
+def plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy) -> tuple[str, str | None]:
+    """What a run needs at most, as text, and one line on what it lacks, if anything. On the CPU only the host's part.
+
+    A model that cannot be rehearsed is no reason to stop: then the text says so.
+    """
+    try:
+        return _plan_of_run(configuration, trainer, policy)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        return f"memory    cannot be planned for this model: {type(error).__name__}: {reason}", None
+    finally:
+        if configuration.selection.compile_layers:
+            torch._dynamo.reset()  # the rehearsal's graphs are of no use to the run
+
+
+def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy) -> tuple[str, str | None]:
+    training, selection = configuration.training, configuration.selection
+    planner = Planner(
+        meta_copy(trainer.model, _dtype(training)),
+        _workload(configuration, trainer),
+        blocks=selection.taking_part,
+        offload_states=selection.offload_states,
+        ranks_per_host=_local_ranks(),
+    )
+    kinds = () if training.use_cpu else _kinds_of_steps(selection)
+    plan = planner.plan(blocks_per_step(policy, planner.number_of_blocks), kinds)
+    host = available_bytes() + _weights_on_host(trainer.model) * plan.ranks_per_host
+    gpu = 0 if training.use_cpu else torch.cuda.get_device_properties(training.device).total_memory
+    return describe_memory(plan), shortage(planner, plan, gpu, host)
+
+
+def shortage(planner: Planner, plan: MemoryPlan, gpu: int, host: int) -> str | None:
+    """One line on what a run lacks and what would fit, None if it fits.
+
+    Args:
+        planner: that made the plan.
+        plan: of the run.
+        gpu: bytes of each GPU.
+        host: bytes free on this host.
+    """
+    if plan.host_needed > host:
+        return (
+            f"the optimizer states need {plan.host_needed / 1e9:.1f} GB of host memory, {host / 1e9:.1f} GB are free: "
+            "use more hosts, or keep them on the GPUs (--offload_states false)"
+        )
+    if not plan.steps or plan.gpu_needed <= gpu:
+        return None
+    count = planner.most_blocks(gpu, tuple(plan.steps))
+    smaller = f"--select_fraction {math.floor(100 * count / planner.number_of_blocks) / 100:.2f}, a " if count else "a "
+    return (
+        f"the run needs {plan.gpu_needed / 1e9:.1f} GB on each GPU, with CUDA, NCCL and gaps, which has "
+        f"{gpu / 1e9:.1f} GB: use {smaller}smaller --per_device_train_batch_size or --max_length, "
+        "--gradient_checkpointing true, or more GPUs with ZeRO-3"
+    )
+
+
+def _weights_on_host(model: nn.Module) -> int:
+    """Bytes that are given up before the optimizer states take their place."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.device.type == "cpu")
+
+
+def _dtype(training: SFTConfig) -> torch.dtype:
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def _workload(configuration: Configuration, trainer: Trainer) -> Workload:
+    training = configuration.training
+    unpadded = training.packing or training.padding_free or training.per_device_train_batch_size == 1
+    return Workload(
+        zero=ZeroSettings.of(training.hf_deepspeed_config.config["zero_optimization"]),
+        ranks=training.world_size,
+        micro_batch=training.per_device_train_batch_size,
+        sequence=_longest_row(training, trainer.train_dataset),
+        accumulation=training.gradient_accumulation_steps,
+        checkpointing=training.gradient_checkpointing,
+        padded=not unpadded,
+        compiled=configuration.selection.compile_layers,
+        liger_layers=training.use_liger_kernel,
+    )
+
+
+def _longest_row(training: SFTConfig, rows: Dataset) -> int:
+    """Tokens of the longest row as the collator makes it, without reading the rows one by one: datasets are large."""
+    chunks = rows.data.column("input_ids").chunks
+    longest = int(max(chunk.value_lengths().to_numpy().max() for chunk in chunks if len(chunk)))
+    multiple = training.pad_to_multiple_of or 1
+    return math.ceil(min(longest, training.max_length or longest) / multiple) * multiple
+
+
+def _kinds_of_steps(selection: SelectionArguments) -> tuple[StepKind, ...]:
+    kinds = KINDS_OF_STEPS[selection.method]
+    return tuple(kind for kind in kinds if kind != "explore" or selection.explore_steps != 0)
+
+
+def _local_ranks() -> int | None:
+    """As torchrun or the DeepSpeed launcher tell it; unknown under MPI."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    return int(told) if told else None

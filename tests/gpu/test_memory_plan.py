@@ -1,0 +1,85 @@
+"""The memory plan against what two GPUs really use: rows of tools/bench.py, each within 10 %."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agsel.blocks import find_blocks
+from agsel.training.memory import Planner, meta_model, spread_evenly
+from agsel.training.rehearsal import Rehearsal, Step, Workload, ZeroSettings
+from tests.distributed import REPOSITORY, environment
+
+sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
+from model_shapes import MODEL_SHAPES
+
+TOLERANCE = 0.1
+KIND_OF_STEP = {
+    "full": "full",
+    "explore": "explore",
+    "topk": "explore",
+    "exploit": "exploit",
+    "fixed": "exploit",
+    "lisa": "exploit",
+    "trainer": "exploit",
+}
+PLAN = """
+- {models: qwen2.5-0.5b, stages: 2, methods: [full, bound, exploit, explore], shapes: 8x512, liger: on}
+- {models: qwen2.5-0.5b, stages: 2, methods: [full, exploit], shapes: 8x512}
+- {models: qwen2.5-0.5b, stages: 2, methods: exploit, shapes: 8x512, liger: on, checkpointing: on}
+- {models: qwen2.5-0.5b, stages: 2, methods: exploit, shapes: 8x512, liger: on, compile: on}
+- {models: qwen2.5-0.5b, stages: [1, 2], methods: explore, shapes: 8x512, liger: on, accumulation: 2}
+- {models: qwen2.5-0.5b, stages: 3, methods: [full, exploit, explore], shapes: 8x512, liger: on}
+- {models: llama-3.2-1b, stages: 2, methods: [exploit, explore], shapes: 8x512, liger: on}
+"""
+
+
+def predicted(row: dict[str, Any]) -> int:
+    """The peak of a row of tools/bench.py, in bytes.
+
+    Raises:
+        KeyError: the plan does not cover the row's method.
+    """
+    shipped = json.loads((REPOSITORY / "ds_configs" / f"zero{row['stage']}.json").read_text())
+    work = Workload(
+        zero=ZeroSettings.of(shipped["zero_optimization"]),
+        ranks=row["ranks"],
+        micro_batch=row["micro_batch"],
+        sequence=row["sequence"],
+        accumulation=row["accumulation"],
+        checkpointing=row["checkpointing"],
+        compiled=row["compile"],
+        liger_layers=row["liger"] and not row["compile"],
+        loss="trl" if row["method"] == "trainer" else "liger" if row["liger"] else "transformers",
+    )
+    model = meta_model(MODEL_SHAPES[row["model"]]())
+    layers = [block.parameters for block in find_blocks(model) if block.is_layer]
+    count = max(1, int(row["fraction"] * len(layers) + 1e-9))
+    if row["method"] == "bound":
+        always = frozenset(range(count))
+        groups = [layers[index] for index in spread_evenly(len(layers), count)]
+        return (
+            Rehearsal(model, work)
+            .run(Step(groups=groups, trainable=always, updated=always, resident=always, stock=True))
+            .total
+        )
+    kind: Any = KIND_OF_STEP[row["method"]]
+    plan = Planner(model, work, offload_states=row["offload_states"]).plan(count, (kind,))
+    return plan.steps[kind].total
+
+
+@pytest.mark.gpu(2)
+def test_the_plan_is_within_ten_percent_of_the_measurement(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(PLAN)
+    command = [sys.executable, "tools/bench.py", "--plan", str(tmp_path / "plan.yaml"), "--output", str(tmp_path)]
+    subprocess.run([*command, "--steps", "8", "--warmup", "3"], cwd=REPOSITORY, env=environment(), check=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 15
+    assert not [row["error"] for row in rows if row["error"]]
+    ratios = {json.dumps(row)[:200]: predicted(row) / row["peak_bytes"] for row in rows}
+    assert {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > TOLERANCE} == {}

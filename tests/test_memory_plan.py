@@ -1,0 +1,269 @@
+"""The memory plan: what the rehearsal counts is what PyTorch really keeps, and a run that cannot fit is refused."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from agsel.training.memory import MemoryPlan, Planner, heaviest, meta_copy, meta_model, spread_evenly
+from agsel.training.rehearsal import Rehearsal, Step, Workload, ZeroSettings
+from agsel.training.rehearsal.ledger import GRANULE, Ledger
+from agsel.training.run_memory import shortage
+from tests.distributed import REPOSITORY, launch
+from tests.tiny import tiny_batch, tiny_model
+from tests.tiny_run import TRAIN, save_model, save_rows, settings
+
+sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
+import plan_memory
+from model_shapes import MODEL_SHAPES
+
+WORKER = Path(__file__).parent / "memory_worker.py"
+LAYERS = 6  # of the built-in shape `tiny`
+
+
+def rounded(nbytes: int) -> int:
+    return math.ceil(nbytes / GRANULE) * GRANULE
+
+
+def part_frozen(frozen: Iterable[int], device: str) -> Any:
+    """A tiny model in fp32 whose attention is plain PyTorch, with some layers and the embedding frozen."""
+    model = tiny_model().to(device)
+    model.config._attn_implementation = "eager"
+    model.model.embed_tokens.requires_grad_(False)
+    for index in frozen:
+        model.model.layers[index].requires_grad_(False)
+    return model.train()
+
+
+def really_saved(frozen: Iterable[int]) -> int:
+    """Bytes that autograd keeps for the backward of real tensors, parameters and inputs not counted."""
+    model, ids = part_frozen(frozen, "cpu"), tiny_batch(0, 0, 0)
+    others = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers(), ids]}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids).loss  # noqa: B018
+    return sum(rounded(tensor.untyped_storage().nbytes()) for key, tensor in saved.items() if key not in others)
+
+
+def counted(frozen: Iterable[int], device: str) -> tuple[int, int, int]:
+    """What the ledger sees live before the backward and at the peak, and the arithmetic."""
+    model, ids = part_frozen(frozen, device), tiny_batch(0, 0, 0).to(device)
+    ledger = Ledger()
+    ledger.ignore([*model.parameters(), *model.buffers(), ids])
+    with ledger:
+        loss = model(input_ids=ids, labels=ids).loss
+        before_backward = ledger.live.total()
+        loss.backward()
+    return before_backward, ledger.peak.total(), ledger.flops
+
+
+@pytest.mark.parametrize("frozen", [(), (0, 1), (1, 3), (0, 1, 2)])
+def test_the_meta_device_keeps_what_real_tensors_keep(frozen: tuple[int, ...]) -> None:
+    on_meta = counted(frozen, "meta")
+    assert on_meta == counted(frozen, "cpu")
+    assert on_meta[0] == really_saved(frozen) + rounded(4), "all that lives is what autograd saved, and the loss"
+
+
+def test_frozen_layers_keep_less_and_compute_less() -> None:
+    everything, upper, alternate = (counted(frozen, "meta") for frozen in ((), (0, 1), (1, 3)))
+    assert all(part < whole for part, whole in zip(upper, everything, strict=True))
+    assert upper[0] < alternate[0] < everything[0], "nothing is kept below the lowest trained layer"
+
+
+def workload(stage: int = 2, **changed: Any) -> Workload:
+    zero = ZeroSettings(stage=stage, overlap_comm=True, reduce_bucket_size=8192, stage3_param_persistence_threshold=100)
+    return Workload(**{"zero": zero, "ranks": 2, "micro_batch": 2, "sequence": 64, **changed})
+
+
+def planner(work: Workload, **options: Any) -> Planner:
+    return Planner(meta_model(MODEL_SHAPES["tiny"]()), work, **options)
+
+
+def plan(work: Workload, count: int = 2, **options: Any) -> MemoryPlan:
+    return planner(work, **options).plan(count, ("explore", "exploit", "full"))
+
+
+def of_layers(model: nn.Module, count: int) -> int:
+    return count * sum(p.numel() for p in model.model.layers[0].parameters())  # type: ignore[union-attr, index]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_and_states_add_up(stage: int) -> None:
+    model = meta_model(MODEL_SHAPES["tiny"]())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    steps = plan(workload(stage)).steps
+    for peak in steps.values():
+        assert total * 2 <= peak.parts["weights"] <= total * 2 + GRANULE * len(list(model.parameters()))
+    assert steps["exploit"].parts["states"] == rounded(of_layers(model, 1) * 12 // 2) * 2
+    assert steps["full"].parts["states"] == rounded(total * 12 // 2)
+    assert steps["explore"].parts.get("states", 0) == 0, "they arrive when activations have gone"
+    assert plan(workload(stage), offload_states=False).steps["explore"].parts["states"] == (
+        rounded(of_layers(model, 1) * 12 // 2) * LAYERS
+    )
+
+
+def test_a_rank_of_zero_3_holds_half_the_weights_and_what_it_gathers() -> None:
+    whole = plan(workload(2)).steps["exploit"].parts["weights"]
+    far_away = replace(workload(3).zero, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=0)
+    half = plan(workload(3, zero=far_away)).steps["exploit"].parts["weights"]
+    assert whole / 2 < half < 0.85 * whole, "half, and the module at work"
+    assert plan(workload(3)).steps["exploit"].parts["weights"] > whole, "half, and all that is needed again soon"
+
+
+def test_host_memory_and_copies() -> None:
+    model = meta_model(MODEL_SHAPES["tiny"]())
+    found = plan(workload(ranks=4), count=3, ranks_per_host=2)
+    assert (found.host, found.moved) == (of_layers(model, LAYERS) * 3, of_layers(model, 3) * 3)
+    assert found.host_needed == 2 * found.host
+    assert plan(workload(), offload_states=False).host == 0
+
+
+def test_more_needs_more() -> None:
+    def peaks(found: MemoryPlan) -> list[int]:
+        return [peak.total for peak in found.steps.values()]
+
+    def all_larger(large: MemoryPlan, small: MemoryPlan) -> bool:
+        return all(more > less for more, less in zip(peaks(large), peaks(small), strict=True))
+
+    usual = plan(workload())
+    assert all_larger(plan(workload(micro_batch=4)), usual)
+    assert all_larger(plan(workload(sequence=128)), usual)
+    assert all_larger(plan(workload(loss="transformers")), plan(workload(loss="liger")))
+    assert all_larger(usual, plan(workload(checkpointing=True)))
+    assert peaks(usual)[1:] > peaks(plan(workload(ranks=8)))[1:], "states are divided among the ranks"
+    assert all_larger(plan(workload(padded=True)), usual)
+    one_planner = planner(workload())
+    growing = [one_planner.plan(count, ("exploit",)).steps["exploit"].total for count in range(1, LAYERS + 1)]
+    assert growing == sorted(set(growing))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_accumulated_gradients_are_there_during_the_forward(stage: int) -> None:
+    """Whole ones at stage 1, which reduces them at the end of the window."""
+    rehearsed = plan(workload(stage, accumulation=4)).steps["explore"].parts["gradients"]
+    elements = of_layers(meta_model(MODEL_SHAPES["tiny"]()), LAYERS)
+    assert rehearsed >= 2 * elements if stage == 1 else elements <= rehearsed < 2 * elements
+    assert plan(workload(stage)).steps["explore"].parts.get("gradients", 0) < elements
+
+
+def test_compiled_layers_keep_less() -> None:
+    eager, compiled = plan(workload()).steps, plan(workload(compiled=True)).steps
+    assert all(compiled[kind].parts["activations"] < eager[kind].parts["activations"] for kind in eager)
+    assert [compiled[kind].flops for kind in eager] == [eager[kind].flops for kind in eager]
+
+
+def test_ligers_layer_kernels_keep_less_and_are_gone_afterwards() -> None:
+    pytest.importorskip("liger_kernel")
+    usual, liger = (plan(workload(liger_layers=kernels, loss="liger")).steps for kernels in (False, True))
+    assert all(liger[kind].parts["activations"] < 0.8 * usual[kind].parts["activations"] for kind in usual)
+    ids = tiny_batch(0, 0, 0)
+    tiny_model()(input_ids=ids, labels=ids).loss.backward()  # Triton's would need a GPU
+
+
+def test_the_heaviest_choice_holds_the_embedding_and_the_first_layer() -> None:
+    found = planner(workload(), blocks="all")
+    names = [found._blocks[index].name for index in sorted(heaviest(found._blocks, 4))]
+    assert names == ["embed", "layers.0", "layers.5", "final_norm"]
+    assert spread_evenly(24, 7) == [2, 5, 8, 11, 15, 18, 21]
+    assert heaviest(planner(workload())._blocks, LAYERS) == set(range(LAYERS))
+
+
+def test_a_rehearsal_leaves_no_trace() -> None:
+    """Steps rehearsed in any order on one model need the same."""
+    model = meta_model(MODEL_SHAPES["tiny"]())
+    groups = [list(layer.parameters()) for layer in model.model.layers]
+
+    def step(*trained: int) -> Step:
+        return Step(
+            groups=groups, trainable=frozenset(trained), updated=frozenset(trained), resident=frozenset(trained)
+        )
+
+    for stage in (2, 3):
+        rehearsal = Rehearsal(model, workload(stage))
+        first, other, again = (rehearsal.run(step(*trained)) for trained in ((1, 4), (0, 1, 2), (1, 4)))
+        assert first == again != other
+        assert all(parameter.numel() and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_with_weights_and_adapters_has_a_twin_without() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    twin = meta_copy(model, torch.bfloat16)
+    shapes = {name: (p.shape, p.requires_grad) for name, p in model.named_parameters()}
+    assert {name: (p.shape, p.requires_grad) for name, p in twin.named_parameters()} == shapes
+    assert {(p.device.type, p.dtype) for p in twin.parameters()} == {("meta", torch.bfloat16)}
+    plain = meta_copy(tiny_model(), torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in plain.parameters()} == {("meta", torch.bfloat16)}
+    for stage in (2, 3):
+        steps = Planner(meta_copy(model, torch.bfloat16), workload(stage)).plan(1, ("explore", "exploit")).steps
+        assert steps["explore"].flops > steps["exploit"].flops > 0
+
+
+def test_what_does_not_fit_is_said_in_one_line_with_what_would() -> None:
+    found = planner(workload(micro_batch=64, sequence=512))
+    kinds = ("exploit",)
+    largest = found.plan(LAYERS, kinds)
+    assert shortage(found, largest, math.ceil(largest.gpu_needed), 10**12) is None
+    smaller = found.plan(3, kinds)
+    said = shortage(found, largest, math.ceil(smaller.gpu_needed), 10**12)
+    assert said is not None
+    assert "\n" not in said
+    assert f"{largest.gpu_needed / 1e9:.1f} GB" in said
+    assert f"{smaller.gpu_needed / 1e9:.1f} GB" in said
+    assert "--select_fraction 0.50" in said
+    assert found.most_blocks(smaller.gpu_needed, kinds) == 3
+    assert found.most_blocks(smaller.gpu_needed - 1, kinds) == 2
+    assert found.most_blocks(1e9, kinds) == 0
+    of_host = shortage(found, largest, 10**12, largest.host_needed - 1)
+    assert of_host is not None
+    assert "host memory" in of_host
+    assert "--offload_states" in of_host
+
+
+@pytest.mark.parametrize("shape", MODEL_SHAPES)
+def test_the_command_plans_every_built_in_shape(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_memory.main(["--model", shape, "--gpus", "2", "--stage", "2", "--fraction", "0.3", "--liger"])
+    printed = capsys.readouterr().out
+    for row in ("explore", "exploit", "full fine-tuning", "while starting", "host ", "fits "):
+        assert row in printed
+
+
+def test_the_command_reads_a_model_folder_and_refuses_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model().config.save_pretrained(tmp_path)
+    plan_memory.main(["--model", str(tmp_path), "--stage", "3", "--method", "topk", "--checkpointing"])
+    assert "exploit" not in capsys.readouterr().out
+    for wrong in (["--fraction", "0"], ["--stage", "3", "--compile"], ["--model", str(tmp_path / "none")]):
+        with pytest.raises(SystemExit, match=r"agsel: error: [^\n]*$"):
+            plan_memory.main(["--model", str(tmp_path), *wrong])
+
+
+def test_a_run_prints_its_plan_and_stops_if_it_does_not_fit(tmp_path: Path) -> None:
+    model, rows = save_model(tmp_path / "model"), save_rows(tmp_path / "rows.jsonl", 8)
+    run = settings(model, rows, tmp_path / "run", max_steps=1)
+    refused = launch(WORKER, *run)
+    assert refused.returncode != 0
+    assert [line.startswith("agsel: error: the run needs") for line in refused.stdout.splitlines()].count(True) == 1
+    assert "exploit" in refused.stdout
+    assert "done" not in refused.stdout
+    forced = launch(WORKER, *run, "--force", "true", ranks=1)
+    assert forced.returncode == 0, forced.stdout[-6000:]
+    assert "warning   the run needs" in forced.stdout
+    on_cpu = launch(TRAIN, *run, "--deepspeed", "ds_configs/zero3.json", ranks=1)
+    assert on_cpu.returncode == 0, on_cpu.stdout[-6000:]
+    assert "GB per host for optimizer states\n" in on_cpu.stdout, "no GPU to plan for"

@@ -1,0 +1,115 @@
+"""Memory of a run before it is started: GPU and host, by kind of step. Needs no GPU and no weights.
+
+python tools/plan_memory.py --model qwen2.5-0.5b --gpus 2 --stage 2 --fraction 0.3 --micro_batch 8 --sequence 512
+
+MODEL is a built-in shape, a folder or a hub name; only its config.json is read. `launch/train.py` prints the same plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from model_shapes import MODEL_SHAPES
+from transformers import AutoConfig, PreTrainedConfig
+
+from agsel.training.arguments import METHODS
+from agsel.training.memory import KINDS_OF_STEPS, Planner, meta_model
+from agsel.training.rehearsal import Workload, ZeroSettings
+from agsel.training.summary import describe_memory
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: list[str]) -> None:
+    """Print the plan, and the largest fraction that fits."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(describe(options))
+    except (OSError, ValueError) as error:
+        sys.exit(f"agsel: error: {' '.join(str(error).split())}")
+
+
+def describe(options: argparse.Namespace) -> str:
+    """The plan of the options, as text.
+
+    Raises:
+        OSError: no such model.
+        ValueError: an option is out of its range, or agsel does not support the model.
+    """
+    if not 0 < options.fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {options.fraction} (--fraction)")
+    if options.compile and options.stage == 3:
+        raise ValueError("compiled layers do not work at ZeRO-3: use --stage 1 or 2, or leave out --compile")
+    planner = Planner(
+        meta_model(model_config(options.model)),
+        workload(options),
+        blocks="all" if options.method == "full" else options.blocks,
+        offload_states=options.offload,
+        ranks_per_host=options.gpus_per_host,
+    )
+    kinds = KINDS_OF_STEPS[options.method]
+    total = planner.number_of_blocks
+    count = total if options.method == "full" else max(1, int(options.fraction * total + 1e-9))
+    most = planner.most_blocks(options.gpu_gb * 1e9, kinds)
+    fitting = (
+        f"at most {most} of {total} blocks per step (--fraction {most / total:.2f})" if most else "not even one block"
+    )
+    return "\n".join(
+        [describe_memory(planner.plan(count, (*kinds, "full"))), f"fits      {options.gpu_gb:g} GB: {fitting}"]
+    )
+
+
+def model_config(name: str) -> PreTrainedConfig:
+    """The configuration of a built-in shape, a model folder or a hub model."""
+    return MODEL_SHAPES[name]() if name in MODEL_SHAPES else AutoConfig.from_pretrained(name)
+
+
+def workload(options: argparse.Namespace) -> Workload:
+    """The batch, with the ZeRO settings of the shipped DeepSpeed configuration."""
+    shipped = json.loads((REPOSITORY / "ds_configs" / f"zero{options.stage}.json").read_text())
+    return Workload(
+        zero=ZeroSettings.of(shipped["zero_optimization"]),
+        ranks=options.gpus,
+        micro_batch=options.micro_batch,
+        sequence=options.sequence,
+        accumulation=options.accumulation,
+        checkpointing=options.checkpointing,
+        compiled=options.compile,
+        liger_layers=options.liger and not options.compile,
+        loss="liger" if options.liger else options.loss,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help=f"{', '.join(MODEL_SHAPES)}, a folder or a hub name")
+    parser.add_argument("--gpus", type=int, default=2, help="data-parallel ranks")
+    parser.add_argument("--gpus_per_host", type=int, help="ranks that share a host's memory; default: all")
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
+    parser.add_argument("--method", choices=METHODS, default="adagradselect", help="as in launch/train.py")
+    parser.add_argument("--fraction", type=float, default=0.3, help="share of the blocks updated per step")
+    parser.add_argument("--blocks", choices=("layers", "all"), default="layers", help="blocks that take part")
+    parser.add_argument("--micro_batch", type=int, default=8, help="rows per forward and GPU")
+    parser.add_argument("--sequence", type=int, default=512, help="tokens per row")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--compile", action="store_true", help="decoder layers compiled one by one")
+    parser.add_argument(
+        "--loss",
+        choices=("trl", "liger", "transformers"),
+        default="trl",
+        help="TRL's fused loss, as in launch/train.py; Liger's; or the logits of all tokens",
+    )
+    parser.add_argument(
+        "--liger", action="store_true", help="Liger's loss, and its kernels in the layers unless these are compiled"
+    )
+    parser.add_argument("--no-offload", dest="offload", action="store_false", help="all optimizer states on the GPU")
+    parser.add_argument("--gpu_gb", type=float, default=139, help="memory of one GPU, in 10^9 bytes")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.distributed import REPOSITORY, environment, kill_session
@@ -168,6 +169,12 @@ def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
         assert (stage, "exploit", 0.2, "none") in found
     assert found[-2:] == [(2, "bound", 0.1, "loss"), (2, "bound", 0.2, "loss")]
     assert len(found) == 8
+
+
+def test_the_plan_of_the_readme_is_one() -> None:
+    configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench.yaml").read_text()))
+    assert len(configurations) == 47
+    assert {configuration.method for configuration in configurations} == set(bench.METHODS) - {"topk"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import nn
 from agsel.training.memory import MemoryPlan, Planner, heaviest, meta_copy, meta_model, spread_evenly
 from agsel.training.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from agsel.training.rehearsal.ledger import GRANULE, Ledger
-from agsel.training.run_memory import shortage
+from agsel.training.run_memory import plan_of_run, shortage
 from tests.distributed import REPOSITORY, launch
 from tests.tiny import tiny_batch, tiny_model
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
@@ -232,6 +233,14 @@ def test_what_does_not_fit_is_said_in_one_line_with_what_would() -> None:
     assert of_host is not None
     assert "host memory" in of_host
     assert "--offload_states" in of_host
+
+
+def test_a_model_that_cannot_be_planned_may_train() -> None:
+    configuration: Any = SimpleNamespace(selection=SimpleNamespace(compile_layers=False), training=SimpleNamespace())
+    text, lacking = plan_of_run(configuration, SimpleNamespace(model=nn.Linear(2, 2)), None)  # type: ignore[arg-type]
+    assert lacking is None
+    assert text.startswith("memory    cannot be planned for this model: ")
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES)

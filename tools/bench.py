@@ -291,8 +291,9 @@ def _draw_group(times: Any, memory: Any, title: str, rows: Sequence[dict[str, An
     times.set_title(f"{title}: ms/step", fontsize="small", loc="left")
     memory.set_title("peak GB per GPU", fontsize="small", loc="left")
     for axis, lengths in ((times, [row["ms_per_step"] for row in rows]), (memory, peaks)):
-        for position, length in enumerate(lengths):
-            axis.text(length, position, f" {length:.3g}", va="center", fontsize="x-small")
+        drawn = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*axis.containers, strict=True)]
+        for position, (end, length) in enumerate(zip(drawn, lengths, strict=True)):
+            axis.text(end, position, f" {length:.3g}", va="center", fontsize="x-small")
         axis.set_xlim(0, 1.1 * max(lengths) or 1)
         axis.invert_yaxis()
         axis.tick_params(labelsize="small")

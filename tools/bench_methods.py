@@ -161,7 +161,7 @@ def start_badam(model: PreTrainedModel, configuration: Configuration) -> tuple[A
         raise ValueError("the badam package supports ZeRO-3, or one GPU without DeepSpeed")
     config = zero_config(configuration)
     model.zero_stage = HfDeepSpeedConfig(config)  # badam asks transformers for the stage, which holds a weak reference
-    from badam import BlockOptimizer  # type: ignore[import-not-found]
+    from badam import BlockOptimizer
 
     layers = model.config.num_hidden_layers
     turns = max(1, round(layers / len(expected_set(layers, configuration.fraction))))

@@ -29,13 +29,13 @@ KIND_OF_STEP = {
     "trainer": "exploit",
 }
 PLAN = """
-- {models: qwen2.5-0.5b, stages: 2, methods: [full, bound, exploit, explore], shapes: 8x512, liger: on}
+- {models: qwen2.5-0.5b, stages: 2, methods: [full, bound, exploit, explore], shapes: 8x512, liger: all}
 - {models: qwen2.5-0.5b, stages: 2, methods: [full, exploit], shapes: 8x512}
-- {models: qwen2.5-0.5b, stages: 2, methods: exploit, shapes: 8x512, liger: on, checkpointing: on}
-- {models: qwen2.5-0.5b, stages: 2, methods: exploit, shapes: 8x512, liger: on, compile: on}
-- {models: qwen2.5-0.5b, stages: [1, 2], methods: explore, shapes: 8x512, liger: on, accumulation: 2}
-- {models: qwen2.5-0.5b, stages: 3, methods: [full, exploit, explore], shapes: 8x512, liger: on}
-- {models: llama-3.2-1b, stages: 2, methods: [exploit, explore], shapes: 8x512, liger: on}
+- {models: qwen2.5-0.5b, stages: 2, methods: exploit, shapes: 8x512, liger: loss, checkpointing: on}
+- {models: qwen2.5-0.5b, stages: 2, methods: exploit, shapes: 8x512, liger: loss, compile: on}
+- {models: qwen2.5-0.5b, stages: [1, 2], methods: explore, shapes: 8x512, liger: loss, accumulation: 2}
+- {models: qwen2.5-0.5b, stages: 3, methods: [full, exploit, explore], shapes: 8x512, liger: loss}
+- {models: llama-3.2-1b, stages: 2, methods: [exploit, explore], shapes: 8x512, liger: loss}
 """
 
 
@@ -54,8 +54,8 @@ def predicted(row: dict[str, Any]) -> int:
         accumulation=row["accumulation"],
         checkpointing=row["checkpointing"],
         compiled=row["compile"],
-        liger_layers=row["liger"] and not row["compile"],
-        loss="trl" if row["method"] == "trainer" else "liger" if row["liger"] else "transformers",
+        liger_layers=row["liger"] == "all",
+        loss="trl" if row["method"] == "trainer" else "transformers" if row["liger"] == "none" else "liger",
     )
     model = meta_model(MODEL_SHAPES[row["model"]]())
     layers = [block.parameters for block in find_blocks(model) if block.is_layer]

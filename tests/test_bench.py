@@ -171,6 +171,14 @@ def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
     assert len(found) == 8
 
 
+@pytest.mark.parametrize(("times", "expected"), [([5.0], 5.0), ([9.0, 7.0], 7.0), ([3.0, 9.0, 7.0], 7.0)])
+def test_of_several_rounds_the_median_counts(times: list[float], expected: float) -> None:
+    failed = {"error": "out of memory"}
+    rows = [failed, *({"error": None, "ms_per_step": time} for time in times), failed]
+    assert bench.median_row(rows)["ms_per_step"] == expected
+    assert bench.median_row([failed]) == failed
+
+
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench.yaml").read_text()))
     assert len(configurations) == 47

@@ -120,7 +120,7 @@ def launch(arguments: argparse.Namespace, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     options = yaml.safe_load(arguments.plan.read_text()) if arguments.plan else [options_of(arguments)]
     plan = {
-        "configurations": [asdict(configuration) for configuration in expand(options)],
+        "configurations": [asdict(configuration) for configuration in expand(options)] * arguments.rounds,
         "steps": arguments.steps,
         "warmup": arguments.warmup,
         "profile": arguments.profile,
@@ -179,9 +179,17 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows measured so far; of rows of the same configuration and ranks the last."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return list({(configuration_of(row), row["ranks"]): row for row in rows}.values())
+    """The rows measured so far; of several of the same configuration and ranks the one with the median time."""
+    measured: dict[tuple[Configuration, int], list[dict[str, Any]]] = {}
+    for row in (json.loads(line) for line in path.read_text().splitlines()):
+        measured.setdefault((configuration_of(row), row["ranks"]), []).append(row)
+    return [median_row(rows) for rows in measured.values()]
+
+
+def median_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the median time per step, the faster of two; one that failed only if all did."""
+    succeeded = sorted((row for row in rows if not row["error"]), key=lambda row: row["ms_per_step"])
+    return succeeded[(len(succeeded) - 1) // 2] if succeeded else rows[-1]
 
 
 def configuration_of(row: dict[str, Any]) -> Configuration:
@@ -326,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--accumulation", default=[1], type=int, help="gradient accumulation steps", **several)
     parser.add_argument("--plan", type=Path, help="YAML list of option sets, instead of the options above")
     parser.add_argument("--ranks", type=int, default=2, help="processes, one a GPU")
+    parser.add_argument("--rounds", type=int, default=1, help="times to measure everything; the table shows the median")
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them; more, if layers compile")
     parser.add_argument("--profile", action="store_true", help="also profile three steps of rank 0's main thread")

@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     try:
         print(describe(options))
+    except ImportError as error:
+        sys.exit(f"agsel: error: {error}, which --liger needs: pip install 'agsel[liger]', or use --loss liger")
     except (OSError, ValueError) as error:
         sys.exit(f"agsel: error: {' '.join(str(error).split())}")
 

@@ -163,10 +163,13 @@ def live_bytes(model: torch.nn.Module) -> int:
     return sum(size for address, size in sizes.items() if address not in weights)
 
 
-def state_bytes(stage: int, policy: partial[agsel.Policy]) -> list[dict[str, Any]]:
+def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool = False) -> list[dict[str, Any]]:
     """Per point of a step: bytes in device copies of optimizer states, by counting all storages of the process."""
     forget_older_objects()
     engine, selection = start_engine(Scenario(stage=stage, dtype="bf16", policy=policy))
+    if checkpointing:  # the backward runs the first layer's forward again
+        engine.module.gradient_checkpointing_enable({"use_reentrant": False})
+        engine.module.train()
     points: list[dict[str, Any]] = []
     last_explored: tuple[str, ...] = ()
 
@@ -228,6 +231,7 @@ for stage in STAGES:
     CASES[f"kept-{stage}"] = partial(kept_states, stage)
     CASES[f"states-{stage}-exploit"] = partial(state_bytes, stage, EXPLOIT)
     CASES[f"states-{stage}-explore"] = partial(state_bytes, stage, partial(agsel.TopK, fraction=0.4))
+    CASES[f"states-{stage}-checkpointing"] = partial(state_bytes, stage, MIXED, checkpointing=True)
     CASES[f"states-{stage}-mixed"] = partial(state_bytes, stage, MIXED)
     for name, (dtype, config) in GRADIENTS.items():
         if not (stage == 1 and config):

@@ -15,12 +15,13 @@ import deepspeed
 import torch
 from bench import REPOSITORY, Configuration
 from bench_probe import device, on_cuda
-from model_shapes import MODEL_SHAPES
+from model_shapes import model_config
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import agsel
+from agsel.training.memory import spread_evenly
 
 Starter = Callable[[PreTrainedModel, Configuration], tuple[Any, "agsel.Selection | None"]]
 """Takes a model from `build_model`, returns an engine and agsel's selection on it, if there is one."""
@@ -28,7 +29,7 @@ Starter = Callable[[PreTrainedModel, Configuration], tuple[Any, "agsel.Selection
 
 def build_model(configuration: Configuration) -> PreTrainedModel:
     """The model with random weights, equal on all ranks, bf16, made on the device; with the kernels asked for."""
-    config = model_config(configuration)
+    config = model_config(configuration.model)
     config.use_cache = False
     torch.manual_seed(0)
     with torch.device(device()):
@@ -56,7 +57,7 @@ def use_liger(model: PreTrainedModel, loss_only: bool) -> None:
 @contextmanager
 def restored_modules(configuration: Configuration) -> Iterator[None]:
     """Put back what is replaced for the whole process: Liger replaces a model's functions, ZeRO-3 one of torch's."""
-    model_class = AutoModelForCausalLM._model_mapping[type(model_config(configuration))]
+    model_class = AutoModelForCausalLM._model_mapping[type(model_config(configuration.model))]
     modules = [torch.nn.functional, sys.modules[model_class.__module__]]
     before = [dict(vars(module)) for module in modules]
     try:
@@ -64,12 +65,6 @@ def restored_modules(configuration: Configuration) -> Iterator[None]:
     finally:
         for module, names in zip(modules, before, strict=True):
             vars(module).update(names)
-
-
-def model_config(configuration: Configuration) -> PreTrainedConfig:
-    """The built-in configuration of that name, or that of a folder or hub model."""
-    factory = MODEL_SHAPES.get(configuration.model)
-    return factory() if factory else AutoConfig.from_pretrained(configuration.model)
 
 
 def zero_config(configuration: Configuration) -> dict[str, Any]:
@@ -118,7 +113,7 @@ def start_bound(model: PreTrainedModel, configuration: Configuration) -> tuple[A
 def expected_set(layers: int, fraction: float) -> list[int]:
     """The expected order statistics of k layers drawn at random: on average the backward goes as deep as theirs."""
     k = max(1, int(fraction * layers + 1e-9))
-    return [round((i + 1) * (layers + 1) / (k + 1)) - 1 for i in range(k)]
+    return spread_evenly(layers, k)
 
 
 def selecting(policy_of: Callable[[float], agsel.Policy]) -> Starter:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from transformers import LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
 
 MODEL_SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2.5-0.5b": partial(
@@ -60,3 +60,8 @@ MODEL_SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 """Name -> what makes its configuration. `tiny` runs on a CPU."""
+
+
+def model_config(name: str) -> PreTrainedConfig:
+    """The configuration of a built-in shape, a model folder or a hub model."""
+    return MODEL_SHAPES[name]() if name in MODEL_SHAPES else AutoConfig.from_pretrained(name)

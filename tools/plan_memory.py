@@ -12,8 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from model_shapes import MODEL_SHAPES
-from transformers import AutoConfig, PreTrainedConfig
+from model_shapes import MODEL_SHAPES, model_config
 
 from agsel.training.arguments import METHODS
 from agsel.training.memory import KINDS_OF_STEPS, Planner, meta_model
@@ -62,11 +61,6 @@ def describe(options: argparse.Namespace) -> str:
     return "\n".join(
         [describe_memory(planner.plan(count, (*kinds, "full"))), f"fits      {options.gpu_gb:g} GB: {fitting}"]
     )
-
-
-def model_config(name: str) -> PreTrainedConfig:
-    """The configuration of a built-in shape, a model folder or a hub model."""
-    return MODEL_SHAPES[name]() if name in MODEL_SHAPES else AutoConfig.from_pretrained(name)
 
 
 def workload(options: argparse.Namespace) -> Workload:

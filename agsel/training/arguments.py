@@ -91,7 +91,7 @@ class SelectionArguments:
         default=False,
         metadata={
             "help": "Compile the decoder layers one by one with torch.compile, at ZeRO stage 1 or 2. The first steps "
-            "take a minute longer, all others are faster. Works best with few different batch shapes "
+            "wait for the compiler, all others are faster. Works best with few different batch shapes "
             "(`--packing`, `--pad_to_multiple_of`)."
         },
     )

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agsel.blocks import Block, find_blocks
+from agsel.blocks import Block, find_blocks, global_numel
 from agsel.training.rehearsal import Peak, Rehearsal, Step, Workload
 
 StepKind = Literal["explore", "exploit", "full"]
@@ -164,7 +164,7 @@ class Planner:
         return sum(STATE_BYTES * self._on_rank(group) for group in groups)
 
     def _on_rank(self, group: int) -> int:
-        return -(-_numel(self._groups[group]) // self._workload.ranks)
+        return -(-global_numel(self._groups[group]) // self._workload.ranks)
 
     def _starting(self) -> int:
         """Peak of engine and optimizer: one group's weights are flattened at a time, then fp32 masters are made.
@@ -176,7 +176,7 @@ class Planner:
         if self._workload.zero.stage == 3:
             slices = self._weights // self._workload.ranks
             return slices + max((4 + self._itemsize) * taking_part, slices, states)
-        return self._weights + max(4 * taking_part + self._itemsize * max(map(_numel, self._groups)), states)
+        return self._weights + max(4 * taking_part + self._itemsize * max(map(global_numel, self._groups)), states)
 
 
 def on_gpu(peak: int) -> float:
@@ -191,7 +191,7 @@ def heaviest(blocks: Sequence[Block], count: int) -> frozenset[int]:
     buckets for them, while all activations are still there.
     """
     layers = [index for index, block in enumerate(blocks) if block.is_layer]
-    others = sorted(set(range(len(blocks))) - set(layers), key=lambda index: -_numel(blocks[index].parameters))
+    others = sorted(set(range(len(blocks))) - set(layers), key=lambda index: -global_numel(blocks[index].parameters))
     spread = spread_evenly(len(layers), max(0, count - len(others)))
     if spread:
         spread[-1], spread[0] = len(layers) - 1, 0
@@ -229,7 +229,3 @@ def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:
 
             twin = get_peft_model(twin, copy.deepcopy(adapter)).to(dtype)
     return twin
-
-
-def _numel(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 @contextmanager
 def lean_initialization() -> Iterator[None]:
-    """Inside, `deepspeed.initialize` takes four bytes less per parameter and rank at ZeRO stages 1 and 2.
+    """Inside, `deepspeed.initialize` at ZeRO stages 1 and 2 takes four bytes less for each parameter of a rank's share.
 
     DeepSpeed makes zero gradients for the masters of all groups at once there, for Adagrad to look at, and drops them
     again. With full states on the host, that is often the highest peak of a run. Optional: without it training is the

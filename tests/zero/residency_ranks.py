@@ -45,7 +45,9 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
         results[name] = {"weights": weights, "losses": record.losses, "selected": record.selected}
         results[name]["moved_bytes"] = selection.residency.moved_bytes
         results["bytes"] = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
+        hooks = engine.hooks
         engine.destroy()
+        results[name]["hooks left"] = sum(hook.id in (hook.hooks_dict_ref() or {}) for hook in hooks)
     return results
 
 

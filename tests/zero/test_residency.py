@@ -30,6 +30,12 @@ def test_moving_states_changes_nothing(ranks: list[dict], name: str, moving: str
         assert all(torch.equal(kept["weights"][key], moved["weights"][key]) for key in kept["weights"])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_destroyed_engine_leaves_no_hooks(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        assert rank[name]["moved"]["hooks left"] == 0
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("new-set-every-step")])
 def test_only_what_changes_is_moved(ranks: list[dict], name: str) -> None:
     for rank in ranks:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks, global_numel
 from agsel.training.rehearsal import Peak, Rehearsal, Step, Workload
+from agsel.zero.selection import early
 
 StepKind = Literal["explore", "exploit", "full"]
 
@@ -150,7 +151,7 @@ class Planner:
                 Step(groups=whole, trainable=all_in_one, updated=all_in_one, resident=all_in_one, stock=True)
             )
         chosen = heaviest(self._blocks, count)
-        known = chosen if kind == "exploit" else nothing
+        known = frozenset(early(sorted(chosen))) if kind == "exploit" else nothing
         return self._rehearsal.run(
             Step(
                 groups=self._groups,

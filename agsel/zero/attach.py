@@ -89,27 +89,28 @@ def attach(
     optimizer.prepare_selection()
     engine.__class__ = SelectiveEngine
     engine.selection = selection
-    residency.adopt(selection.needed_before_forward())
+    residency.adopt(selection.wanted_in_forward())
     _move_states_while_computing(engine, selection, blocks)
     selection.plan_step()
     return selection
 
 
 def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequence[Block]) -> None:
-    """Start the copies of a step at its first layer, and on exploring steps again after a third of the backward.
+    """Start the copies of a step at its first layer, and those it left for later after a third of the backward.
 
     Not earlier: at the end of a step DeepSpeed's throughput timer makes the host wait for the whole device, and while
     they make the attention mask, models read a value from the device, which would queue behind the copies. By the
-    third of the backward, freed activations leave room for the states of the blocks that will likely be chosen.
+    third of the backward, freed activations leave room for the states that are still missing.
     """
 
     def on_gradient(_: nn.Parameter) -> None:
         if engine.is_gradient_accumulation_boundary():
-            selection.expect_states()
+            selection.complete_states()
 
+    lower_blocks = blocks[: len(blocks) * 2 // 3 + 1]  # which of them get a gradient differs from step to step
     engine.hooks = [
         decoder_layers(engine.module)[0].register_forward_pre_hook(lambda *_: selection.move_states()),
-        blocks[len(blocks) * 2 // 3].trainable[0].register_post_accumulate_grad_hook(on_gradient),
+        *(block.trainable[0].register_post_accumulate_grad_hook(on_gradient) for block in lower_blocks),
     ]
 
 

@@ -74,7 +74,7 @@ class SelectiveEngine(DeepSpeedEngine):
                 custom_load_fn,
             )
         if path is not None:
-            self.selection.residency.adopt(self.selection.needed_before_forward())
+            self.selection.residency.adopt(self.selection.wanted_in_forward())
             state = client_state.pop(CLIENT_STATE_KEY, None)
             if not load_module_only:
                 self._restore_selection(path, state)

@@ -18,6 +18,10 @@ from agsel.zero.residency import Residency
 
 logger = logging.getLogger("agsel")
 
+SHARE_IN_FORWARD = 0.8
+"""Of the optimizer states that a step is known to need. The others come in its backward, when activations are freed.
+With fewer in the forward, memory would only fall further below what exploring steps need."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -63,7 +67,7 @@ class Selection:
         self._group = group
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
-        self._has_moved = False
+        self._has_moved = self._has_completed = False
         self._last_explored: tuple[int, ...] = ()
         policy.start(len(blocks))
 
@@ -95,32 +99,37 @@ class Selection:
         self.policy.load_state_dict(state["policy"])
         self.plan_step()
 
-    def needed_before_forward(self) -> tuple[int, ...]:
-        """Indices of the blocks that the next step is known to update."""
+    def wanted_in_forward(self) -> tuple[int, ...]:
+        """Indices of the blocks whose optimizer partitions should be on the device in the next forward.
+
+        On an exploring plan none: the choice is not known yet, and the activations of all blocks need the memory.
+        """
         plan = self.policy.plan()
-        return () if plan.explore else plan.blocks
+        return () if plan.explore else early(plan.blocks)
 
     def plan_step(self) -> None:
         """Before the forward: freeze what the plan leaves out."""
-        self._has_moved = False
+        self._has_moved = self._has_completed = False
         planned = set(self.policy.plan().blocks)
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
                 parameter.requires_grad_(index in planned)
 
     def move_states(self) -> None:
-        """In the forward: start moving optimizer partitions to where the plan wants them, once per step.
-
-        On an exploring plan the choice is not known yet, and the memory is needed for the activations of all blocks.
-        """
+        """In the forward: start moving optimizer partitions to where the plan wants them, once per step."""
         if not self._has_moved:
-            self.residency.keep_only(self.needed_before_forward())
+            self.residency.keep_only(self.wanted_in_forward())
             self._has_moved = True
 
-    def expect_states(self) -> None:
-        """In the backward of an exploring step: start fetching what the last such step chose; most will be right."""
-        if self.policy.plan().explore:
-            self.residency.keep_only(self._last_explored)
+    def complete_states(self) -> None:
+        """In the backward: start fetching the partitions that are still missing, once per step.
+
+        On an exploring plan those that the last exploring step chose; most will be right.
+        """
+        if not self._has_completed:
+            plan = self.policy.plan()
+            self.residency.keep_only(self._last_explored if plan.explore else plan.blocks)
+            self._has_completed = True
 
     def resolve(self, local_squares: torch.Tensor, loss_scale: float) -> tuple[int, ...]:
         """After the backward: fix the blocks to update, on all ranks alike. Empty if the step must be skipped.
@@ -186,3 +195,8 @@ class Selection:
                 f"no gradient reached {', '.join(silent)}: with gradient checkpointing set use_reentrant=False "
                 "(gradient_checkpointing_kwargs)"
             )
+
+
+def early(blocks: Sequence[int]) -> tuple[int, ...]:
+    """Of the blocks that a step will update, those whose optimizer partitions it fetches in its forward."""
+    return tuple(blocks[: math.ceil(SHARE_IN_FORWARD * len(blocks))])

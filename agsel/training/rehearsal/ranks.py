@@ -28,7 +28,7 @@ class Rank:
         self._parameters: list[nn.Parameter] = list(model.parameters())
         self._numels = {parameter: parameter.numel() for parameter in self._parameters}
         self._group_of = {parameter: index for index, group in enumerate(step.groups) for parameter in group}
-        self._trigger = step.groups[len(step.groups) * 2 // 3][0]
+        self._triggers = {group[0] for group in step.groups[: len(step.groups) * 2 // 3 + 1]}
         self._states: dict[int, torch.Tensor] = {}
         self._gradients: dict[int, list[torch.Tensor]] = {}
         self._waiting: list[nn.Parameter] = []
@@ -65,7 +65,7 @@ class Rank:
             del flattened, gradient
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
-        if parameter is self._trigger:
+        if parameter in self._triggers:
             self._fetch_states(self._step.updated)
         if self._elements([*self._waiting, parameter]) > self._zero.reduce_bucket_size:
             self._reduce()
@@ -78,7 +78,7 @@ class Rank:
             self._states[index] = self._ledger.allocate("states", 3 * self._partition(index), torch.float32)
 
     def _allocate(self, kind: Kind, elements: float) -> torch.Tensor:
-        return self._ledger.allocate(kind, int(elements), self._trigger.dtype)
+        return self._ledger.allocate(kind, int(elements), self._parameters[0].dtype)
 
     def _elements(self, parameters: Iterable[nn.Parameter]) -> int:
         return sum(self._numels[parameter] for parameter in parameters)

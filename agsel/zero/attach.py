@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from agsel.blocks import Block, decoder_layers, find_blocks
 from agsel.policies import Policy
@@ -112,6 +113,22 @@ def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequ
         decoder_layers(engine.module)[0].register_forward_pre_hook(lambda *_: selection.move_states()),
         *(block.trainable[0].register_post_accumulate_grad_hook(on_gradient) for block in lower_blocks),
     ]
+    if isinstance(engine.optimizer, SelectiveZeroOptimizerStage3):
+        engine.hooks.append(_reach_first_layer_while_recording(engine))
+
+
+def _reach_first_layer_while_recording(engine: Any) -> RemovableHandle:
+    """Let the backward that ZeRO-3 records, to gather weights ahead of time by it, go down to the first layer.
+
+    DeepSpeed accepts a shorter backward than the recorded one, but forgets the record at a longer one: with frozen
+    layers at the bottom, prefetching would stop for two steps whenever a lower layer is selected than ever before.
+    """
+
+    def on_forward(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if torch.is_grad_enabled() and engine.optimizer.is_recording_modules:
+            arguments[0].requires_grad_()
+
+    return decoder_layers(engine.module)[0].register_forward_pre_hook(on_forward)
 
 
 def _match_blocks(

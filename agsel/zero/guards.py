@@ -47,6 +47,7 @@ TESTED = {
     "DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue": 0x0A9EB0D8,
     "DeepSpeedZeroOptimizer_Stage3.partition_grads": 0xE5111B90,
     "DeepSpeedZeroOptimizer_Stage3.has_overflow": 0x06F06E9E,
+    "DeepSpeedZeroOptimizer_Stage3._get_param_coordinator": 0xB35D8F68,
 }
 """Of DeepSpeed 0.19.8. For another version: `checksums` of `SelectiveEngine` and `SELECTIVE_CLASSES` in attach.py."""
 

@@ -61,6 +61,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         "independent_gradient_partition_epilogue",
         "partition_grads",
         "has_overflow",
+        "_get_param_coordinator",
     )
     """Methods of the stock class that this class replaces or whose inner working it depends on."""
 
@@ -75,6 +76,11 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     def parameters_of_partition(self, index: int) -> list[torch.nn.Parameter]:
         """The model parameters of a sub-group."""
         return list(self.fp16_groups[index])
+
+    @property
+    def is_recording_modules(self) -> bool:
+        """Whether DeepSpeed records, in this step, the order in which forward and backward visit the modules."""
+        return self._get_param_coordinator().is_record_trace()
 
     def prepare_selection(self) -> None:
         """Replace the flat gradient buffer of the whole model by buffers of the blocks that have a gradient."""

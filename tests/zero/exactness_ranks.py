@@ -6,6 +6,7 @@ import gc
 import time
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -199,6 +200,22 @@ def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool =
     return points
 
 
+def forgotten_traces() -> int:
+    """How often DeepSpeed forgot the order in which it gathers weights, with another lowest layer at each step."""
+    engine, _ = start_engine(
+        Scenario(stage=3, blocks="layers", policy=partial(agsel.RandomBlocks, fraction=0.3, seed=1))
+    )
+    coordinator = engine.optimizer._get_param_coordinator()
+    with mock.patch.object(coordinator, "_invalidate_trace", wraps=coordinator._invalidate_trace) as invalidate:
+        lowest = []
+        for step in range(10):
+            train_step(engine, step, accumulation=1)
+            lowest.append(engine.selection.last.selected[0])
+    assert len(set(lowest)) > 2
+    assert coordinator.is_complete_trace()
+    return invalidate.call_count
+
+
 def kept_states(stage: int) -> list[bool]:
     """Per step: whether every block's state is on the device, without offloading."""
     engine, selection = start_engine(Scenario(stage=stage, policy=MIXED), offload_states=False)
@@ -239,6 +256,8 @@ for stage in STAGES:
     for name, (dtype, config) in GRADIENTS.items():
         if not (stage == 1 and config):
             CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config)
+
+CASES["traces"] = forgotten_traces
 
 if __name__ == "__main__":
     run_cases(CASES)

@@ -93,6 +93,10 @@ def test_without_offloading_all_states_stay_on_the_device(ranks: list[dict], nam
         assert rank[name] == [True] * 4
 
 
+def test_prefetching_survives_every_choice_of_blocks(ranks: list[dict]) -> None:
+    assert [rank["traces"] for rank in ranks] == [0, 0]
+
+
 @pytest.mark.parametrize("name", cases("gradients"))
 def test_inactive_blocks_hold_no_gradient(ranks: list[dict], name: str) -> None:
     for rank in ranks:

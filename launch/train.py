@@ -17,34 +17,46 @@ from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
-from trl import SFTTrainer, get_peft_config, get_quantization_config
+from trl import get_peft_config, get_quantization_config
 
 import agsel
-from agsel.training import add_selection, build_policy
+from agsel.training import add_selection, build_policy, checkpoints, resume
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model
+from agsel.training.preemption import SignalWatch, StopRequests, host_group
 from agsel.training.ranks import join_ranks, mistakes_in_one_line
 from agsel.training.run_memory import plan_of_run
 from agsel.training.summary import count_steps, describe_run
+from agsel.training.trainer import ResumableTrainer
 from agsel.zero.consensus import require_equal_settings
 
 DEFAULT_DEEPSPEED = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
 
-def main(arguments: list[str]) -> SFTTrainer:
-    """Train as the command line says; returns the trainer after exporting the model."""
+def main(arguments: list[str]) -> ResumableTrainer:
+    """Train as the command line says, to the end, where the model is exported, or until asked to stop."""
+    signals = SignalWatch()
     with mistakes_in_one_line():
         join_ranks()
         configuration = parse_configuration(arguments, default_settings())
         # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         require_equal_settings(configuration.resolved)
+        group = host_group()
+        checkpoint = find_checkpoint(configuration, group)
+        requests = StopRequests(Path(configuration.training.output_dir), signals, group)
         trainer = build_trainer(configuration)
+        trainer.make_resumable(requests, prepare_resume(configuration, trainer, checkpoint), group)
     with mistakes_in_one_line(only_of_agsel=True):
-        trainer.train(resume_from_checkpoint=configuration.training.resume_from_checkpoint)
-    export_model(trainer, Path(configuration.training.output_dir, "model"))
-    on_first_rank(f"done      {configuration.training.output_dir}: model/, tensorboard/, selection.json, config.yaml")
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if requests.agreed:
+        say_goodbye(trainer, requests)
+    else:
+        export_model(trainer, Path(configuration.training.output_dir, "model"))
+        on_first_rank(
+            f"done      {configuration.training.output_dir}: model/, tensorboard/, selection.json, config.yaml"
+        )
     return trainer
 
 
@@ -59,7 +71,7 @@ def default_settings() -> dict[str, Any]:
     }
 
 
-def build_trainer(configuration: Configuration) -> SFTTrainer:
+def build_trainer(configuration: Configuration) -> ResumableTrainer:
     """TRL's trainer with the dataset mapped and checked, and with block selection added."""
     training, model = configuration.training, configuration.model
     require_model(configuration)
@@ -74,7 +86,7 @@ def build_trainer(configuration: Configuration) -> SFTTrainer:
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
     }
-    trainer = SFTTrainer(
+    trainer = ResumableTrainer(
         model.model_name_or_path,
         args=training,
         train_dataset=rows,
@@ -92,6 +104,40 @@ def build_trainer(configuration: Configuration) -> SFTTrainer:
     direct_output(trainer)
     add_policy(trainer, configuration)
     return trainer
+
+
+def find_checkpoint(configuration: Configuration, group: Any) -> str | None:
+    """The checkpoint to resume from, verified, and said."""
+    training = configuration.training
+    run_folder = Path(training.output_dir)
+    if dist.get_rank() == 0:
+        checkpoints.recover(run_folder)
+    dist.barrier(group)
+    found = resume.find_checkpoint(training.resume_from_checkpoint, run_folder, group)
+    if found is not None:
+        on_first_rank(f"resume    {found}, every file verified")
+    elif training.resume_from_checkpoint is not None:
+        on_first_rank(f"resume    {run_folder} holds no complete checkpoint: from the beginning")
+    return str(found) if found else None
+
+
+def prepare_resume(configuration: Configuration, trainer: ResumableTrainer, checkpoint: str | None) -> dict[str, Any]:
+    """What the run is like, after refusing or saying what differs from the run that saved the checkpoint."""
+    run = resume.describe_for_resume(configuration, trainer)
+    if checkpoint is not None:
+        for sentence in resume.compare(checkpoints.Manifest.read(Path(checkpoint)).run, run):
+            on_first_rank(f"changed   {sentence}")
+    return run
+
+
+def say_goodbye(trainer: ResumableTrainer, requests: StopRequests) -> None:
+    """Leave the marker for whoever restarts the run."""
+    if dist.get_rank() == 0:
+        requests.mark(trainer.last_saved, trainer.state.global_step)
+    on_first_rank(
+        f"stopped   {requests.agreed} after step {trainer.state.global_step}; go on with the same command and "
+        "--resume_from_checkpoint auto"
+    )
 
 
 def require_model(configuration: Configuration) -> None:
@@ -114,7 +160,7 @@ class ProgressBar(ProgressCallback):
         """Write nothing."""
 
 
-def direct_output(trainer: SFTTrainer) -> None:
+def direct_output(trainer: ResumableTrainer) -> None:
     """Status line, progress bar on a terminal, TensorBoard in the run folder unless TENSORBOARD_LOGGING_DIR is set."""
     trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
     if sys.stderr.isatty() and not trainer.args.disable_tqdm:
@@ -131,7 +177,7 @@ def load(configuration: Configuration, split: str) -> Dataset:
         return to_training_format(rows, configuration.data)
 
 
-def add_policy(trainer: SFTTrainer, configuration: Configuration) -> None:
+def add_policy(trainer: ResumableTrainer, configuration: Configuration) -> None:
     """Add block selection to the trainer, and say what will happen."""
     settings = configuration.selection
     steps = count_steps(trainer)
@@ -142,6 +188,7 @@ def add_policy(trainer: SFTTrainer, configuration: Configuration) -> None:
         blocks=settings.taking_part,
         offload_states=settings.offload_states,
         pin_memory=settings.pin_memory,
+        max_skipped_steps=configuration.safety.max_skipped_steps,
     )
     if dist.get_rank() == 0:
         write_configuration(configuration)
@@ -149,7 +196,7 @@ def add_policy(trainer: SFTTrainer, configuration: Configuration) -> None:
     check_memory(trainer, configuration, policy)
 
 
-def check_memory(trainer: SFTTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
+def check_memory(trainer: ResumableTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
     """Say what memory the run needs, and refuse what cannot fit. The first rank decides; it ends the others."""
     if dist.get_rank() != 0:
         return

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
-from agsel.training.arguments import DataArguments, SelectionArguments, suggestion
+from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments, suggestion
 
+GROUPS = (ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, DataArguments, SafetyArguments)
 NOT_WRITTEN = ("hub_token", "local_rank")
 REFUSED_ZERO_SETTINGS = ("offload_optimizer", "offload_param", "zenflow", "elastic_checkpoint")
 """What `agsel.attach` would refuse; DeepSpeed stumbles over some of it earlier, in many lines."""
@@ -28,6 +28,7 @@ class Configuration:
     model: ModelConfig
     selection: SelectionArguments
     data: DataArguments
+    safety: SafetyArguments
     resolved: dict[str, Any]
 
     @property
@@ -47,17 +48,17 @@ def parse_configuration(arguments: Sequence[str], defaults: dict[str, Any]) -> C
         ValueError: an unknown or impossible setting; the message names it.
         OSError: no such YAML file.
     """
-    parser = _Parser((ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, DataArguments), allow_abbrev=False)
+    parser = _Parser(GROUPS, allow_abbrev=False)
     parser.set_defaults(**defaults)
     try:
-        script, training, model, selection, data, unknown_keys, unknown_arguments = parser.parse_args_and_config(
+        *groups, unknown_keys, unknown_arguments = parser.parse_args_and_config(
             list(arguments), return_remaining_strings=True, separate_remaining_strings=True
         )
     except yaml.YAMLError as error:
         raise ValueError(f"the file of --config is no YAML: {error}") from error
     parser.refuse_unknown(unknown_keys, "in the file of --config")
     parser.refuse_unknown(unknown_arguments, "on the command line")
-    configuration = Configuration(script, training, model, selection, data, parser.resolved)
+    configuration = Configuration(*groups, resolved=parser.resolved)
     _complete(configuration)
     return configuration
 
@@ -146,7 +147,12 @@ def _complete(configuration: Configuration) -> None:
         raise ValueError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
-    training.resume_from_checkpoint = _checkpoint(training)
+    if training.ddp_timeout < configuration.safety.rank_timeout:
+        raise ValueError(
+            f"--ddp_timeout {training.ddp_timeout} is less than --rank_timeout {configuration.safety.rank_timeout:g}: "
+            "ranks would stop waiting for a silent one before it can be named"
+        )
+    training.resume_from_checkpoint = _wanted_checkpoint(training.resume_from_checkpoint)
 
 
 def _prepare_compilation(configuration: Configuration) -> None:
@@ -162,16 +168,12 @@ def _prepare_compilation(configuration: Configuration) -> None:
         )
 
 
-def _checkpoint(training: SFTConfig) -> str | None:
-    """The folder to resume from, or none; `true` is the newest checkpoint of the run folder."""
-    wanted = training.resume_from_checkpoint
+def _wanted_checkpoint(wanted: str | None) -> str | None:
+    """A folder, `auto`, `true`, or none; `agsel.training.resume.find_checkpoint` says what they mean."""
     if wanted is None or str(wanted).lower() == "false":
         return None
-    if str(wanted).lower() != "true":
-        if not os.path.isdir(wanted):
-            raise ValueError(f"no such checkpoint folder: {wanted} (--resume_from_checkpoint)")
-        return str(wanted)
-    newest = get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
-    if newest is None:
-        raise ValueError(f"{training.output_dir} holds no checkpoint to resume from (--resume_from_checkpoint)")
-    return newest
+    if str(wanted).lower() in ("auto", "true"):
+        return str(wanted).lower()
+    if not os.path.isdir(wanted):
+        raise ValueError(f"no such checkpoint folder: {wanted} (--resume_from_checkpoint)")
+    return str(wanted)

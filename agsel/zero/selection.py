@@ -23,6 +23,10 @@ SHARE_IN_FORWARD = 0.8
 With fewer in the forward, memory would only fall further below what exploring steps need."""
 
 
+class TooManySkippedStepsError(RuntimeError):
+    """The gradients stayed non-finite for `max_skipped_steps` steps in a row."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """What one optimizer step did.
@@ -182,7 +186,7 @@ class Selection:
         culprits = [name for name, norm in norms.items() if not math.isfinite(norm)]
         logger.warning("step skipped on all ranks: non-finite gradient in %s", ", ".join(culprits))
         if self._skipped_in_a_row >= self._max_skipped_steps:
-            raise RuntimeError(
+            raise TooManySkippedStepsError(
                 f"{self._skipped_in_a_row} steps in a row had a non-finite gradient (max_skipped_steps): "
                 "lower the learning rate, look at the data, or use bf16 instead of fp16"
             )

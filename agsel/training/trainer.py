@@ -1,0 +1,143 @@
+"""TRL's trainer with checkpoints that are complete or absent, and with an early, resumable end."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+from trl import SFTTrainer
+
+from agsel.training import checkpoints
+from agsel.training.preemption import StopRequests
+from agsel.zero.selection import TooManySkippedStepsError
+
+
+class StoppedInEvaluation(Exception):  # noqa: N818
+    """The ranks have agreed to stop while they evaluated."""
+
+
+class ResumableTrainer(SFTTrainer):
+    """`SFTTrainer` whose runs can be killed at any moment and stopped at any step, after `make_resumable`.
+
+    Attributes:
+        last_saved: the newest checkpoint that this run has written or was resumed from.
+        last_good: the newest of them after which a step had finite gradients.
+    """
+
+    last_saved: Path | None = None
+    last_good: Path | None = None
+
+    def make_resumable(self, requests: StopRequests, run: dict[str, Any], group: Any) -> None:
+        """Stop when the ranks agree to, and write checkpoints that tell what the run was like.
+
+        Args:
+            requests: to stop.
+            run: for the manifests.
+            group: process group of all ranks, on the host.
+        """
+        self._run, self._group = run, group
+        self._staging: Path | None = None
+        self.add_callback(_StepBorders(self, requests))
+
+    def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> TrainOutput:
+        """`SFTTrainer.train`; if it stops for too many skipped steps, the error names the last good checkpoint.
+
+        Raises:
+            RuntimeError: of agsel.
+        """
+        if resume_from_checkpoint is not None:
+            self.last_saved = self.last_good = Path(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        except TooManySkippedStepsError as error:
+            raise RuntimeError(f"{error}; {describe(self.last_good)}") from error
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        try:
+            with checkpoints.saving(folder, step, self._run, self._group) as staged:
+                self._write_checkpoint(model, trial, staged)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(self._could_not_save(step, error)) from error
+        self.last_saved = folder / f"{checkpoints.PREFIX}{step}"
+        if self.is_world_process_zero():
+            best = self.state.best_model_checkpoint
+            checkpoints.rotate(folder, self.args.save_total_limit, Path(best) if best else None)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, staged: Path) -> None:
+        """Let the Trainer write into the staging folder, but not note that as the place of the best checkpoint."""
+        best = self.state.best_model_checkpoint
+        self._staging = staged.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_global_step == self.state.global_step:
+            best = str(Path(self.args.output_dir, staged.name))
+        self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _could_not_save(self, step: int, error: Exception) -> str:
+        folder = self.args.output_dir
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        free = shutil.disk_usage(folder).free / 1e9
+        return (
+            f"the checkpoint of step {step} could not be written to {folder} ({reason}; {free:.2f} GB free there), "
+            f"{describe(self.last_saved)}: make room or choose another folder (--output_dir), then resume"
+        )
+
+    def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        try:
+            return super()._evaluate(*arguments, **options)
+        except StoppedInEvaluation:
+            self.control.should_save = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """An evaluation that was stopped has no metrics; its step is saved whatever `save_strategy` is."""
+        return super()._determine_best_metric(metrics, trial) if metrics else True
+
+
+class _StepBorders(TrainerCallback):
+    """Asks the ranks at every step boundary and every evaluation batch whether to stop."""
+
+    def __init__(self, trainer: ResumableTrainer, requests: StopRequests) -> None:
+        self._trainer = trainer
+        self._requests = requests
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """To stop, save this step and end, without an evaluation before. A skipped step is not worth saving."""
+        if self._trainer.deepspeed.selection.last.mode == "skipped":
+            control.should_save = False
+        else:
+            self._trainer.last_good = self._trainer.last_saved
+        if self._requests.ask():
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave the evaluation."""
+        if self._requests.ask():
+            control.should_training_stop = True
+            raise StoppedInEvaluation
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The end was no end of an epoch: what is due there is not due."""
+        if self._requests.agreed:
+            control.should_evaluate = control.should_save = control.should_log = False
+
+
+def describe(last_saved: Path | None) -> str:
+    """The newest checkpoint, as the middle of a sentence."""
+    return f"the last good checkpoint is {last_saved}" if last_saved else "there is no good checkpoint"

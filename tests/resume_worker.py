@@ -1,0 +1,35 @@
+"""Train with `launch/train.py` to the end, then again from some of its checkpoints, one resume after the other.
+
+    deepspeed --num_gpus 2 tests/resume_worker.py FOLDER STEP,STEP,... --setting value ...
+
+FOLDER/model and FOLDER/rows.jsonl are trained into FOLDER/whole, which keeps a checkpoint of every step. Then
+FOLDER/after-STEP goes on from that step of the run before it, in this order.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from tests.tiny_run import TRAIN, settings
+
+sys.path.insert(0, str(TRAIN.parent))
+import train  # type: ignore[import-not-found]
+
+
+def run(folder: Path, name: str, arguments: list[str]) -> Path:
+    train.main(settings(folder / "model", folder / "rows.jsonl", folder / name) + arguments)
+    return folder / name
+
+
+if __name__ == "__main__":
+    folder, steps, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    if get_accelerator().device_name() == "cuda":
+        torch.use_deterministic_algorithms(True)
+    before = run(Path(folder), "whole", arguments)
+    for step in steps.split(","):
+        checkpoint = ["--resume_from_checkpoint", str(before / f"checkpoint-{step}")]
+        before = run(Path(folder), f"after-{step}", arguments + checkpoint)

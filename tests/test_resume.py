@@ -1,0 +1,114 @@
+"""2N steps equal N steps, the end of the process, and N steps more: bit for bit, through `launch/train.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agsel.training.checkpoints import Manifest
+from tests.distributed import REPOSITORY, launch_worker
+from tests.tiny_run import save_model, save_rows
+
+ON_GPU = torch.cuda.is_available()
+STEPS = 12
+CUTS = (3, 4, 10)
+"""In the middle of epoch 1 while exploring, at its end, and in the middle of epoch 3 after exploring."""
+NOT_COMPARED = ("training_args.bin",)
+
+
+def train_and_resume(folder: Path, stage: int) -> Path:
+    """Three epochs of four steps, of two micro-batches each; dropout, so that random numbers matter."""
+    model = save_model(folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
+    save_rows(folder / "rows.jsonl", 32)
+    zero = json.loads((REPOSITORY / "ds_configs" / f"zero{stage}.json").read_text())
+    if stage == 3:
+        zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "zero.json").write_text(json.dumps(zero))
+    chosen = {
+        "deepspeed": folder / "zero.json",
+        "bf16": ON_GPU,
+        "attn_implementation": "eager",
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "explore_steps": 6,
+        "epsilon_end": 0.5,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 1,
+    }
+    arguments = [str(text) for name, value in chosen.items() for text in (f"--{name}", value)]
+    launch_worker("tests/resume_worker.py", folder, ",".join(map(str, CUTS)), *arguments)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, 3])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_and_resume(tmp_path_factory.mktemp("resume"), request.param)
+
+
+def test_a_resumed_run_ends_as_the_unbroken_one(runs: Path) -> None:
+    """Every tensor, number and random state of the last checkpoint, of all ranks; three resumes in a row."""
+    whole = runs / "whole" / f"checkpoint-{STEPS}"
+    names = [name for name in Manifest.read(whole).files if name not in NOT_COMPARED]
+    assert sum(name.endswith("optim_states.pt") for name in names) == 2
+    assert sum(name.startswith("rng_state") for name in names) == 2
+    for cut in CUTS:
+        resumed = runs / f"after-{cut}" / f"checkpoint-{STEPS}"
+        for name in names:
+            assert differences(content(whole / name), content(resumed / name)) == [], f"{name} after step {cut}"
+
+
+def test_the_resumed_run_saw_the_same_rows(runs: Path) -> None:
+    """Losses and selections of every step after the cut; the learning rate, too."""
+    for cut in CUTS:
+        logged = [entry for entry in history(runs / f"after-{cut}") if entry["step"] > cut]
+        assert logged == [entry for entry in history(runs / "whole") if entry["step"] > cut]
+        assert [entry["step"] for entry in logged] == list(range(cut + 1, STEPS + 1))
+
+
+def test_the_cuts_were_hard(runs: Path) -> None:
+    """Dropout and the selection draw random numbers; exploring and exploiting steps lie on both sides of the cuts."""
+    entries = history(runs / "whole")
+    assert len({entry["loss"] for entry in entries}) == STEPS
+    state = torch.load(next((runs / "whole" / "checkpoint-3").rglob("*model_states.pt")), weights_only=False)
+    assert sum(state["agsel"]["policy"]["counts"]) == 2 * 3
+    assert len(set(state["agsel"]["policy"]["counts"])) > 1
+
+
+def history(run: Path) -> list[dict[str, Any]]:
+    state = json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    keys = ("step", "loss", "learning_rate", "grad_norm", "epoch")
+    return [{key: entry[key] for key in keys} for entry in state["log_history"] if "loss" in entry]
+
+
+def content(path: Path) -> Any:
+    if path.suffix in (".pt", ".pth"):
+        return torch.load(path, map_location="cpu", weights_only=False)
+    if path.name == "trainer_state.json":
+        return {key: value for key, value in json.loads(path.read_text()).items() if key != "log_history"}
+    return path.read_bytes()
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """Paths at which two nested structures differ."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [where]
+    if isinstance(one, dict):
+        if one.keys() != other.keys():
+            return [f"{where} keys"]
+        return [path for key in one for path in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, (list, tuple)):
+        if len(one) != len(other):
+            return [f"{where} length"]
+        return [
+            path for i, pair in enumerate(zip(one, other, strict=True)) for path in differences(*pair, f"{where}/{i}")
+        ]
+    if hasattr(one, "tobytes"):
+        return [] if one.tobytes() == other.tobytes() else [where]
+    return [] if one == other or repr(one) == repr(other) else [where]

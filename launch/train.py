@@ -25,10 +25,11 @@ from agsel.training.configuration import Configuration, parse_configuration, wri
 from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model
 from agsel.training.preemption import SignalWatch, StopRequests, host_group
-from agsel.training.ranks import join_ranks, mistakes_in_one_line
+from agsel.training.ranks import join_ranks, limit_waiting, mistakes_in_one_line
 from agsel.training.run_memory import plan_of_run
 from agsel.training.summary import count_steps, describe_run
 from agsel.training.trainer import ResumableTrainer
+from agsel.training.watchdog import watched_ranks
 from agsel.zero.consensus import require_equal_settings
 
 DEFAULT_DEEPSPEED = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -42,8 +43,16 @@ def main(arguments: list[str]) -> ResumableTrainer:
         configuration = parse_configuration(arguments, default_settings())
         # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    with watched_ranks(configuration.safety.rank_timeout):
+        return train(configuration, signals)
+
+
+def train(configuration: Configuration, signals: SignalWatch) -> ResumableTrainer:
+    """Train and export as configured, on every rank."""
+    with mistakes_in_one_line():
         require_equal_settings(configuration.resolved)
         group = host_group()
+        limit_waiting(configuration.training.ddp_timeout)
         checkpoint = find_checkpoint(configuration, group)
         requests = StopRequests(Path(configuration.training.output_dir), signals, group)
         trainer = build_trainer(configuration)
@@ -189,6 +198,7 @@ def add_policy(trainer: ResumableTrainer, configuration: Configuration) -> None:
         offload_states=settings.offload_states,
         pin_memory=settings.pin_memory,
         max_skipped_steps=configuration.safety.max_skipped_steps,
+        sanity_checks=configuration.safety.sanity_checks,
     )
     if dist.get_rank() == 0:
         write_configuration(configuration)

@@ -144,6 +144,25 @@ def test_resuming_with_the_written_configuration_gives_the_same_model(
     assert resumed == whole
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_resuming_on_another_number_of_ranks_goes_on_as_before(
+    parts: tuple[Path, Path], two_ranks: tuple[Path, str], tmp_path: Path, ranks: int
+) -> None:
+    """The same eight examples per step on one rank and on four."""
+    run = two_ranks[0]
+    per_device = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2}
+    arguments = twelve_steps(parts, tmp_path, **per_device, resume_from_checkpoint=run / "checkpoint-6")
+    result = launch(TRAIN, *arguments, ranks=ranks)
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert f"changed   ranks was 2, is {ranks} now" in result.stdout
+    resumed, whole = scalars(tmp_path), scalars(run)
+    assert resumed["train/loss"] == pytest.approx(whole["train/loss"][6:], abs=1e-6)
+    assert resumed["train/learning_rate"] == whole["train/learning_rate"][6:]
+    assert (tmp_path / "selection.json").read_text() == (run / "selection.json").read_text()
+    for name, weight in weights(tmp_path).items():
+        torch.testing.assert_close(weight, weights(run)[name], rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_exported_model_reloads_to_equal_logits(stage: int, tmp_path: Path) -> None:
     """Tied and untied; at stage 2 in bf16; at stage 3 with every weight partitioned."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from agsel.policies import AdaGradSelect, FullFineTuning, RandomBlocks, TopK
-from agsel.training.arguments import DataArguments, SelectionArguments, build_policy
+from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments, build_policy
 
 
 def defaults(arguments: type) -> dict[str, object]:
@@ -38,10 +39,11 @@ def test_the_command_line_is_frozen() -> None:
         "prompt_template": None,
         "completion_template": None,
     }
+    assert defaults(SafetyArguments) == {"rank_timeout": 600, "max_skipped_steps": 50, "sanity_checks": 0}
 
 
 def test_every_flag_explains_itself() -> None:
-    for arguments in (SelectionArguments, DataArguments):
+    for arguments in (SelectionArguments, DataArguments, SafetyArguments):
         for field in dataclasses.fields(arguments):
             assert len(field.metadata["help"]) > 40, field.name
             assert "%" not in field.metadata["help"], "argparse expands % signs"
@@ -65,6 +67,23 @@ def test_every_flag_explains_itself() -> None:
 def test_bad_values_are_refused_by_name(flag: str, changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=flag) as refusal:
         SelectionArguments(**changed)  # type: ignore[arg-type]
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("rank_timeout", 0.0),
+        ("rank_timeout", 4.9),
+        ("rank_timeout", math.inf),
+        ("rank_timeout", math.nan),
+        ("max_skipped_steps", 0),
+        ("sanity_checks", -1),
+    ],
+)
+def test_bad_limits_are_refused_by_name(setting: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"--{setting}") as refusal:
+        SafetyArguments(**{setting: value})  # type: ignore[arg-type]
     assert "\n" not in str(refusal.value)
 
 

@@ -58,13 +58,14 @@ def test_the_model_has_the_type_that_is_trained(recipe: Path) -> None:
 
 
 def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Path) -> None:
-    first = parse("--config", recipe, "--method", "topk", "--seed", 3, "--hub_token", "secret")
+    first = parse("--config", recipe, "--method", "topk", "--rank_timeout", 30, "--hub_token", "secret")
     path = write_configuration(first)
     assert path == Path(first.training.output_dir, "config.yaml")
     assert "secret" not in path.read_text()
     again = parse("--config", path)
     assert again.resolved == first.resolved
     assert again.selection == first.selection
+    assert again.safety == first.safety
     assert parse("--config", path, "--method", "full").selection.taking_part == "all", "what was left open still is"
     assert again.training.gradient_checkpointing_kwargs == {"every_n_layers": 2}
 
@@ -85,7 +86,8 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
         (["--dtype", "bfloat16"], "--dtype bfloat16.*--bf16"),
         (["--dataset_streaming", "true"], "--dataset_streaming"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere.*--resume_from_checkpoint"),
-        (["--resume_from_checkpoint", "true"], "no checkpoint.*--resume_from_checkpoint"),
+        (["--rank_timeout", "1"], "--rank_timeout"),
+        (["--rank_timeout", "300.5", "--ddp_timeout", "300"], "--ddp_timeout 300 is less than --rank_timeout 300.5"),
         (["--fp16", "true", "--bf16", "true"], "fp16 and bf16"),
     ],
 )

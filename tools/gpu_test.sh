@@ -8,7 +8,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 logs=$(mktemp -d)
 declare -A running
 for file in tests/gpu/test_*.py; do
-  python3 -m pytest "$file" -p no:cacheprovider "$@" > "$logs/$(basename "$file")" 2>&1 &
+  python3 -m pytest "$file" --slow -p no:cacheprovider "$@" > "$logs/$(basename "$file")" 2>&1 &
   running[$file]=$!
 done
 failed=0

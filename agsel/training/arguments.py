@@ -1,4 +1,4 @@
-"""agsel's own command-line settings: which blocks are trained when, and which columns are prompt and completion."""
+"""agsel's own command-line settings: which blocks are trained when, which columns are learnt, what ends a sick run."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,6 +8,8 @@ from typing import Literal, cast
 from agsel.policies import AdaGradSelect, FullFineTuning, Policy, RandomBlocks, TopK
 
 METHODS = ("full", "adagradselect", "topk", "random")
+RANK_TIMEOUTS = (5, 1_000_000)
+"""Smallest and largest `rank_timeout` in seconds: below, a busy rank could pass for a dead one."""
 
 
 @dataclass
@@ -175,6 +177,53 @@ class DataArguments:
             "help": "The same for the completion, for example ' {answer}'. The end-of-sequence token is added to it."
         },
     )
+
+
+@dataclass
+class SafetyArguments:
+    """When a run that has gone wrong ends, and what it checks about itself.
+
+    Raises:
+        ValueError: a setting is out of its range; the message names the flag.
+    """
+
+    rank_timeout: float = field(
+        default=600,
+        metadata={
+            "help": "Seconds after which a rank that no longer answers (its process is stopped or frozen, its host is "
+            "gone) is named and ends the job. A rank that is merely slow answers all the same. When all answer but "
+            "wait for each other, `--ddp_timeout` ends the job; it must be at least as long."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=50,
+        metadata={
+            "help": "End the run after this many optimizer steps in a row that were skipped because a gradient was "
+            "infinite or not a number. fp16 skips a few at the start while it finds its loss scale; a run that goes "
+            "on skipping learns nothing."
+        },
+    )
+    sanity_checks: int = field(
+        default=0,
+        metadata={
+            "help": "Every this many optimizer steps, verify that the frozen weights did not change, that all ranks "
+            "hold equal weights, and that the optimizer states in host memory are as they were left there; a "
+            "violation ends the run and names blocks and ranks. 0 never checks. The cost is printed at the end."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        shortest, longest = RANK_TIMEOUTS
+        if not shortest <= self.rank_timeout <= longest:
+            raise ValueError(
+                f"rank_timeout must be {shortest} to {longest} seconds, got {self.rank_timeout} (--rank_timeout)"
+            )
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps} (--max_skipped_steps)")
+        if self.sanity_checks < 0:
+            raise ValueError(
+                f"sanity_checks must be a number of steps, or 0 for never, got {self.sanity_checks} (--sanity_checks)"
+            )
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

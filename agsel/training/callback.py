@@ -31,6 +31,8 @@ def add_selection(
     blocks: Literal["layers", "all"] = "layers",
     offload_states: bool = True,
     pin_memory: bool = True,
+    max_skipped_steps: int = 50,
+    sanity_checks: int = 0,
 ) -> "SelectionCallback":
     """Make a Trainer update only the blocks that `policy` selects. Call it once, before `trainer.train()`.
 
@@ -43,6 +45,8 @@ def add_selection(
         blocks: which blocks take part, as in `agsel.block_param_groups`.
         offload_states: keep the optimizer states of blocks that are not selected in host memory.
         pin_memory: page-lock that memory.
+        max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
+        sanity_checks: check weights and states every so many steps, see `agsel.zero.sanity`; 0 never checks.
 
     Returns:
         The callback; its `selection` is set from the first moment of training.
@@ -61,7 +65,14 @@ def add_selection(
         return torch.optim.AdamW(agsel.block_param_groups(model, blocks), **adam)
 
     trainer.optimizer_cls_and_kwargs = (lambda: build_optimizer, {})
-    callback = SelectionCallback(trainer, policy, offload_states=offload_states, pin_memory=pin_memory)
+    callback = SelectionCallback(
+        trainer,
+        policy,
+        offload_states=offload_states,
+        pin_memory=pin_memory,
+        max_skipped_steps=max_skipped_steps,
+        sanity_checks=sanity_checks,
+    )
     trainer.add_callback(callback)
     return callback
 
@@ -97,10 +108,10 @@ class SelectionCallback(TrainerCallback):
     TensorBoard scalars go where the Trainer's own go, if it has a `TensorBoardCallback`.
     """
 
-    def __init__(self, trainer: Trainer, policy: Policy, **residency: bool) -> None:
+    def __init__(self, trainer: Trainer, policy: Policy, **options: Any) -> None:
         self.selection: Selection | None = None
         self._policy = policy
-        self._residency = residency
+        self._options = options
         self._trainer = trainer
         self._modes: list[str] = []
         self._clock = _TokenClock()
@@ -128,7 +139,7 @@ class SelectionCallback(TrainerCallback):
         # every frozen layer below the lowest selected one. Only reentrant checkpointing, which is refused, needs it.
         if self._trainer.args.gradient_checkpointing:
             engine.module.disable_input_require_grads()
-        self.selection = agsel.attach(engine, self._policy, **self._residency)
+        self.selection = agsel.attach(engine, self._policy, **self._options)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember how the step chose its blocks."""
@@ -158,7 +169,7 @@ class SelectionCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write how often each block was trained to `<output_dir>/selection.json`."""
+        """Write how often each block was trained to `<output_dir>/selection.json`; say what sanity checks cost."""
         if state.is_world_process_zero and self.selection is not None:
             report = self._policy.settings() | {
                 "steps": self._policy.step,
@@ -166,6 +177,8 @@ class SelectionCallback(TrainerCallback):
                 "counts": self.selection.counts,
             }
             Path(args.output_dir, "selection.json").write_text(json.dumps(report, indent=2) + "\n")
+            if self.selection.sanity is not None:
+                tqdm.write(str(self.selection.sanity))
 
     def _last_step(self) -> StepReport:
         assert self.selection is not None

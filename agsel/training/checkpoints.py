@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ MANIFEST = "manifest.json"
 STAGING = ".saving"
 """Folder inside the run folder for checkpoints that are being written, replaced or deleted."""
 PREFIX = "checkpoint-"
+PROBE = 2**20
+"""Bytes that must fit on a disk that is not full."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,26 @@ class Manifest:
         """The manifest of a checkpoint.
 
         Raises:
-            ValueError: there is none, or it is no manifest: the checkpoint was never completed.
+            ValueError: there is none, it is no manifest, or it is not as it was written.
         """
         try:
             fields = json.loads((folder / MANIFEST).read_text())
-            return cls(fields["run"], {name: (size, digest) for name, (size, digest) in fields["files"].items()})
+            sealed = fields.pop("sha256") == _seal(fields)
+            manifest = cls(fields["run"], {name: (size, digest) for name, (size, digest) in fields["files"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError("it has no readable manifest.json: it was never completed") from error
+            raise ValueError(f"it has no readable {MANIFEST}: it was never completed, or is damaged") from error
+        if not sealed:
+            raise ValueError(f"{MANIFEST} is not what was saved")
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        """Complete a checkpoint."""
+        fields = {"run": self.run, "files": self.files}
+        _write_durably(folder / MANIFEST, json.dumps(fields | {"sha256": _seal(fields)}, indent=1))
+
+
+def _seal(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -78,8 +94,7 @@ def saving(run_folder: Path, step: int, run: dict[str, Any], group: Any) -> Iter
     dist.barrier(group)
     files = _digests(staged, group)
     if first:
-        manifest = json.dumps({"step": step, "run": run, "files": files}, indent=1)
-        _write_durably(staged / MANIFEST, manifest)
+        Manifest(run, files).write(staged)
         _sync_folders(staged)
         _put_in_place(staged, final)
     dist.barrier(group)
@@ -127,19 +142,20 @@ def missing_part(folder: Path) -> str | None:
     return None
 
 
-def rotate(run_folder: Path, keep: int | None, protected: Path | None = None) -> None:
-    """Delete the oldest complete checkpoints but for `keep` of them. Incomplete ones are left alone and do not count.
+def rotate(run_folder: Path, keep: int | None, *protected: Path) -> None:
+    """Delete all but the newest `keep` complete checkpoints. Incomplete ones are left alone and do not count.
 
     Args:
         run_folder: that holds the checkpoints.
         keep: how many, at least one; None or 0 for all.
-        protected: one more that stays.
+        protected: more that stay.
     """
     if not keep:
         return
     complete = [folder for folder in checkpoints_in(run_folder) if missing_part(folder) is None]
+    staying = {folder.resolve() for folder in protected}
     for folder in complete[:-keep]:
-        if folder != protected:
+        if folder.resolve() not in staying:
             _discard(folder)
 
 
@@ -150,6 +166,18 @@ def recover(run_folder: Path) -> None:
         if not final.exists() and missing_part(old) is None:
             old.rename(final)
     shutil.rmtree(run_folder / STAGING, ignore_errors=True)
+
+
+def complaint_of_disk(folder: Path) -> str | None:
+    """What prevents writing into a folder, None if nothing does. torch calls a full disk an unexpected position."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _digests(folder: Path, group: Any) -> dict[str, tuple[int, str]]:

@@ -51,14 +51,14 @@ def parse_configuration(arguments: Sequence[str], defaults: dict[str, Any]) -> C
     parser = _Parser(GROUPS, allow_abbrev=False)
     parser.set_defaults(**defaults)
     try:
-        *groups, unknown_keys, unknown_arguments = parser.parse_args_and_config(
+        script, training, model, selection, data, safety, *unknown = parser.parse_args_and_config(
             list(arguments), return_remaining_strings=True, separate_remaining_strings=True
         )
     except yaml.YAMLError as error:
         raise ValueError(f"the file of --config is no YAML: {error}") from error
-    parser.refuse_unknown(unknown_keys, "in the file of --config")
-    parser.refuse_unknown(unknown_arguments, "on the command line")
-    configuration = Configuration(*groups, resolved=parser.resolved)
+    parser.refuse_unknown(unknown[0], "in the file of --config")
+    parser.refuse_unknown(unknown[1], "on the command line")
+    configuration = Configuration(script, training, model, selection, data, safety, parser.resolved)
     _complete(configuration)
     return configuration
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,27 @@ class StopRequests:
         if dist.get_rank(self._group) == 0 and (self._folder / STOP_FILE).exists():
             return f"a {STOP_FILE} file"
         return self._watch.look()
+
+
+def start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
+    """Start a worker of a data loader so that, like its rank, it survives a SIGTERM to all processes of the run.
+
+    The steps to come until the stop need its rows. A SIGTERM from the rank itself still ends it.
+
+    Args:
+        initialize: the loader's own `worker_init_fn`.
+        worker: number of the worker.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+    if initialize is not None:
+        initialize(worker)
+
+
+def _end_when_told(rank: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank:
+        pass
+    os._exit(0)
 
 
 def host_group() -> Any:

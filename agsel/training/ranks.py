@@ -7,12 +7,15 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
 from deepspeed.comm.comm import mpi_discovery
-from torch.distributed.distributed_c10d import _get_default_store
+from deepspeed.utils.groups import _get_data_parallel_group
+from torch.distributed import Store
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 DEFAULT_PORT = 29500
@@ -26,7 +29,7 @@ def join_ranks() -> None:
     Raises:
         ValueError: under `mpirun` without mpi4py.
     """
-    atexit.register(_remove_shared_memory)
+    atexit.register(lambda: remove_shared_memory(os.environ.get("RANK", "")))
     if "RANK" in os.environ:
         return
     if any(name in os.environ for name in MPI_VARIABLES):
@@ -41,10 +44,21 @@ def join_ranks() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
 
 
-def _remove_shared_memory() -> None:
+def remove_shared_memory(rank: int | str) -> None:
     """On the CPU, DeepSpeed's all-reduce leaves 66 MiB of shared memory per rank behind for every port it ever used."""
-    address = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}").unlink(missing_ok=True)
+    address = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{rank}").unlink(missing_ok=True)
+
+
+def limit_waiting(timeout: float) -> None:
+    """End collectives that wait longer than `timeout` seconds, in every group of this run that exists now.
+
+    For ranks that all live but wait for each other. The arguments of the Trainer reach only the default group, and on
+    the CPU not even that; DeepSpeed's own group would keep torch's 10 minutes, of gloo 30.
+    """
+    _get_data_parallel_group()  # DeepSpeed makes it now instead of with the engine
+    for group in _world.pg_map:
+        _set_pg_timeout(timedelta(seconds=timeout), group)
 
 
 @contextmanager
@@ -62,7 +76,7 @@ def mistakes_in_one_line(*, only_of_agsel: bool = False) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError) as error:
         if not (_raised_by_agsel(error) if only_of_agsel else isinstance(error, (ValueError, OSError))):
             raise
-        if _is_first_to_fail():
+        if _speaks_for_all():
             print(f"agsel: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(1)
 
@@ -72,9 +86,14 @@ def _raised_by_agsel(error: BaseException) -> bool:
     return innermost.f_globals.get("__name__", "").split(".")[0] == "agsel"
 
 
-def _is_first_to_fail() -> bool:
+def is_first_to_fail(store: Store) -> bool:
+    """Whether no rank has asked this before: the first one prints what went wrong, for all."""
+    return store.add("agsel/failed", 1) == 1
+
+
+def _speaks_for_all() -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     if not dist.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return _get_default_store().add("agsel/failed", 1) == 1
+    return is_first_to_fail(_get_default_store())

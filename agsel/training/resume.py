@@ -10,25 +10,42 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 
+from agsel.blocks import global_numel
 from agsel.training import checkpoints
 from agsel.training.configuration import Configuration
 
 ROWS_HASHED = 1000
 REFUSED = {
-    "model": "load the model that the run was started with (--model_name_or_path)",
-    "stage": "use the DeepSpeed configuration of that stage (--deepspeed)",
-    "dtype": "train in the saved precision (--bf16, --fp16)",
-    "dataset": "a run cannot go on with other rows in another order; use the same data (--dataset_name), or start a "
-    "new run from the checkpoint's weights (--model_name_or_path)",
-    "examples per step": "keep batch size x accumulation x ranks (--per_device_train_batch_size, "
-    "--gradient_accumulation_steps)",
-    "seed": "the order of the rows follows from it (--seed, --data_seed)",
-    "method": "start a new run for another method (--method)",
-    "blocks": "choose among the same blocks (--select_blocks)",
-    "learning rate": "the saved schedule goes on (--learning_rate); start a new run from the checkpoint's weights "
-    "(--model_name_or_path) for another one",
+    "model": ("--model_name_or_path", "the saved optimizer states belong to its weights"),
+    "stage": ("--deepspeed", "each ZeRO stage saves the optimizer states in its own form"),
+    "dtype": ("--bf16, --fp16, --dtype", "the weights were rounded to it"),
+    "dataset": (
+        "--dataset_name, --dataset_train_split, --prompt_field, --prompt_template, --completion_field, "
+        "--completion_template, --max_length",
+        "the run goes on with the rows that it has not seen yet, so they must give the same tokens in the same order",
+    ),
+    "examples per step": (
+        "--per_device_train_batch_size x --gradient_accumulation_steps x ranks",
+        "it tells how many rows the run has seen",
+    ),
+    "seed": ("--seed, --data_seed", "the order of the rows follows from it"),
+    "method": ("--method", "the saved state of the selection is of that method"),
+    "blocks": ("--select_blocks", "the saved state of the selection is over them"),
+    "learning rate": ("--learning_rate", "the saved schedule goes on"),
+    "weight decay": ("--weight_decay", "the saved optimizer goes on"),
+    "adam": ("--adam_beta1, --adam_beta2, --adam_epsilon", "the saved optimizer goes on"),
 }
-"""Settings that a resumed run must share with the run that saved, and the remedy."""
+"""Settings that a resumed run must share with the run that saved: the flags, and why."""
+TAKES_EFFECT = "takes effect from here on"
+EFFECTS = {
+    "ranks": "the checkpoint is converted",
+    "selection seed": "has no effect, the saved generator goes on (--selection_seed)",
+    "fraction": "takes effect after the next step, which was planned when the checkpoint was saved (--select_fraction)",
+    "steps": f"{TAKES_EFFECT}, and the learning rate falls towards the new end (--max_steps, --num_train_epochs)",
+    "schedule": f"{TAKES_EFFECT} (--lr_scheduler_type, --warmup_steps)",
+    "clipping": f"{TAKES_EFFECT} (--max_grad_norm)",
+}
+"""What becomes of the others when they change."""
 
 
 def find_checkpoint(wanted: str | None, run_folder: Path, group: Any) -> Path | None:
@@ -73,9 +90,13 @@ def describe_for_resume(configuration: Configuration, trainer: Trainer) -> dict[
         "method": selection.method,
         "blocks": selection.taking_part,
         "learning rate": training.learning_rate,
+        "weight decay": training.weight_decay,
+        "adam": f"betas {training.adam_beta1:g} {training.adam_beta2:g}, epsilon {training.adam_epsilon:g}",
         "ranks": training.world_size,
         "fraction": selection.select_fraction,
-        "steps": training.max_steps if training.max_steps > 0 else f"{training.num_train_epochs} epochs",
+        "steps": training.max_steps if training.max_steps > 0 else f"those of {training.num_train_epochs:g} epochs",
+        "schedule": f"{training.lr_scheduler_type.value} after {training.warmup_steps:g} of warmup",
+        "clipping": training.max_grad_norm,
         "selection seed": selection.selection_seed if selection.selection_seed is not None else training.seed,
     }
 
@@ -84,17 +105,24 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One sentence for each setting that changed and takes effect, or is kept.
 
     Raises:
-        ValueError: a changed setting cannot take effect; the message names it and the remedy.
+        ValueError: changed settings cannot take effect; the message names all of them, their flags and the remedy.
     """
-    changed = {name: (saved[name], value) for name, value in now.items() if name in saved and saved[name] != value}
-    for name, (before, after) in changed.items():
-        if name in REFUSED:
-            raise ValueError(f"the checkpoint's run had {name} {before}, this one has {after}: {REFUSED[name]}")
-    effects = {"ranks": "the checkpoint is converted", "selection seed": "has no effect, the saved generator goes on"}
-    return [
-        f"{name} was {before}, is {after} now: {effects.get(name, 'takes effect from here on')}"
-        for name, (before, after) in changed.items()
+    changed = {
+        name: f"{name} was {saved[name]} and is {value} now"
+        for name, value in now.items()
+        if name in saved and saved[name] != value
+    }
+    refused = [
+        f"{change} ({flags}; {why})"
+        for name, (flags, why) in REFUSED.items()
+        if (change := changed.get(name)) is not None
     ]
+    if refused:
+        raise ValueError(
+            f"cannot resume (--resume_from_checkpoint): {', '.join(refused)}: set it back, or start a new run from the "
+            "checkpoint's weights (give the checkpoint as --model_name_or_path, and another --output_dir)"
+        )
+    return [f"{change}: {EFFECTS[name]}" for name, change in changed.items()]
 
 
 def fingerprint_of_rows(rows: Dataset) -> str:
@@ -103,10 +131,11 @@ def fingerprint_of_rows(rows: Dataset) -> str:
     digest = hashlib.sha256(str(len(rows)).encode())
     for row in rows.select(range(0, len(rows), step)).select_columns("input_ids"):
         digest.update(str(row["input_ids"]).encode())
-    return digest.hexdigest()[:16]
+    return f"{len(rows)} rows ({digest.hexdigest()[:8]})"
 
 
 def _fingerprint_of_model(trainer: Trainer) -> str:
     parameters = trainer.model.named_parameters()
     shapes = [(name, tuple(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in parameters]
-    return f"{type(trainer.model).__name__} {zlib.crc32(str(shapes).encode()):08x}"
+    numel = global_numel(trainer.model.parameters())
+    return f"{type(trainer.model).__name__} of {numel:,} parameters ({zlib.crc32(str(shapes).encode()):08x})"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import shutil
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,10 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
 from agsel.training import checkpoints
-from agsel.training.preemption import StopRequests
+from agsel.training.preemption import StopRequests, start_worker
 from agsel.zero.selection import TooManySkippedStepsError
+
+logger = logging.getLogger("agsel")
 
 
 class StoppedInEvaluation(Exception):  # noqa: N818
@@ -53,21 +59,51 @@ class ResumableTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             self.last_saved = self.last_good = Path(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         except TooManySkippedStepsError as error:
             raise RuntimeError(f"{error}; {describe(self.last_good)}") from error
+        self._rotate()
+        return result
+
+    def _get_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        prepared = super()._get_dataloader(*arguments, **options)
+        loader = prepared.base_dataloader  # Accelerate's wrapper reads it, but would keep what is set on itself
+        loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
+        return prepared
+
+    def _run_epoch(self, **options: Any) -> None:
+        """Nothing is left to do for a run that is resumed after its last step; the Trainer would do one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**options)
+        else:
+            self.control.should_training_stop = True
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, step = Path(self.args.output_dir), self.state.global_step
         try:
             with checkpoints.saving(folder, step, self._run, self._group) as staged:
                 self._write_checkpoint(model, trial, staged)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(self._could_not_save(step, error)) from error
+        except Exception as error:
+            if _is_of_collective(error):
+                logger.warning("the checkpoint of step %d is not complete: another rank has ended", step)
+                sys.exit(1)
+            reason = checkpoints.complaint_of_disk(folder) or (str(error) if isinstance(error, OSError) else None)
+            if reason is None:
+                raise
+            raise RuntimeError(self._could_not_save(step, reason)) from error
         self.last_saved = folder / f"{checkpoints.PREFIX}{step}"
+
+    def note_finite_step(self) -> None:
+        """The newest checkpoint has proved good: the oldest may go."""
+        if self.last_good != self.last_saved:
+            self.last_good = self.last_saved
+            self._rotate()
+
+    def _rotate(self) -> None:
+        """The one saved last is not the newest of the folder if the run was resumed from before others."""
         if self.is_world_process_zero():
-            best = self.state.best_model_checkpoint
-            checkpoints.rotate(folder, self.args.save_total_limit, Path(best) if best else None)
+            staying = filter(None, (self.last_saved, self.state.best_model_checkpoint))
+            checkpoints.rotate(Path(self.args.output_dir), self.args.save_total_limit, *map(Path, staying))
 
     def _write_checkpoint(self, model: nn.Module, trial: Any, staged: Path) -> None:
         """Let the Trainer write into the staging folder, but not note that as the place of the best checkpoint."""
@@ -86,9 +122,8 @@ class ResumableTrainer(SFTTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
-    def _could_not_save(self, step: int, error: Exception) -> str:
+    def _could_not_save(self, step: int, reason: str) -> str:
         folder = self.args.output_dir
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         free = shutil.disk_usage(folder).free / 1e9
         return (
             f"the checkpoint of step {step} could not be written to {folder} ({reason}; {free:.2f} GB free there), "
@@ -119,7 +154,7 @@ class _StepBorders(TrainerCallback):
         if self._trainer.deepspeed.selection.last.mode == "skipped":
             control.should_save = False
         else:
-            self._trainer.last_good = self._trainer.last_saved
+            self._trainer.note_finite_step()
         if self._requests.ask():
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
@@ -136,6 +171,12 @@ class _StepBorders(TrainerCallback):
         """The end was no end of an epoch: what is due there is not due."""
         if self._requests.agreed:
             control.should_evaluate = control.should_save = control.should_log = False
+
+
+def _is_of_collective(error: BaseException) -> bool:
+    """Whether it was raised because the ranks cannot talk to each other any more."""
+    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
+    return innermost.f_globals.get("__name__", "").startswith("torch.distributed")
 
 
 def describe(last_saved: Path | None) -> str:

@@ -17,6 +17,7 @@ from agsel.zero.checkpoint import SelectiveEngine
 from agsel.zero.consensus import require_equal_settings
 from agsel.zero.host_memory import require_host_memory
 from agsel.zero.residency import Partition, Residency
+from agsel.zero.sanity import SanityChecks
 from agsel.zero.selection import Selection
 from agsel.zero.stage_1_and_2 import SelectiveZeroOptimizer
 from agsel.zero.stage_3 import SelectiveZeroOptimizerStage3
@@ -35,6 +36,7 @@ def attach(
     offload_states: bool = True,
     pin_memory: bool = True,
     max_skipped_steps: int = 50,
+    sanity_checks: int = 0,
 ) -> Selection:
     """Train only the blocks that `policy` selects. The training loop stays as it is.
 
@@ -47,6 +49,7 @@ def attach(
         offload_states: keep the optimizer partitions of blocks that are not selected in host memory.
         pin_memory: page-lock that memory; without, copies are slower and the training waits for them.
         max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
+        sanity_checks: check weights and states every so many steps, see `agsel.zero.sanity`; 0 never checks.
 
     Returns:
         The selection: `blocks`, `last`, `counts`, `resident`.
@@ -72,6 +75,7 @@ def attach(
         "offload_states": offload_states,
         "pin_memory": pin_memory,
         "max_skipped_steps": max_skipped_steps,
+        "sanity_checks": sanity_checks,
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
     }
@@ -84,7 +88,12 @@ def attach(
     if offload_states:
         require_host_memory(sum(p.shape.numel() * p.master.itemsize for p in partitions), optimizer.dp_process_group)
     residency = Residency(partitions, torch.device(engine.device), offload_states, pin_memory)
-    selection = Selection(blocks, policy, residency, optimizer.dp_process_group, max_skipped_steps)
+    group = optimizer.dp_process_group
+    sanity = None
+    if sanity_checks:
+        names = [block.name for block in blocks]
+        sanity = SanityChecks(sanity_checks, find_blocks(engine.module), residency, names, group)
+    selection = Selection(blocks, policy, residency, group, max_skipped_steps, sanity)
     optimizer.__class__ = selective_class
     optimizer.selection = selection
     optimizer.prepare_selection()

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils.hooks import RemovableHandle
 
+from agsel.zero import universal
 from agsel.zero.selection import Selection
 
 logger = logging.getLogger("agsel")
-
-CLIENT_STATE_KEY = "agsel"
 
 
 class SelectiveEngine(DeepSpeedEngine):
     """`DeepSpeedEngine` with block selection; made from one by `agsel.attach`, which sets both attributes."""
 
     stock = DeepSpeedEngine
-    relies_on = ("destroy", "save_checkpoint", "load_checkpoint", "_take_model_step", "_backward_epilogue")
+    relies_on = (
+        "destroy",
+        "save_checkpoint",
+        "load_checkpoint",
+        "load_universal_checkpoint",
+        "load_module_state_dict",
+        "_load_checkpoint",
+        "_load_zero_checkpoint",
+        "_get_ckpt_name",
+        "_take_model_step",
+        "_backward_epilogue",
+    )
     """Methods of the stock class that this class replaces or whose inner working agsel depends on."""
 
     selection: Selection
@@ -39,9 +51,10 @@ class SelectiveEngine(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Any:
-        """`DeepSpeedEngine.save_checkpoint`, with the selection state added to the client state."""
+        """`DeepSpeedEngine.save_checkpoint`, with agsel's state added to the client state."""
         self.selection.residency.synchronize()
-        client_state = (client_state or {}) | {CLIENT_STATE_KEY: self.selection.state_dict()}
+        state = self.selection.state_dict() | universal.optimizer_state(self)
+        client_state = (client_state or {}) | {universal.CLIENT_STATE_KEY: state}
         with self.selection.everything_trainable():
             return super().save_checkpoint(save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
 
@@ -55,32 +68,42 @@ class SelectiveEngine(DeepSpeedEngine):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[Any, Any]:
-        """`DeepSpeedEngine.load_checkpoint`, restoring the selection state too, unless only the module is loaded.
+        """`DeepSpeedEngine.load_checkpoint` for any number of ranks, restoring the selection too.
 
-        A checkpoint without one (of a run without agsel) starts the selection afresh, with a warning.
+        If another number of ranks saved the checkpoint, a converted copy is loaded, which needs room beside `load_dir`
+        while it exists. A checkpoint without a selection (of a run without agsel) starts it afresh, with a warning;
+        so does loading only the module.
 
         Raises:
-            ValueError: the checkpoint's selection is over other blocks.
+            FileNotFoundError: there is no checkpoint.
+            ValueError: its selection is over other blocks, or it cannot be loaded by another number of ranks.
+            RuntimeError: it cannot be converted.
         """
         self.selection.residency.synchronize()
+        saved = universal.find(self, load_dir, tag, load_optimizer_states, load_module_only)
+        if saved.convert and not load_module_only:  # first, so that other blocks are refused before all the work
+            self._restore_selection(saved.path, saved.state)
+        stock_load = super().load_checkpoint
+        load = (
+            partial(universal.load, self, saved, stock_load)
+            if saved.convert
+            else partial(stock_load, load_dir, saved.tag)
+        )
         with self.selection.everything_trainable():
-            path, client_state = super().load_checkpoint(
-                load_dir,
-                tag,
-                load_module_strict,
-                load_optimizer_states,
-                load_lr_scheduler_states,
-                load_module_only,
-                custom_load_fn,
+            path, client_state = load(
+                load_module_strict=load_module_strict,
+                load_optimizer_states=load_optimizer_states,
+                load_lr_scheduler_states=load_lr_scheduler_states,
+                load_module_only=load_module_only,
+                custom_load_fn=custom_load_fn,
             )
-        if path is not None:
-            self.selection.residency.adopt(self.selection.wanted_in_forward())
-            state = client_state.pop(CLIENT_STATE_KEY, None)
-            if not load_module_only:
-                self._restore_selection(path, state)
+        self.selection.residency.adopt(self.selection.wanted_in_forward())
+        state = client_state.pop(universal.CLIENT_STATE_KEY, None)
+        if not saved.convert and not load_module_only:
+            self._restore_selection(path, state)
         return path, client_state
 
-    def _restore_selection(self, path: str, state: dict[str, Any] | None) -> None:
+    def _restore_selection(self, path: str | Path, state: dict[str, Any] | None) -> None:
         if state is None:
             logger.warning("%s holds no selection state: the selection starts afresh", path)
         else:

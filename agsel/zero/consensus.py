@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,9 +45,8 @@ def global_squares(local: torch.Tensor, state_checksum: int, group: Any, step: i
     *squares, total, total_of_squares = vector.tolist()
     # Cauchy-Schwarz: (Σc)² = n Σc² only if all c are equal. Every rank sees the same sums, so all raise or none.
     if int(total) ** 2 != dist.get_world_size(group=group) * int(total_of_squares):
-        checksums = gather(state_checksum, group)
         raise RanksDisagreeError(
-            f"ranks disagree on the selection state at step {step} (checksums by rank: {checksums}): "
+            f"ranks disagree on the selection state at step {step} ({dissent(gather(state_checksum, group))}): "
             "give every rank the same seed and settings, and change the policy on all ranks or on none"
         )
     return squares
@@ -64,6 +65,15 @@ def require_equal_settings(settings: dict[str, Any], group: Any = None) -> None:
     if different:
         listed = "; ".join(f"{key} is {' and '.join(map(repr, ranks))}" for key, ranks in different.items())
         raise ValueError(f"the ranks have different settings: {listed}; start every rank with the same command")
+
+
+def dissent(checksums: Sequence[int]) -> str:
+    """Which ranks differ, given the checksums by rank: those against the majority, if there is one."""
+    common, votes = Counter(checksums).most_common(1)[0]
+    if 2 * votes <= len(checksums):
+        return "checksums by rank: " + ", ".join(f"{checksum & (1 << 64) - 1:x}" for checksum in checksums)
+    others = [str(rank) for rank, checksum in enumerate(checksums) if checksum != common]
+    return f"not like the others: rank {', '.join(others)}"
 
 
 def gather(value: Any, group: Any) -> list[Any]:

@@ -24,6 +24,11 @@ TESTED = {
     "DeepSpeedEngine.destroy": 0xB778EB76,
     "DeepSpeedEngine.save_checkpoint": 0x3F1D5691,
     "DeepSpeedEngine.load_checkpoint": 0xFF67C709,
+    "DeepSpeedEngine.load_universal_checkpoint": 0x210A5679,
+    "DeepSpeedEngine.load_module_state_dict": 0xCB78FFCD,
+    "DeepSpeedEngine._load_checkpoint": 0x4DEDF69E,
+    "DeepSpeedEngine._load_zero_checkpoint": 0x127A7F3F,
+    "DeepSpeedEngine._get_ckpt_name": 0x10B029FD,
     "DeepSpeedEngine._take_model_step": 0x006D0E3E,
     "DeepSpeedEngine._backward_epilogue": 0x1F893CA0,
     "DeepSpeedZeroOptimizer.initialize_optimizer_states": 0xB691B59D,
@@ -37,6 +42,10 @@ TESTED = {
     "DeepSpeedZeroOptimizer.copy_grads_in_partition": 0x956465D6,
     "DeepSpeedZeroOptimizer._use_compact_grad_partition_buffer": 0x1D874859,
     "DeepSpeedZeroOptimizer.free_grad_in_param_list": 0x1BCBA6C4,
+    "DeepSpeedZeroOptimizer._load_universal_checkpoint": 0x6EA8A08B,
+    "DeepSpeedZeroOptimizer._link_all_hp_params": 0xAF0C8E58,
+    "DeepSpeedZeroOptimizer.load_hp_checkpoint_state_from_checkpoint_dir": 0x0DCBB95F,
+    "DeepSpeedZeroOptimizer.update_lp_params": 0x54C1C5B3,
     "DeepSpeedZeroOptimizer_Stage3.step": 0x81FB8604,
     "DeepSpeedZeroOptimizer_Stage3._optimizer_step": 0x2739695A,
     "DeepSpeedZeroOptimizer_Stage3._pre_step": 0xB0AA567F,
@@ -48,8 +57,27 @@ TESTED = {
     "DeepSpeedZeroOptimizer_Stage3.partition_grads": 0xE5111B90,
     "DeepSpeedZeroOptimizer_Stage3.has_overflow": 0x06F06E9E,
     "DeepSpeedZeroOptimizer_Stage3._get_param_coordinator": 0xB35D8F68,
+    "DeepSpeedZeroOptimizer_Stage3._load_universal_checkpoint": 0xABF9D6B3,
+    "DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3": 0xCCE89D9C,
+    "DeepSpeedZeroOptimizer_Stage3.load_module_checkpoint_state_from_checkpoint_dir_stage3": 0x6F7C3126,
+    "DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state": 0xD480731C,
+    "DeepSpeedZeroOptimizer_Stage3.checkpoint_event_prologue": 0x74182312,
+    "DeepSpeedZeroOptimizer_Stage3.checkpoint_event_epilogue": 0xD7CFD151,
+    "deepspeed.checkpoint.ds_to_universal.main": 0xD18BC37C,
+    "deepspeed.checkpoint.ds_to_universal.extract_zero_shards": 0x72705BEB,
+    "deepspeed.checkpoint.ds_to_universal.extract_zero_shards_stage3": 0xC29A736A,
+    "deepspeed.checkpoint.ds_to_universal.dump_param_fragment": 0x6C016AA3,
+    "deepspeed.checkpoint.ds_to_universal.merge_tp_slices": 0x9BCE6A6E,
+    "deepspeed.checkpoint.ds_to_universal.merge_zero3_slices": 0x67EF07A9,
+    "deepspeed.checkpoint.ds_to_universal._merge_zero_shards": 0x2949D1B4,
+    "deepspeed.checkpoint.ds_to_universal._inject_missing_state": 0x3687694F,
+    "deepspeed.checkpoint.ds_to_universal._do_parallel_work": 0xB55C590F,
+    "deepspeed.checkpoint.ds_to_universal._save_optimizer_state": 0xC227C17B,
+    "deepspeed.checkpoint.ds_to_universal._save_optimizer_state_stage3": 0x5EDAD8D9,
+    "deepspeed.checkpoint.universal_checkpoint.load_hp_checkpoint_state": 0xC925DB27,
 }
-"""Of DeepSpeed 0.19.8. For another version: `checksums` of `SelectiveEngine` and `SELECTIVE_CLASSES` in attach.py."""
+"""Of DeepSpeed 0.19.8. For another version: `checksums` of `SelectiveEngine`, of `SELECTIVE_CLASSES` in attach.py, and
+of `RELIES_ON` in universal.py."""
 
 
 def require_supported_engine(engine: Any) -> None:
@@ -100,6 +128,11 @@ def _refused_settings(engine: Any) -> list[str]:
         (
             zero.elastic_checkpoint,
             "zero_optimization.elastic_checkpoint is not supported: remove it, blocks have step counts of their own",
+        ),
+        (
+            engine.load_universal_checkpoint(),
+            "checkpoint.load_universal is not supported: remove it, load_checkpoint itself converts what another "
+            "number of ranks saved",
         ),
         (
             engine.has_moe_layers,
@@ -158,13 +191,21 @@ def require_whole_groups(optimizer: Any, partitioned: set[int]) -> None:
 
 
 def require_tested_deepspeed(selective_class: Any) -> None:
-    """Compare the DeepSpeed methods that agsel depends on with the tested ones.
+    """Compare the DeepSpeed methods that an agsel class depends on with the tested ones.
 
     Raises:
         RuntimeError: a method is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
     """
-    now = checksums(selective_class.stock, selective_class.relies_on)
-    changed = [name for name, checksum in now.items() if TESTED[name] != checksum]
+    require_unchanged(selective_class.stock, selective_class.relies_on)
+
+
+def require_unchanged(stock: Any, names: tuple[str, ...]) -> None:
+    """Compare methods of a DeepSpeed class, or functions of a module of it, with the tested ones.
+
+    Raises:
+        RuntimeError: one is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
+    """
+    changed = [name for name, checksum in checksums(stock, names).items() if TESTED[name] != checksum]
     if not changed:
         return
     message = (
@@ -176,18 +217,25 @@ def require_tested_deepspeed(selective_class: Any) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def checksums(stock: type, methods: tuple[str, ...]) -> dict[str, int]:
-    """CRC-32 of the source of methods of a DeepSpeed class, 0 where there is none.
+def checksums(stock: Any, names: tuple[str, ...]) -> dict[str, int]:
+    """CRC-32 of the source of methods of a DeepSpeed class, or of functions of a module; 0 where there is none.
 
-    Read from the class body: DeepSpeed's profiling decorator hides the methods from `inspect.getsource`.
+    Read from the source text: DeepSpeed's profiling decorator hides the methods from `inspect.getsource`.
     """
-    source = textwrap.dedent(inspect.getsource(stock))
-    lines = source.splitlines()
-    body = ast.parse(source).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {
+    texts: dict[str, str] = {}
+    classes = [base for base in reversed(getattr(stock, "__mro__", ())) if base.__module__.startswith("deepspeed.")]
+    for owner in classes or [stock]:
+        texts |= _functions(owner)
+    return {f"{stock.__name__}.{name}": zlib.crc32(texts.get(name, "").encode()) for name in names}
+
+
+def _functions(owner: Any) -> dict[str, str]:
+    """The source of every function in the body of a class or module."""
+    source = textwrap.dedent(inspect.getsource(owner))
+    lines, tree = source.splitlines(), ast.parse(source)
+    body = tree.body if inspect.ismodule(owner) else tree.body[0].body  # type: ignore[attr-defined]
+    return {
         node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        for node in body.body
+        for node in body
         if isinstance(node, ast.FunctionDef)
     }
-    return {f"{stock.__name__}.{name}": zlib.crc32(texts.get(name, "").encode()) for name in methods}

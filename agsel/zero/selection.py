@@ -15,6 +15,7 @@ from agsel.blocks import Block
 from agsel.policies import Policy
 from agsel.zero.consensus import checksum, global_squares
 from agsel.zero.residency import Residency
+from agsel.zero.sanity import SanityChecks
 
 logger = logging.getLogger("agsel")
 
@@ -53,6 +54,7 @@ class Selection:
         blocks: names of the blocks that take part, in forward order.
         policy: who is updated next.
         last: report of the last optimizer step, None before the first.
+        sanity: the checks that every step makes of itself, None without.
     """
 
     def __init__(
@@ -62,10 +64,12 @@ class Selection:
         residency: Residency,
         group: Any,
         max_skipped_steps: int,
+        sanity: SanityChecks | None = None,
     ) -> None:
         self.blocks = tuple(block.name for block in blocks)
         self.policy = policy
         self.last: StepReport | None = None
+        self.sanity = sanity
         self.residency = residency
         self._parameters = [block.trainable for block in blocks]
         self._group = group
@@ -100,6 +104,8 @@ class Selection:
                 f"the saved selection is over {len(state['blocks'])} blocks ({state['blocks'][0]} ...), this run's "
                 f"over {len(self.blocks)} ({self.blocks[0]} ...): use the model and blocks setting of the saved run"
             )
+        if self.sanity is not None:
+            self.sanity.forget()
         self.policy.load_state_dict(state["policy"])
         self.plan_step()
 

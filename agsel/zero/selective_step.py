@@ -25,6 +25,9 @@ class SelectiveStep:
 
     def step(self, closure: None = None) -> None:
         """Update the selected blocks, or nothing at all if any rank holds a non-finite gradient."""
+        sanity, number = self.selection.sanity, self.selection.policy.step + 1
+        if sanity is not None:
+            sanity.before_step(number)
         self._begin_step()
         loss_scale = float(self.loss_scale)
         selected = self.selection.resolve(self._local_squares(), loss_scale)
@@ -36,6 +39,8 @@ class SelectiveStep:
         if selected:
             self._update(selected, loss_scale * self._clip_divisor(report.grad_norm))
         self._release_gradients(self.selection.residency.partitions)
+        if sanity is not None:
+            sanity.after_step(number, report.selected)
         self.selection.plan_step()
 
     def _update(self, selected: Sequence[int], divisor: float) -> None:

@@ -32,6 +32,10 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         "copy_grads_in_partition",
         "_use_compact_grad_partition_buffer",
         "free_grad_in_param_list",
+        "_load_universal_checkpoint",
+        "_link_all_hp_params",
+        "load_hp_checkpoint_state_from_checkpoint_dir",
+        "update_lp_params",
     )
     """Methods of the stock class that this class replaces or whose inner working it depends on."""
 
@@ -82,6 +86,12 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
         """Stock links parameters to their optimizer state here; see `prepare_selection`."""
+
+    def _load_universal_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Stock writes through the views that `prepare_selection` drops; link them to where the masters are now."""
+        self._link_all_hp_params()
+        super()._load_universal_checkpoint(*args, **kwargs)
+        self.prepare_selection()
 
     def _begin_step(self) -> None:
         self.micro_step_id = INITIAL_MICRO_STEP_ID

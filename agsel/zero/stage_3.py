@@ -62,6 +62,12 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         "partition_grads",
         "has_overflow",
         "_get_param_coordinator",
+        "_load_universal_checkpoint",
+        "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+        "load_module_checkpoint_state_from_checkpoint_dir_stage3",
+        "load_hp_checkpoint_state",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
     )
     """Methods of the stock class that this class replaces or whose inner working it depends on."""
 

@@ -15,8 +15,8 @@ from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
 
 
-def poisoned_step(engine: Any, step: int, value: float) -> None:
-    """One optimizer step with a non-finite gradient on the last rank, in elements that only the first rank owns."""
+def poisoned_step(engine: Any, step: int, value: float, *, in_loss: bool = False) -> None:
+    """One optimizer step with a non-finite loss or gradient on the last rank, the latter only in a part of another."""
     rank = torch.distributed.get_rank()
     ids = tiny_batch(step, 0, rank).to(engine.device)
 
@@ -27,16 +27,19 @@ def poisoned_step(engine: Any, step: int, value: float) -> None:
 
     loss = engine(input_ids=ids, labels=ids).loss
     parameter = next(p for p in engine.module.parameters() if p.requires_grad)
+    hook = None
     if rank == torch.distributed.get_world_size() - 1:
-        hook = parameter.register_hook(poison)
-        engine.backward(loss)
+        if in_loss:
+            loss = loss * value
+        else:
+            hook = parameter.register_hook(poison)
+    engine.backward(loss)
+    if hook is not None:
         hook.remove()
-    else:
-        engine.backward(loss)
     engine.step()
 
 
-def non_finite(stage: int, dtype: str, value: float) -> dict[str, Any]:
+def non_finite(stage: int, dtype: str, value: float, *, in_loss: bool = False) -> dict[str, Any]:
     """A poisoned step in the middle of a run, and the same run without it."""
     config = {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}} if dtype == "fp16" else {}
     scenario = Scenario(stage=stage, dtype=dtype, steps=8, config=config)
@@ -44,7 +47,7 @@ def non_finite(stage: int, dtype: str, value: float) -> dict[str, Any]:
     for step in range(4):
         train_step(engine, step, 1)
     before, counts, scale = whole_weights(engine), selection.counts, engine.optimizer.loss_scale
-    poisoned_step(engine, 4, value)
+    poisoned_step(engine, 4, value, in_loss=in_loss)
     unchanged = all(torch.equal(before[name], weights) for name, weights in whole_weights(engine).items())
     result = {
         "unchanged": unchanged and selection.counts == counts,
@@ -111,6 +114,9 @@ CASES: dict[str, partial[Any]] = {"different-seeds": partial(different_seeds)}
 for stage in (1, 2, 3):
     CASES |= {
         f"nan-{stage}": partial(non_finite, stage, "fp32", math.nan),
+        f"inf-{stage}": partial(non_finite, stage, "fp32", math.inf),
+        f"nan-loss-{stage}": partial(non_finite, stage, "fp32", math.nan, in_loss=True),
+        f"inf-loss-{stage}": partial(non_finite, stage, "fp32", math.inf, in_loss=True),
         f"overflow-{stage}": partial(non_finite, stage, "fp16", math.inf),
         f"never-finite-{stage}": partial(never_finite, stage),
         f"mutated-{stage}": partial(mutated_policy, stage),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from agsel.zero.consensus import dissent
 from tests.distributed import launch
 from tests.ranks import launch_cases
 
@@ -20,7 +21,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("case", "scale_ratio"), [("nan", 1.0), ("overflow", 0.5)])
+@pytest.mark.parametrize(
+    ("case", "scale_ratio"), [("nan", 1.0), ("inf", 1.0), ("nan-loss", 1.0), ("inf-loss", 1.0), ("overflow", 0.5)]
+)
 def test_no_rank_steps_on_a_non_finite_gradient(
     ranks: list[dict[str, Any]], stage: int, case: str, scale_ratio: float
 ) -> None:
@@ -34,8 +37,9 @@ def test_no_rank_steps_on_a_non_finite_gradient(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_run_goes_on_as_if_the_step_had_not_been(ranks: list[dict[str, Any]], stage: int) -> None:
-    run = ranks[0][f"nan-{stage}"]
+@pytest.mark.parametrize("case", ["nan", "inf", "nan-loss", "inf-loss"])
+def test_the_run_goes_on_as_if_the_step_had_not_been(ranks: list[dict[str, Any]], stage: int, case: str) -> None:
+    run = ranks[0][f"{case}-{stage}"]
     assert all(torch.equal(run["after"][name], weights) for name, weights in run["clean"].items())
 
 
@@ -48,7 +52,13 @@ def test_a_run_that_is_never_finite_stops(ranks: list[dict[str, Any]], stage: in
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_that_disagree_stop(ranks: list[dict[str, Any]], stage: int) -> None:
     for rank in ranks:
-        assert "ranks disagree on the selection state at step 4" in rank[f"mutated-{stage}"]
+        assert "ranks disagree on the selection state at step 4 (checksums by rank: " in rank[f"mutated-{stage}"]
+
+
+def test_ranks_against_the_majority_are_named() -> None:
+    assert dissent([7, 3, 7, 7, 1]) == "not like the others: rank 1, 4"
+    assert dissent([7, 3]) == "checksums by rank: 7, 3"
+    assert dissent([-1, 3, 3, 10]) == "checksums by rank: ffffffffffffffff, 3, 3, a"
 
 
 def test_a_real_run_whose_ranks_disagree_ends_in_time() -> None:

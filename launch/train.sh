@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Start a run or go on with it, stop it cleanly on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, and with --restarts start it again
+# up to N times when it ends before its last step without being told to. RUN_FOLDER is the run's --output_dir.
+#   bash launch/train.sh [--restarts N] RUN_FOLDER deepspeed --num_gpus 4 launch/train.py --config RECIPE ...
+set -uo pipefail
+restarts=0
+if [ "${1:-}" = --restarts ]; then
+  restarts=$2
+  shift 2
+fi
+run=${1:?no run folder: bash launch/train.sh RUN_FOLDER COMMAND...}
+shift
+
+mkdir -p "$run"
+rm -f "$run/STOP"
+# A STOP file reaches the ranks of all hosts in time of their own: a signal to `deepspeed` kills it, or them after 30 s.
+trap 'touch "$run/STOP"' INT TERM HUP USR1
+
+for ((left = restarts; ; left--)); do
+  rm -f "$run/PREEMPTED"
+  # In a session of its own, out of reach of the terminal's Ctrl-C.
+  setsid "$@" --output_dir "$run" --resume_from_checkpoint auto &
+  while kill -0 $! 2> /dev/null; do wait $!; done
+  while pgrep -s $! > /dev/null; do sleep 1; done  # ranks whose launcher was killed are still saving
+  wait $!
+  status=$?
+  [ $status != 0 ] || [ -e "$run/PREEMPTED" ] || exit 0
+  if [ -e "$run/STOP" ] || grep -qs '"a STOP file' "$run/PREEMPTED" || [ "$left" -le 0 ]; then exit $status; fi
+  echo "train.sh  the run ended early (exit code $status): starting it again, $((left - 1)) more times at most"
+done

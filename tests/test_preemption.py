@@ -1,0 +1,160 @@
+"""Runs of `launch/train.py` that are stopped early, by a file or by signals to each process of `deepspeed`.
+
+Each case hits one phase of the run, as tests/announcing_train.py announces it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agsel.training.checkpoints import STAGING, checkpoints_in, missing_part
+from agsel.training.preemption import MARKER, STOP_FILE
+from tests.distributed import launch
+from tests.live_run import LiveRun, announced_run
+from tests.tiny_run import TRAIN, save_model, save_rows, settings
+
+EVALUATING = {"eval_strategy": "steps", "eval_steps": 5, "dataset_test_split": "train"}
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model folder and a data file; 8 steps of 2 examples x 2 ranks are an epoch."""
+    folder = tmp_path_factory.mktemp("parts")
+    return save_model(folder / "model"), save_rows(folder / "rows.jsonl", 32)
+
+
+def ten_steps(parts: tuple[Path, Path], run: Path, **changed: object) -> list[str]:
+    return settings(*parts, run, **({"max_steps": 10, "learning_rate": 1e-3, "logging_steps": 1} | changed))
+
+
+@pytest.fixture(scope="module")
+def unbroken(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights after ten steps in one go, without evaluation."""
+    run = tmp_path_factory.mktemp("unbroken")
+    result = launch(TRAIN, *ten_steps(parts, run))
+    assert result.returncode == 0, result.stdout[-6000:]
+    return load_file(run / "model" / "model.safetensors")
+
+
+def require_stopped_after(step: int, reason: str, run: LiveRun) -> None:
+    """The run folder holds one complete checkpoint of that step, a marker that names it, and nothing half done."""
+    output = run.ends()
+    marker = json.loads((run.folder / MARKER).read_text())
+    assert marker["step"] == step, output[-6000:]
+    assert marker["reason"] == reason
+    assert marker["checkpoint"] == str(run.folder / f"checkpoint-{step}")
+    assert missing_part(Path(marker["checkpoint"])) is None
+    assert checkpoints_in(run.folder)[-1] == Path(marker["checkpoint"])
+    assert not (run.folder / STAGING).exists()
+    assert not (run.folder / STOP_FILE).exists()
+    assert not (run.folder / "model").exists()
+    assert "Traceback" not in output
+
+
+def require_goes_on_as(unbroken: dict[str, torch.Tensor], run: Path, arguments: list[str], *, after: int) -> None:
+    """Resumed, the run comes to its end with the weights of the unbroken one, bit for bit."""
+    result = launch(TRAIN, *arguments, "--resume_from_checkpoint", "auto")
+    assert result.returncode == 0, result.stdout[-6000:]
+    assert [int(step) for step in re.findall(r"^step +(\d+)/10  loss ", result.stdout, re.M)] == [*range(after + 1, 11)]
+    assert f"checkpoint-{after}, every file verified" in result.stdout
+    assert not (run / MARKER).exists()
+    trained = load_file(run / "model" / "model.safetensors")
+    assert trained.keys() == unbroken.keys()
+    for name, weight in unbroken.items():
+        assert torch.equal(trained[name], weight), name
+
+
+def test_sigterm_to_one_rank_in_the_first_step(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    with announced_run(tmp_path, "step 1", ten_steps(parts, tmp_path)) as run:
+        run.send(signal.SIGTERM, "rank 1", run.reaches("step 1"))
+        require_stopped_after(1, "SIGTERM on rank 1", run)
+
+
+@pytest.mark.slow
+def test_sigusr1_to_one_rank_in_the_middle_of_an_epoch(
+    parts: tuple[Path, Path], tmp_path: Path, unbroken: dict[str, torch.Tensor]
+) -> None:
+    arguments = ten_steps(parts, tmp_path)
+    with announced_run(tmp_path, "step 3", arguments) as run:
+        run.send(signal.SIGUSR1, "rank 0", run.reaches("step 3"))
+        require_stopped_after(3, "SIGUSR1 on rank 0", run)
+    require_goes_on_as(unbroken, run.folder, arguments, after=3)
+
+
+def test_sigterm_to_all_processes_in_an_evaluation(
+    parts: tuple[Path, Path], tmp_path: Path, unbroken: dict[str, torch.Tensor]
+) -> None:
+    """As a terminal or a scheduler sends it: the launcher's processes are hit too."""
+    arguments = ten_steps(parts, tmp_path, **EVALUATING, **SAVING)
+    with announced_run(tmp_path, "evaluation", arguments) as run:
+        run.send(signal.SIGTERM, "group", run.reaches("evaluation"))
+        require_stopped_after(5, "SIGTERM on rank 0", run)
+    assert "eval_loss" not in run.output
+    require_goes_on_as(unbroken, run.folder, arguments, after=5)
+
+
+@pytest.mark.slow
+def test_sigusr1_in_the_last_step(parts: tuple[Path, Path], tmp_path: Path, unbroken: dict[str, torch.Tensor]) -> None:
+    """Nothing is left to train then: resumed in the middle of an epoch, the run just exports."""
+    arguments = ten_steps(parts, tmp_path)
+    with announced_run(tmp_path, "step 10", arguments) as run:
+        run.send(signal.SIGUSR1, "rank 0", run.reaches("step 10"))
+        require_stopped_after(10, "SIGUSR1 on rank 0", run)
+    require_goes_on_as(unbroken, run.folder, arguments, after=10)
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_with_workers_that_load_data(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """The steps to come still need them."""
+    arguments = ten_steps(parts, tmp_path, dataloader_num_workers=1)
+    with announced_run(tmp_path, "step 3", arguments) as run:
+        run.send(signal.SIGTERM, "group", run.reaches("step 3"))
+        require_stopped_after(3, "SIGTERM on rank 0", run)
+
+
+@pytest.mark.slow
+def test_two_signals_while_saving(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """The checkpoint that is being written is completed, and that of the next step is the last."""
+    with announced_run(tmp_path, "saving", ten_steps(parts, tmp_path, **SAVING)) as run:
+        ranks = run.reaches("saving")
+        run.send(signal.SIGUSR1, "rank 1", ranks)
+        time.sleep(0.5)
+        run.send(signal.SIGUSR1, "rank 1", ranks)
+        require_stopped_after(6, "SIGUSR1 on rank 1", run)
+    assert missing_part(run.folder / "checkpoint-5") is None
+
+
+@pytest.mark.parametrize(
+    ("number", "target", "reason"),
+    [
+        (signal.SIGTERM, "launch.py", "SIGTERM on rank 0"),
+        pytest.param(signal.SIGUSR1, "launch.py", "the launcher is gone on rank 0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, "launch.py", "the launcher is gone on rank 0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "runner", "the launcher is gone on rank 0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "runner", "the launcher is gone on rank 0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "group", "SIGUSR1 on rank 0", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_the_launcher(
+    parts: tuple[Path, Path], tmp_path: Path, number: signal.Signals, target: str, reason: str
+) -> None:
+    """`launch.py` passes SIGTERM on and dies of the others; the runner, which passes nothing on, dies of all."""
+    with announced_run(tmp_path, "step 3", ten_steps(parts, tmp_path)) as run:
+        run.send(number, target, run.reaches("step 3"))
+        require_stopped_after(3, reason, run)
+
+
+def test_a_stop_file(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    with announced_run(tmp_path, "step 3", ten_steps(parts, tmp_path)) as run:
+        run.reaches("step 3")
+        (run.folder / STOP_FILE).touch()
+        require_stopped_after(3, "a STOP file on rank 0", run)

@@ -1,0 +1,294 @@
+"""Save on one number of ranks and continue on others: on the ranks of test_universal.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from tests.ranks import message_of, run_cases
+from tests.tiny import tiny_batch
+from tests.zero.checkpoint_ranks import SAVED_AFTER, SCENARIOS, SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET
+from tests.zero.parity_ranks import whole_weights
+from tests.zero.scenario import Scenario, start_engine
+
+STAGES = (1, 2, 3)
+STEPS = 16
+SAVED_AGAIN_AFTER = 12
+RANKS_OF_BATCH, ROWS_OF_RANK = 2, 2
+"""Of the unbroken run; other numbers of ranks divide the same rows."""
+SCRAMBLED = 0.125
+SCHEDULE = {"warmup_min_lr": [1e-3] * 4, "warmup_max_lr": [3e-3, 2e-3, 3e-3, 4e-3], "warmup_num_steps": 20}
+FP16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}
+
+
+def root() -> Path:
+    return Path(os.environ["AGSEL_TEST_CHECKPOINTS"])
+
+
+def divided(scenario: Scenario, **config: Any) -> Scenario:
+    """The scenario with its global batch divided among the ranks there are."""
+    rows = RANKS_OF_BATCH * ROWS_OF_RANK // torch.distributed.get_world_size()
+    return replace(scenario, config=scenario.config | {"train_micro_batch_size_per_gpu": rows} | config)
+
+
+def scenario_of(stage: int) -> Scenario:
+    """At stage 3 with sub-groups so small that their number depends on the number of ranks."""
+    zero = {"sub_group_size": 1000} if stage == 3 else {}
+    schedule = {"scheduler": {"type": "WarmupLR", "params": SCHEDULE | {"warmup_type": "linear"}}}
+    return divided(replace(SCENARIOS[stage], zero=zero), **schedule)
+
+
+def own_rows(step: int, micro_step: int) -> torch.Tensor:
+    """This rank's rows of a global micro-batch, which is the same for any number of ranks."""
+    rows = torch.cat([tiny_batch(step, micro_step, rank, ROWS_OF_RANK) for rank in range(RANKS_OF_BATCH)])
+    return rows.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def train(engine: Any, selection: Any, scenario: Scenario, first: int, end: int) -> list[dict[str, Any]]:
+    """Train from step `first` until `end`; what each step did."""
+    steps = []
+    for step in range(first, end):
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for micro_step in range(scenario.accumulation):
+            ids = own_rows(step, micro_step).to(engine.device)
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach() / scenario.accumulation
+        torch.distributed.all_reduce(total)
+        last = selection.last
+        report = {"selected": last.selected, "mode": last.mode, "counts": selection.counts, "lr": engine.get_lr()}
+        steps.append(report | {"loss": float(total) / torch.distributed.get_world_size()})
+    return steps
+
+
+def joined_states(engine: Any, selection: Any) -> dict[str, torch.Tensor]:
+    """fp32 [3, elements] of every block: master and moments, the ranks' pieces joined, without padding."""
+    selection.residency.synchronize()
+    states: dict[str, list[torch.Tensor]] = {name: [] for name in selection.blocks}
+    for partition in selection.residency.partitions:
+        own = partition.rows.to(engine.device)
+        pieces = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(pieces, own)
+        parameters = engine.optimizer.parameters_of_partition(partition.index)
+        states[selection.blocks[partition.block]] += without_padding(pieces, parameters)
+    return {name: torch.cat(parts, dim=1).cpu() for name, parts in states.items()}
+
+
+def without_padding(pieces: list[torch.Tensor], parameters: list[Any]) -> list[torch.Tensor]:
+    """Stages 1 and 2 cut a block in one piece per rank, stage 3 each parameter."""
+    if not hasattr(parameters[0], "ds_numel"):
+        return [torch.cat(pieces, dim=1)[:, : sum(parameter.numel() for parameter in parameters)]]
+    sizes = [parameter.partition_numel() for parameter in parameters]
+    cuts = zip(*(piece.split(sizes, dim=1) for piece in pieces), strict=True)
+    return [torch.cat(cut, dim=1)[:, : parameter.ds_numel] for cut, parameter in zip(cuts, parameters, strict=True)]
+
+
+def adam_steps(engine: Any, selection: Any) -> dict[str, set[int]]:
+    """Of every block, over its partitions; from the optimizer itself."""
+    steps: dict[str, set[int]] = {name: set() for name in selection.blocks}
+    for partition in selection.residency.partitions:
+        steps[selection.blocks[partition.block]].add(int(engine.optimizer.optimizer.state[partition.master]["step"]))
+    return steps
+
+
+def snapshot(engine: Any, selection: Any) -> dict[str, Any]:
+    """All that must survive."""
+    groups = engine.optimizer.optimizer.param_groups
+    return {
+        "weights": whole_weights(engine),
+        "states": joined_states(engine, selection),
+        "adam steps": adam_steps(engine, selection),
+        "param groups": [{key: value for key, value in group.items() if key != "params"} for group in groups],
+        "counts": selection.counts,
+        "global steps": engine.global_steps,
+        "lr": engine.get_lr(),
+        "loss scale": float(engine.optimizer.loss_scale),
+        "linked": any(getattr(p, "_hp_mapping", None) is not None for p in engine.module.parameters()),
+    }
+
+
+def scrambled_engine(scenario: Scenario) -> tuple[Any, Any]:
+    """An engine none of whose weights, settings or selection are those of the saved run."""
+    policy = partial(scenario.policy, seed=SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET)
+    engine, selection = start_engine(replace(scenario, policy=policy))
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+        for parameter in engine.module.parameters():
+            parameter.data.fill_(SCRAMBLED)
+    engine.optimizer.refresh_fp32_params()
+    return engine, selection
+
+
+def unbroken(stage: int) -> dict[str, Any]:
+    """Save after some steps, and go on."""
+    scenario = scenario_of(stage)
+    engine, selection = start_engine(scenario)
+    engine.optimizer.optimizer.param_groups[1]["weight_decay"] = 0.4
+    train(engine, selection, scenario, 0, SAVED_AFTER)
+    at_save = snapshot(engine, selection) | {"resident": selection.resident}
+    engine.save_checkpoint(str(root() / f"stage{stage}"), client_state={"mine": 42})
+    steps = train(engine, selection, scenario, SAVED_AFTER, STEPS)
+    return {"at save": at_save, "steps": steps, "end": snapshot(engine, selection)}
+
+
+def continued(stage: int, name: str, first: int) -> dict[str, Any]:
+    """Load what another number of ranks saved and go on; save again on the way."""
+    scenario = scenario_of(stage)
+    engine, selection = scrambled_engine(scenario)
+    folder = root() / f"{name}{stage}"
+    if torch.distributed.get_rank() == 0:
+        leave_fragment_of_a_killed_run(folder, f"global_step{first}")
+    with logged() as messages:
+        path, client_state = engine.load_checkpoint(str(folder))
+    after_load = snapshot(engine, selection) | {"resident": selection.resident, "messages": messages}
+    after_load |= {"path": path, "mine": client_state.get("mine"), "left over": left_over()}
+    steps = train(engine, selection, scenario, first, SAVED_AGAIN_AFTER)
+    at_save = snapshot(engine, selection)
+    if torch.distributed.get_world_size() > RANKS_OF_BATCH:
+        engine.save_checkpoint(str(root() / f"again{stage}"))
+    steps += train(engine, selection, scenario, SAVED_AGAIN_AFTER, STEPS)
+    return {"after load": after_load, "at save": at_save, "steps": steps, "end": snapshot(engine, selection)}
+
+
+def left_over() -> list[str]:
+    """Converted copies that were not removed."""
+    return [copy.name for copy in root().glob(".universal-*")]
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What agsel's logger says inside the context."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("agsel")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)
+
+
+def leave_fragment_of_a_killed_run(folder: Path, tag: str) -> None:
+    """Of a conversion of more ranks, which a careless conversion would take for a piece of the weight."""
+    weight = root() / f".universal-{folder.name}-{tag}" / tag / "tmp" / "model.layers.0.mlp.up_proj.weight" / "0"
+    weight.mkdir(parents=True)
+    torch.save(torch.zeros(5), weight / "fp32.07")
+
+
+def half_precision(stage: int) -> Scenario:
+    """fp16 with a loss scale that has grown by the save; at stage 3 some weights stay whole on every rank."""
+    zero = {"stage3_param_persistence_threshold": 100} if stage == 3 else {}
+    return divided(replace(SCENARIOS[stage], dtype="fp16", zero=zero), fp16=FP16)
+
+
+def half_precision_saved(stage: int) -> dict[str, Any]:
+    scenario = half_precision(stage)
+    engine, selection = start_engine(scenario)
+    train(engine, selection, scenario, 0, 5)
+    engine.save_checkpoint(str(root() / f"half{stage}"))
+    engine.save_checkpoint(str(root() / f"trained_only{stage}"), exclude_frozen_parameters=True)
+    return snapshot(engine, selection)
+
+
+def half_precision_loaded(stage: int, name: str = "half", **options: Any) -> dict[str, Any]:
+    engine, selection = scrambled_engine(half_precision(stage))
+    engine.load_checkpoint(str(root() / f"{name}{stage}"), **options)
+    return snapshot(engine, selection)
+
+
+def warm_start(stage: int, name: str, **options: Any) -> dict[str, Any]:
+    """The weights alone."""
+    engine, selection = scrambled_engine(scenario_of(stage))
+    engine.load_checkpoint(str(root() / f"{name}{stage}"), **options)
+    return snapshot(engine, selection)
+
+
+def warm_start_over_all_blocks() -> dict[str, torch.Tensor]:
+    """Weights that were frozen in the saved run are trained in this one."""
+    engine, selection = scrambled_engine(replace(scenario_of(3), blocks="all", config=divided(SCENARIOS[3]).config))
+    engine.load_checkpoint(str(root() / "stage3"), load_module_only=True)
+    return snapshot(engine, selection)
+
+
+def without_agsel() -> None:
+    """A stock run's checkpoint."""
+    scenario = scenario_of(2)
+    engine, _ = start_engine(scenario, attach=False)
+    ids = own_rows(0, 0).to(engine.device)
+    for _ in range(scenario.accumulation):
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
+    engine.save_checkpoint(str(root() / "stock2"))
+
+
+def refusals() -> dict[str, str | None]:
+    """Messages of what cannot be loaded."""
+    engine, _ = start_engine(scenario_of(2))
+    if torch.distributed.get_rank() == 0:
+        broken_copies(root() / "stage2")
+        (root() / "empty").mkdir()
+    torch.distributed.barrier()
+
+    def message(error: type[Exception], name: str, **options: Any) -> str | None:
+        return message_of(error, lambda: engine.load_checkpoint(str(root() / name), **options))
+
+    return {
+        "no latest": message(FileNotFoundError, "empty"),
+        "no folder": message(FileNotFoundError, "nowhere", tag="global_step1"),
+        "other stage": message(FileNotFoundError, "stage3"),
+        "incomplete": message(ValueError, "incomplete"),
+        "truncated": message(RuntimeError, "truncated"),
+        "stock": message(ValueError, "stock2"),
+        "other blocks": loading_into(divided(Scenario(stage=2, blocks="all")), "stage2"),
+        "no optimizer states": loading_into(scenario_of(3), "stage3", load_optimizer_states=False),
+        "load_universal": message_of(
+            ValueError, lambda: start_engine(divided(scenario_of(2), checkpoint={"load_universal": True}))
+        ),
+        "left over": ", ".join(left_over()),
+    }
+
+
+def loading_into(scenario: Scenario, name: str, **options: Any) -> str | None:
+    engine, _ = start_engine(scenario)
+    return message_of(ValueError, lambda: engine.load_checkpoint(str(root() / name), **options))
+
+
+def broken_copies(folder: Path) -> None:
+    """Copies of a checkpoint with a file of the second rank missing, and cut short."""
+    name = f"global_step{SAVED_AFTER}/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    for copy in ("incomplete", "truncated"):
+        shutil.copytree(folder, root() / copy)
+    (root() / "incomplete" / name).unlink()
+    os.truncate(root() / "truncated" / name, 1000)
+
+
+CASES = {
+    f"{action.__name__}-{stage}": partial(action, stage)
+    for action in (unbroken, half_precision_saved, half_precision_loaded)
+    for stage in STAGES
+}
+for stage in STAGES:
+    CASES[f"continued-{stage}"] = partial(continued, stage, "stage", SAVED_AFTER)
+    CASES[f"chained-{stage}"] = partial(continued, stage, "again", SAVED_AGAIN_AFTER)
+    CASES[f"warm_start-{stage}"] = partial(warm_start, stage, "stage", load_module_only=True)
+    CASES[f"trained_only-{stage}"] = partial(half_precision_loaded, stage, "trained_only", load_module_strict=False)
+    CASES[f"warm_start_same_ranks-{stage}"] = partial(warm_start, stage, "again", load_module_only=True)
+    CASES[f"no_optimizer-{stage}"] = partial(warm_start, stage, "stage", load_optimizer_states=False)
+CASES |= {
+    "warm_start_over_all_blocks": warm_start_over_all_blocks,
+    "without_agsel": without_agsel,
+    "refusals": refusals,
+}
+
+if __name__ == "__main__":
+    run_cases(CASES)

@@ -11,10 +11,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
 
+from agsel.zero import guards
 from tests.ranks import message_of, run_cases
 from tests.tiny import tiny_batch
 from tests.zero.checkpoint_ranks import SAVED_AFTER, SCENARIOS, SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET
@@ -249,6 +251,7 @@ def refusals() -> dict[str, str | None]:
         "incomplete": message(ValueError, "incomplete"),
         "truncated": message(RuntimeError, "truncated"),
         "stock": message(ValueError, "stock2"),
+        "changed converter": changed_converter(engine),
         "other blocks": loading_into(divided(Scenario(stage=2, blocks="all")), "stage2"),
         "no optimizer states": loading_into(scenario_of(3), "stage3", load_optimizer_states=False),
         "load_universal": message_of(
@@ -256,6 +259,12 @@ def refusals() -> dict[str, str | None]:
         ),
         "left over": ", ".join(left_over()),
     }
+
+
+def changed_converter(engine: Any) -> str | None:
+    """A DeepSpeed whose converter is not the tested one."""
+    with mock.patch.dict(guards.TESTED, {"deepspeed.checkpoint.ds_to_universal.main": 0}):
+        return message_of(RuntimeError, lambda: engine.load_checkpoint(str(root() / "stage2")))
 
 
 def loading_into(scenario: Scenario, name: str, **options: Any) -> str | None:

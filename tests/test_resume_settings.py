@@ -91,7 +91,7 @@ def outcomes(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(outcomes: dict[str, Any], case: str) -> None:
-    code, output, *_ = outcomes[case]
+    code, output, _ = outcomes[case]
     assert code == 1
     (line,) = said(output)
     assert line.startswith("agsel: error: cannot resume (--resume_from_checkpoint): ")
@@ -104,7 +104,7 @@ def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(outcomes: dict
 
 @pytest.mark.parametrize("case", SAID)
 def test_a_setting_that_may_change_is_said(outcomes: dict[str, Any], case: str) -> None:
-    code, output, *_ = outcomes[case]
+    code, output, _ = outcomes[case]
     assert code == 0, output[-6000:]
     changed = [line for line in output.splitlines() if line.startswith("changed ")]
     assert [line.startswith(f"changed   {SAID[case][1]}") for line in changed] == [True] * (case != "nothing")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Start a run or go on with it, stop it cleanly on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, and with --restarts start it again
-# up to N times when it ends before its last step without being told to. RUN_FOLDER is the run's --output_dir.
+# Start a run or go on with it, stop it cleanly on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, and with --restarts start it anew
+# up to N times when it ends early without being told to. RUN_FOLDER becomes the run's --output_dir.
 #   bash launch/train.sh [--restarts N] RUN_FOLDER deepspeed --num_gpus 4 launch/train.py --config RECIPE ...
 set -uo pipefail
 restarts=0

@@ -96,4 +96,7 @@ def _speaks_for_all() -> bool:
         return True
     if not dist.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    return is_first_to_fail(_get_default_store())
+    try:
+        return is_first_to_fail(_get_default_store())
+    except RuntimeError:  # its rank has ended, and has spoken
+        return False

@@ -154,7 +154,7 @@ def test_resuming_on_another_number_of_ranks_goes_on_as_before(
     arguments = twelve_steps(parts, tmp_path, **per_device, resume_from_checkpoint=run / "checkpoint-6")
     result = launch(TRAIN, *arguments, ranks=ranks)
     assert result.returncode == 0, result.stdout[-6000:]
-    assert f"changed   ranks was 2, is {ranks} now" in result.stdout
+    assert f"changed   ranks was 2 and is {ranks} now" in result.stdout
     resumed, whole = scalars(tmp_path), scalars(run)
     assert resumed["train/loss"] == pytest.approx(whole["train/loss"][6:], abs=1e-6)
     assert resumed["train/learning_rate"] == whole["train/learning_rate"][6:]

@@ -33,6 +33,7 @@ def be_slow(rank: int) -> None:
     wait_in_vain(rank)
     with watched_ranks(SECONDS):
         if rank == 0:
+            time.sleep(SECONDS)  # until the other rank, which comes later, has entered too
             return  # and the store ends with this process
         compute(1.6 * SECONDS)
 

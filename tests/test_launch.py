@@ -144,7 +144,7 @@ def test_resuming_with_the_written_configuration_gives_the_same_model(
     assert resumed == whole
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_resuming_on_another_number_of_ranks_goes_on_as_before(
     parts: tuple[Path, Path], two_ranks: tuple[Path, str], tmp_path: Path, ranks: int
 ) -> None:
@@ -163,7 +163,7 @@ def test_resuming_on_another_number_of_ranks_goes_on_as_before(
         torch.testing.assert_close(weight, weights(run)[name], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_the_exported_model_reloads_to_equal_logits(stage: int, tmp_path: Path) -> None:
     """Tied and untied; at stage 2 in bf16; at stage 3 with every weight partitioned."""
     for name in ("tied", "untied"):

@@ -153,6 +153,7 @@ def test_a_signal_to_the_launcher(
         require_stopped_after(3, reason, run)
 
 
+@pytest.mark.slow  # tests/test_job_files.py stops a run in this way, too
 def test_a_stop_file(parts: tuple[Path, Path], tmp_path: Path) -> None:
     with announced_run(tmp_path, "step 3", ten_steps(parts, tmp_path)) as run:
         run.reaches("step 3")

@@ -47,7 +47,7 @@ def train_and_resume(folder: Path, stage: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2, 3])
+@pytest.fixture(scope="module", params=[*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_and_resume(tmp_path_factory.mktemp("resume"), request.param)
 

@@ -105,7 +105,7 @@ def send(number: signal.Signals, pids: list[int]) -> None:
         os.kill(pid, number)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stopped_rank_ends_the_training_by_name(rank: int, tmp_path: Path) -> None:
     """Rank 0 is the harder case: the store by which ranks talk is in its process."""
     parts = save_model(tmp_path / "model"), save_rows(tmp_path / "rows.jsonl", 32)
@@ -119,7 +119,7 @@ def test_a_stopped_rank_ends_the_training_by_name(rank: int, tmp_path: Path) -> 
     assert output.count("agsel: error:") == output.count(blamed) == 1, output[-6000:]
 
 
-@pytest.mark.parametrize("stopped", [[1], [0, 1]], ids=str)
+@pytest.mark.parametrize("stopped", [pytest.param([1], marks=pytest.mark.slow), [0, 1]], ids=str)
 def test_one_of_many_ranks_speaks_after_the_job_was_suspended(stopped: list[int], tmp_path: Path) -> None:
     """Stopping all ranks for longer than the timeout and continuing them, as job systems do, ends nothing."""
     with started(tmp_path, WORKER, "wait", ranks=4) as job:

@@ -119,7 +119,8 @@ def test_a_stopped_rank_ends_the_training_by_name(rank: int, tmp_path: Path) -> 
     assert output.count("agsel: error:") == output.count(blamed) == 1, output[-6000:]
 
 
-@pytest.mark.parametrize("stopped", [pytest.param([1], marks=pytest.mark.slow), [0, 1]], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [[1], [0, 1]], ids=str)
 def test_one_of_many_ranks_speaks_after_the_job_was_suspended(stopped: list[int], tmp_path: Path) -> None:
     """Stopping all ranks for longer than the timeout and continuing them, as job systems do, ends nothing."""
     with started(tmp_path, WORKER, "wait", ranks=4) as job:
@@ -135,6 +136,7 @@ def test_one_of_many_ranks_speaks_after_the_job_was_suspended(stopped: list[int]
     assert output.count("agsel: error:") == output.count(f"agsel: error: rank {stopped[0]} (host ") == 1, output[-6000:]
 
 
+@pytest.mark.slow
 def test_a_slow_rank_and_one_that_has_finished_are_left_alone() -> None:
     output = launch_worker(WORKER, "slow")
     assert output.count("finished") == 2

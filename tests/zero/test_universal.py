@@ -37,6 +37,7 @@ CASES = {
     1: tuple(f"{case}-{stage}" for stage in STAGES for case in ("continued", "chained")),
 }
 CONTINUED = [(4, "continued"), (1, "continued"), (1, "chained")]
+pytestmark = pytest.mark.slow  # tests/test_launch.py has the way from two ranks to four by default
 REFUSED = {
     "no latest": "empty holds no checkpoint: it has no file named latest",
     "no folder": "global_step1 holds no checkpoint of ZeRO stage 2",

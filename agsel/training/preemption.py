@@ -130,8 +130,3 @@ def _end_when_told(rank: int) -> None:
 def host_group() -> Any:
     """A process group of all ranks whose collectives run on the host. Every rank must call it."""
     return dist.new_group(backend="gloo")
-
-
-def is_preempted(run_folder: Path) -> bool:
-    """Whether a run ended early and can be resumed."""
-    return os.path.exists(run_folder / MARKER)

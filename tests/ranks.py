@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from tests.distributed import launch_worker
+from tests.distributed import RANKS, launch_worker
 
 
 def run_cases(cases: dict[str, Callable[[], Any]]) -> None:
@@ -40,7 +40,7 @@ def run_cases(cases: dict[str, Callable[[], Any]]) -> None:
     torch.save(results, arguments.output / f"rank{torch.distributed.get_rank()}.pt")
 
 
-def launch_cases(script: str | Path, output: Path, *cases: str, ranks: int = 2) -> list[dict[str, Any]]:
+def launch_cases(script: str | Path, output: Path, *cases: str, ranks: int = RANKS) -> list[dict[str, Any]]:
     """Launch a rank script and return the results of its cases, one dictionary per rank."""
     output.mkdir(parents=True, exist_ok=True)
     arguments = ["--cases", *cases] if cases else []

@@ -4,8 +4,9 @@ python tools/bench.py --models qwen2.5-0.5b --stages 2 --methods full bound expl
     --shapes 8x512 --liger all --output runs/bench
 
 Every option that takes several values multiplies the configurations; `--plan FILE` takes a YAML list of such option
-sets instead. One launch measures them all, one after another. `<output>/rows.jsonl` receives a line as soon as a
+sets instead. One launch measures them all, one after another; `<output>/rows.jsonl` receives a line as soon as a
 configuration is done, `table.md` and `bench.png` are made from it at the end, or again with `--table_only`.
+With several `--ranks` there is one launch for each number; `tools/bench_scaling.py` compares them.
 Models have random weights: speed and memory do not depend on them. Without a GPU it runs on the CPU (`--models tiny`).
 """
 
@@ -61,6 +62,7 @@ class Configuration:
     model: str
     stage: int
     method: str
+    ranks: int = 2
     fraction: float = 0.3
     micro_batch: int = 8
     sequence: int = 512
@@ -75,6 +77,8 @@ class Configuration:
             raise ValueError(f"unknown method {self.method!r} (--methods): use some of {', '.join(METHODS)}")
         if self.stage not in (1, 2, 3):
             raise ValueError(f"stage must be 1, 2 or 3, got {self.stage} (--stages)")
+        if self.ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks} (--ranks)")
         if self.liger not in LIGER:
             raise ValueError(f"unknown value {self.liger!r} (--liger): use {', '.join(LIGER)}")
         if self.liger == "all" and self.compile:
@@ -92,8 +96,9 @@ class Configuration:
         switches = [LIGER[self.liger]] if LIGER[self.liger] else []
         switches += [name for name in ("checkpointing", "compile") if getattr(self, name)]
         accumulation = [f"accumulation {self.accumulation}"] if self.accumulation > 1 else []
-        parts = [self.model, f"ZeRO-{self.stage}", f"{self.micro_batch} x {self.sequence}", *accumulation, *switches]
-        return ", ".join(parts)
+        shape = f"{self.micro_batch} x {self.sequence}"
+        ranks = f"{self.ranks} rank{'s' * (self.ranks > 1)}"
+        return ", ".join([self.model, f"ZeRO-{self.stage}", shape, *accumulation, *switches, ranks])
 
     def canonical(self) -> Configuration:
         """The same configuration without the options its method does not read, so that it is measured once."""
@@ -116,18 +121,27 @@ def main() -> None:
 
 
 def launch(arguments: argparse.Namespace, folder: Path) -> int:
-    """Measure all configurations in one run of tools/bench_ranks.py. Returns its exit code."""
+    """Measure all configurations, one launch for each number of ranks. Returns the first exit code that is not 0."""
     folder.mkdir(parents=True, exist_ok=True)
     options = yaml.safe_load(arguments.plan.read_text()) if arguments.plan else [options_of(arguments)]
+    configurations = expand(options)
+    counts = dict.fromkeys(configuration.ranks for configuration in configurations)
+    alike = [[one for one in configurations if one.ranks == ranks] for ranks in counts]
+    codes = [launch_ranks(arguments, folder, members * arguments.rounds) for members in alike]
+    return next(filter(None, codes), 0)
+
+
+def launch_ranks(arguments: argparse.Namespace, folder: Path, configurations: Sequence[Configuration]) -> int:
+    """Measure configurations of one number of ranks in one run of tools/bench_ranks.py. Returns its exit code."""
     plan = {
-        "configurations": [asdict(configuration) for configuration in expand(options)] * arguments.rounds,
+        "configurations": [asdict(configuration) for configuration in configurations],
         "steps": arguments.steps,
         "warmup": arguments.warmup,
         "profile": arguments.profile,
         "command": shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
     }
     (folder / "plan.json").write_text(json.dumps(plan, indent=1))
-    command = ["deepspeed", "--num_gpus", str(arguments.ranks), "--master_port", str(_free_port())]
+    command = ["deepspeed", "--num_gpus", str(configurations[0].ranks), "--master_port", str(_free_port())]
     command += ["tools/bench_ranks.py", str(folder.resolve())]
     on_cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=REPOSITORY, env=os.environ | on_cpu).returncode
@@ -137,6 +151,7 @@ OPTIONS: dict[str, str] = {
     "models": "model",
     "stages": "stage",
     "methods": "method",
+    "ranks": "ranks",
     "fractions": "fraction",
     "shapes": "shape",
     "liger": "liger",
@@ -179,10 +194,10 @@ def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows measured so far; of several of the same configuration and ranks the one with the median time."""
-    measured: dict[tuple[Configuration, int], list[dict[str, Any]]] = {}
+    """The rows measured so far; of several of the same configuration the one with the median time."""
+    measured: dict[Configuration, list[dict[str, Any]]] = {}
     for row in (json.loads(line) for line in path.read_text().splitlines()):
-        measured.setdefault((configuration_of(row), row["ranks"]), []).append(row)
+        measured.setdefault(configuration_of(row), []).append(row)
     return [median_row(rows) for rows in measured.values()]
 
 
@@ -202,7 +217,7 @@ def groups(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     order = list(METHODS)
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: (order.index(row["method"]), row["fraction"])):
-        grouped.setdefault(f"{configuration_of(row).setting}, {row['ranks']} ranks", []).append(row)
+        grouped.setdefault(configuration_of(row).setting, []).append(row)
     return grouped
 
 
@@ -323,6 +338,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", default=["full", "bound", "exploit", "explore"], help=", ".join(METHODS), **several
     )
+    parser.add_argument("--ranks", default=[2], type=int, help="processes, one a GPU", **several)
     parser.add_argument("--fractions", default=[0.3], type=float, help="shares of the layers", **several)
     parser.add_argument("--shapes", default=["8x512"], help="rows x tokens of a micro-batch per GPU", **several)
     parser.add_argument(
@@ -333,7 +349,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--offload_states", default=["on"], help="agsel's own offloading", **switch)
     parser.add_argument("--accumulation", default=[1], type=int, help="gradient accumulation steps", **several)
     parser.add_argument("--plan", type=Path, help="YAML list of option sets, instead of the options above")
-    parser.add_argument("--ranks", type=int, default=2, help="processes, one a GPU")
     parser.add_argument("--rounds", type=int, default=1, help="times to measure everything; the table shows the median")
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them; more, if layers compile")

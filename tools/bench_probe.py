@@ -224,6 +224,37 @@ def flops_per_token(model: nn.Module, sequence: int) -> float:
     return 6.0 * (weights + config.num_hidden_layers * config.num_attention_heads * head_size * sequence)
 
 
+LINK_BYTES, LINK_COPIES = 2**28, 8
+
+
+def host_link_bandwidth() -> tuple[float, float] | tuple[None, None]:
+    """Bytes per second to the device and to the host while every rank copies both ways, of the slowest rank.
+
+    None without a GPU. Collective.
+    """
+    if not on_cuda():
+        return None, None
+    hosts = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    devices = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=device()) for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in streams]
+    for copies in (1, LINK_COPIES):  # the first is a warm-up
+        dist.barrier()
+        synchronize()
+        pairs = ((devices[0], hosts[0]), (hosts[1], devices[1]))
+        for stream, (target, source), (start, end) in zip(streams, pairs, events, strict=True):
+            with torch.cuda.stream(stream):
+                start.record()
+                for _ in range(copies):
+                    target.copy_(source, non_blocking=True)
+                end.record()
+        synchronize()
+    seconds = torch.tensor([elapsed(*pair) / 1000 for pair in events], device=device())
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    to_device, to_host = (LINK_BYTES * LINK_COPIES / seconds).tolist()
+    return to_device, to_host
+
+
 def on_cuda() -> bool:
     """Whether DeepSpeed runs on CUDA; otherwise it runs on the CPU, where memory is not measured."""
     return get_accelerator().device_name() == "cuda"

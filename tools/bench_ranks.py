@@ -25,7 +25,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]
 from bench import REPOSITORY, Configuration
 from bench_methods import METHODS, build_model, restored_modules
-from bench_probe import Measurement, Probe, Settings, device, on_cuda, synchronize
+from bench_probe import Measurement, Probe, Settings, device, host_link_bandwidth, on_cuda, synchronize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -50,13 +50,14 @@ def main() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if on_cuda() else "gloo", auto_mpi_discovery=False, verbose=False)
     plan = json.loads((folder / "plan.json").read_text())
+    source = origin(plan["command"])
     for index, fields in enumerate(plan["configurations"]):
         configuration = Configuration(**fields)
         outcome = attempt(configuration, Settings(plan["steps"], plan["warmup"], plan["profile"], folder))
         outcomes: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(outcomes, outcome)
         if dist.get_rank() == 0:
-            row = asdict(configuration) | origin(plan["command"]) | merge(outcomes, configuration)
+            row = asdict(configuration) | source | merge(outcomes, configuration)
             with (folder / "rows.jsonl").open("a") as rows:
                 rows.write(json.dumps(row) + "\n")
             result = row["error"] or f"{row['ms_per_step']:.1f} ms/step, peak {row['peak_bytes'] / 1e9:.2f} GB"
@@ -108,9 +109,11 @@ def merge(outcomes: list[Measurement | str], configuration: Configuration) -> di
 
 
 def origin(command: str) -> dict[str, Any]:
-    """Where and when a row was measured."""
+    """Where and when a row was measured, and how fast the slowest rank's link to host memory was."""
+    to_device, to_host = host_link_bandwidth()
     return {
-        "ranks": dist.get_world_size(),
+        "to_device_bytes_per_second": to_device,
+        "to_host_bytes_per_second": to_host,
         "device": f"{dist.get_world_size()} x {torch.cuda.get_device_name() if on_cuda() else 'CPU'}",
         "versions": ", ".join(f"{package} {version(package)}" for package in PACKAGES),
         "date": str(date.today()),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the GPU tests on a machine with at least two GPUs: bash tools/gpu_test.sh [pytest arguments]
+# Run the GPU tests on a machine with at least two GPUs: [AGSEL_TEST_RANKS=4] bash tools/gpu_test.sh [pytest arguments]
 # Uses the current Python environment, which must hold torch with CUDA and agsel's dependencies. The files run side by
 # side: most of their time is the start of processes.
 set -uo pipefail

@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 import agsel
+from tests.distributed import RANKS
 from tests.ranks import run_cases
 from tests.tiny import tiny_batch
 from tests.zero.parity_ranks import whole_weights
@@ -95,7 +96,7 @@ def gradient_elements(stage: int, dtype: str, config: dict[str, Any]) -> list[di
     engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED, accumulation=2, config=config))
     full = {partition.block: 0 for partition in selection.residency.partitions}
     for partition in selection.residency.partitions:
-        full[partition.block] += agsel.blocks.global_numel(engine.optimizer.parameters_of_partition(partition.index))
+        full[partition.block] += partition.master.numel() * RANKS  # with the padding that divides it by the ranks
     full_bytes = {selection.blocks[block]: 4 * numel for block, numel in full.items()}
     points: list[dict[str, Any]] = []
 
@@ -180,7 +181,8 @@ def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool =
         host = {partition.home.untyped_storage().data_ptr() for partition in selection.residency.partitions}
         fp32 = fp32_storages(engine.device.type)
         point["device"] = sum(size for key, size in fp32.items() if key not in host)
-        point["state"] = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
+        sizes = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
+        point["state"] = {block: size for block, size in sizes.items() if size > SMALL_BUFFERS}
         points.append(point)
 
     for step in range(6):

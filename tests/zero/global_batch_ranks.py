@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 import agsel
+from tests.distributed import RANKS
 from tests.ranks import run_cases
 from tests.tiny import tiny_batch
 from tests.zero.scenario import Record, Scenario, start_engine
 
 STEPS = 50
-ROWS = 4
+ROWS = max(4, RANKS)
 SCENARIO = Scenario(
     stage=2,
     dtype="bf16",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import agsel
+from tests.distributed import RANKS
 from tests.tiny import tiny_batch, tiny_model
 
-RANKS = 2
 ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
 
 

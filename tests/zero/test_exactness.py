@@ -83,7 +83,7 @@ def test_only_planned_or_expected_blocks_have_device_state(ranks: list[dict], na
     for rank in ranks:
         for point in rank[name]:
             assert point["resident"] == point["expected"], point["at"]
-            assert point["device"] == sum(point["state"][block] for block in point["resident"]), point["at"]
+            assert point["device"] == sum(point["state"].get(block, 0) for block in point["resident"]), point["at"]
         assert len({point["resident"] for point in rank[name]}) > 1
 
 
@@ -94,7 +94,7 @@ def test_without_offloading_all_states_stay_on_the_device(ranks: list[dict], nam
 
 
 def test_prefetching_survives_every_choice_of_blocks(ranks: list[dict]) -> None:
-    assert [rank["traces"] for rank in ranks] == [0, 0]
+    assert {rank["traces"] for rank in ranks} == {0}
 
 
 @pytest.mark.parametrize("name", cases("gradients"))

@@ -10,11 +10,12 @@ import torch
 
 from agsel.zero.sanity import LANES, Fingerprints
 from tests.ranks import launch_cases
+from tests.zero.test_faults import NAMED
 
 STAGES = (1, 2, 3)
 FOUND = {
     "frozen": "sanity check at step 2: frozen weights changed in {block} on rank 1",
-    "different": "sanity check at step 2: the ranks hold different weights in {block} (checksums by rank: ",
+    "different": "sanity check at step 2: the ranks hold different weights in {block} (" + NAMED,
     "lost": "sanity check at step 3: optimizer states changed in host memory in {block} on rank 1",
 }
 

@@ -1,0 +1,159 @@
+"""How methods scale over GPUs: table and picture from rows of tools/bench.py that differ in their number of ranks.
+
+python tools/bench.py --plan tools/bench_scaling.yaml --output runs/scaling
+python tools/bench_scaling.py runs/scaling     # writes scaling.md and scaling.png there
+
+Weak scaling keeps the micro-batch of each GPU, strong scaling the rows of all GPUs together. Efficiency is tokens per
+second and GPU against those of the fewest GPUs measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench import Configuration, _gigabytes, _origins, configuration_of, read_rows
+
+COLUMNS = (
+    *("model", "ZeRO", "method", "GPUs", "ms/step (10-90 %)", "tokens/s/GPU", "peak GB", "moved GB", "exposed"),
+    *("efficiency", "minus full's"),
+)
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Rows of one configuration on growing numbers of GPUs.
+
+    Attributes:
+        configuration: of the row with the fewest.
+        rows: by number of GPUs, in rising order.
+    """
+
+    configuration: Configuration
+    rows: dict[int, dict[str, Any]]
+
+    def efficiency(self, ranks: int) -> float:
+        """Tokens per second and GPU on so many GPUs, as a share of those on the fewest."""
+        alone = next(iter(self.rows.values()))
+        return float(self.rows[ranks]["tokens_per_second"] / alone["tokens_per_second"])
+
+
+def main() -> None:
+    """Write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="--output of tools/bench.py")
+    folder = parser.parse_args().folder
+    rows = [row for row in read_rows(folder / "rows.jsonl") if not row["error"]]
+    kinds = {"weak": weak_scaling(rows), "strong": strong_scaling(rows)}
+    text = "\n".join([*(line for name, series in kinds.items() for line in section(name, series)), *_origins(rows)])
+    (folder / "scaling.md").write_text(text + "\n")
+    print(text)
+    draw(kinds, folder / "scaling.png")
+
+
+def weak_scaling(rows: Iterable[dict[str, Any]]) -> list[Series]:
+    """Series with equal rows per GPU."""
+    return _series(rows, lambda configuration: replace(configuration, ranks=1))
+
+
+def strong_scaling(rows: Iterable[dict[str, Any]]) -> list[Series]:
+    """Series with equal rows on all GPUs together."""
+    return _series(rows, lambda one: replace(one, ranks=1, micro_batch=one.micro_batch * one.ranks))
+
+
+def _series(rows: Iterable[dict[str, Any]], shared: Any) -> list[Series]:
+    found: dict[Configuration, dict[int, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["ranks"]):
+        found.setdefault(shared(configuration_of(row)), {})[row["ranks"]] = row
+    series = [Series(configuration_of(next(iter(members.values()))), members) for members in found.values()]
+    return sorted((one for one in series if len(one.rows) > 1), key=_place)
+
+
+def _place(series: Series) -> tuple[Any, ...]:
+    """The larger of two models comes later, then higher stages, then agsel."""
+    one = series.configuration
+    return next(iter(series.rows.values()))["flops_per_token"], one.stage, one.method != FULL, one.method
+
+
+def section(name: str, series: Sequence[Series]) -> list[str]:
+    """A title and one line for each row of the series, in Markdown; nothing without series."""
+    if not series:
+        return []
+    one = series[0].configuration
+    shape = f"{one.micro_batch if name == 'weak' else one.micro_batch * one.ranks} x {one.sequence} tokens"
+    title = f"**{name} scaling, {shape} {'per GPU' if name == 'weak' else 'on all GPUs together'}**"
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---|---:|---" + "|---:" * (len(COLUMNS) - 3) + "|"]
+    lines = [f"| {' | '.join(_cells(member, ranks, series))} |" for member in series for ranks in member.rows]
+    return [title, "", *head, *lines, ""]
+
+
+def _cells(series: Series, ranks: int, others: Iterable[Series]) -> list[str]:
+    configuration, row = series.configuration, series.rows[ranks]
+    exposed, efficiency = row["exposed_ms"], series.efficiency(ranks)
+    full = full_beside(series, others)
+    behind = full is not None and full is not series and ranks in full.rows
+    return [
+        configuration.model,
+        str(configuration.stage),
+        configuration.label,
+        str(ranks),
+        f"{row['ms_per_step']:.1f} ({row['ms_p10']:.0f}-{row['ms_p90']:.0f})",
+        f"{row['tokens_per_second']:.0f}",
+        _gigabytes(row["peak_bytes"]),
+        f"{row['moved_bytes_per_step'] / 1e9:.2f}",
+        "-" if exposed is None else f"{exposed / row['ms_per_step']:.2%}",
+        f"{efficiency:.1%}",
+        f"{100 * (efficiency - full.efficiency(ranks)):+.1f}" if behind and full else "-",
+    ]
+
+
+def full_beside(series: Series, others: Iterable[Series]) -> Series | None:
+    """The series of full fine-tuning with the same model, stage, shape and kernels."""
+    wanted = replace(series.configuration, method=FULL).canonical()
+    return next((other for other in others if other.configuration == wanted), None)
+
+
+def draw(kinds: dict[str, list[Series]], path: Path) -> None:
+    """Efficiency over the number of GPUs: one row of axes for each kind of scaling, one column for each model."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture without matplotlib: pip install 'agsel[bench]'")
+        return
+    drawn = {name: series for name, series in kinds.items() if series}
+    models = list(dict.fromkeys(one.configuration.model for series in drawn.values() for one in series))
+    if not models:
+        return
+    figure = Figure(figsize=(3.2 * len(models) + 1.6, 2.8 * len(drawn)), layout="constrained")
+    grid = figure.subplots(len(drawn), len(models), squeeze=False, sharex=True, sharey="row")
+    for axes, (name, series) in zip(grid, drawn.items(), strict=True):
+        for axis, model in zip(axes, models, strict=True):
+            _draw_model(axis, [one for one in series if one.configuration.model == model])
+            axis.set_title(f"{name}: {model}", fontsize="small", loc="left")
+        axes[0].set_ylabel("efficiency")
+    for axis in grid[-1]:
+        axis.set_xlabel("GPUs")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_model(axis: Any, series: Sequence[Series]) -> None:
+    for one in series:
+        configuration = one.configuration
+        style = {"linestyle": "--" if configuration.method == FULL else "-", "color": f"C{configuration.stage - 1}"}
+        label = f"ZeRO-{configuration.stage} {configuration.label}"
+        axis.plot(list(one.rows), [one.efficiency(ranks) for ranks in one.rows], marker="o", label=label, **style)
+    counts = sorted({ranks for one in series for ranks in one.rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(counts, [str(count) for count in counts])
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -17,18 +18,25 @@ PARITY = {
         stage=stage, accumulation=accumulation, clip=clip, blocks=blocks, tied=accumulation == 3
     )
     for stage, (accumulation, clip, blocks) in product(
-        (1, 2, 3), [(1, 0.0, "layers"), (1, 0.5, "all"), (3, 0.0, "layers"), (3, 0.5, "all")]
+        (1, 2, 3), [(1, 0.0, "layers"), (1, 0.3, "all"), (3, 0.0, "layers"), (3, 0.3, "all")]
     )
 }
+PRESCALED = {"prescale_gradients": True}
 SMALL_BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1500, "stage3_prefetch_bucket_size": 1500}
 PARITY |= {
-    f"stage{stage}-small-buckets": Scenario(stage=stage, accumulation=3, clip=0.5, tied=True, zero=SMALL_BUCKETS)
+    f"stage{stage}-small-buckets": Scenario(stage=stage, accumulation=3, clip=0.3, tied=True, zero=SMALL_BUCKETS)
     for stage in (1, 2, 3)
 }
-PARITY |= {f"stage{stage}-compiled": Scenario(stage=stage, clip=0.5, compiled=True) for stage in (1, 2)}
-PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.5, zero={"contiguous_gradients": False})
-PARITY["stage3-persistent"] = Scenario(stage=3, clip=0.5, zero={"stage3_param_persistence_threshold": 100})
-PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.5, zero={"sub_group_size": 1000})
+PARITY |= {
+    f"stage{stage}-as-shipped": Scenario(
+        stage=stage, accumulation=3, clip=0.3, tied=True, zero=SMALL_BUCKETS | {"reduce_scatter": False}, config=PRESCALED
+    )
+    for stage in (1, 2)
+}
+PARITY |= {f"stage{stage}-compiled": Scenario(stage=stage, clip=0.3, compiled=True) for stage in (1, 2)}
+PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.3, zero={"contiguous_gradients": False})
+PARITY["stage3-persistent"] = Scenario(stage=3, clip=0.3, zero={"stage3_param_persistence_threshold": 100})
+PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.3, zero={"sub_group_size": 1000})
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(
         stage=stage, dtype=dtype, policy=agsel.FullFineTuning, steps=6, accumulation=2, config=config
@@ -43,6 +51,12 @@ FULL = {
         ],
     )
     if not (stage == 1 and suffix)  # DeepSpeed builds BF16_Optimizer there, which agsel refuses
+}
+
+FULL |= {
+    f"{name}-as-shipped": replace(scenario, zero={"reduce_scatter": False}, config=scenario.config | PRESCALED)
+    for name, scenario in FULL.items()
+    if scenario.stage != 3
 }
 
 

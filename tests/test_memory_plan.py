@@ -124,6 +124,11 @@ def test_a_rank_of_zero_3_holds_half_the_weights_and_what_it_gathers() -> None:
     assert plan(workload(3)).steps["exploit"].parts["weights"] > whole, "half, and all that is needed again soon"
 
 
+def test_one_rank_of_zero_3_uses_its_slices_as_they_are() -> None:
+    alone = [plan(workload(stage, ranks=1)).steps["exploit"].parts["weights"] for stage in (2, 3)]
+    assert alone[0] == alone[1]
+
+
 def test_host_memory_and_copies() -> None:
     model = meta_model(MODEL_SHAPES["tiny"]())
     found = plan(workload(ranks=4), count=3, ranks_per_host=2)

@@ -190,7 +190,8 @@ class Partitioned(Rank):
         ]
 
     def _load_weights(self) -> None:
-        self._slices = self._allocate("weights", sum(math.ceil(n / self._ranks) for n in self._numels.values()))
+        if self._ranks > 1:
+            self._slices = self._allocate("weights", sum(math.ceil(n / self._ranks) for n in self._numels.values()))
         self._bucket = self._allocate("buffers", self._zero.reduce_bucket_size)
         arriving = min(self._zero.stage3_prefetch_bucket_size, self._elements(self._large(self._parameters)))
         self._arriving = self._allocate("buffers", arriving)
@@ -218,11 +219,9 @@ class Partitioned(Rank):
             self._gradients[index] = [self._allocate("gradients", self._partition(index))]
 
     def _large(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        return [
-            parameter
-            for parameter in parameters
-            if self._numels[parameter] > self._zero.stage3_param_persistence_threshold
-        ]
+        """Those that are gathered; a single rank uses its slices as they are."""
+        limit = self._zero.stage3_param_persistence_threshold if self._ranks > 1 else math.inf
+        return [parameter for parameter in parameters if self._numels[parameter] > limit]
 
     def _gather(self, module: nn.Module, coming: Sequence[nn.Module]) -> None:
         for parameter in self._own[module]:

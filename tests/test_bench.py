@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other a
 import bench
 import bench_methods
 import bench_probe
+import bench_scaling
 import model_shapes
 
 PLAN = """
@@ -95,7 +97,7 @@ def weights_of_a_layer() -> int:
 
 
 def test_profiles_are_of_the_training_step(folder: Path) -> None:
-    profile = (folder / "profile-tiny-ZeRO-2-2x16-exploit.txt").read_text()
+    profile = (folder / "profile-tiny-ZeRO-2-2x16-2ranks-exploit.txt").read_text()
     assert "selective_step.py" in profile
     assert "Ordered by: cumulative time" in profile
     assert "Ordered by: internal time" in profile
@@ -191,6 +193,7 @@ def test_the_plan_of_the_readme_is_one() -> None:
         ({"models": "tiny", "stages": 2, "methods": "full", "liger": "some"}, "unknown value 'some'.*--liger"),
         ({"models": "tiny", "stages": 2, "methods": "full", "liger": "all", "compile": "on"}, "use --liger loss"),
         ({"models": "tiny", "stages": 2, "methods": "fool"}, "unknown method 'fool'"),
+        ({"models": "tiny", "stages": 2, "methods": "full", "ranks": 0}, "ranks must be at least 1, got 0"),
         ({"models": "tiny", "stages": 4, "methods": "full"}, "stage must be 1, 2 or 3, got 4"),
         ({"models": "tiny", "stage": 2, "methods": "full"}, "unknown option 'stage' in the plan"),
     ],
@@ -198,6 +201,71 @@ def test_the_plan_of_the_readme_is_one() -> None:
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bench.expand([options])
+
+
+def test_ranks_multiply_too_and_are_compared_in_groups_of_their_own() -> None:
+    one, four = bench.expand([{"models": "tiny", "stages": 2, "methods": "full", "ranks": [1, 4]}])
+    assert (one.ranks, four.ranks) == (1, 4)
+    assert one.setting.endswith(", 1 rank")
+    assert four.setting.endswith(", 4 ranks")
+
+
+MILLISECONDS = {  # method, ranks, rows of a micro-batch
+    ("full", 1, 8): 100.0,
+    ("full", 2, 8): 125.0,
+    ("full", 4, 8): 160.0,
+    ("full", 1, 32): 300.0,
+    ("full", 2, 16): 200.0,
+    ("exploit", 1, 8): 50.0,
+    ("exploit", 4, 8): 40.0,
+    ("exploit", 1, 32): 120.0,
+}
+
+
+@pytest.fixture
+def scaling(rows: dict[tuple[str, int], dict[str, Any]], tmp_path: Path) -> Path:
+    """Rows of a real run, with other numbers of ranks, micro-batches and times."""
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for (method, ranks, micro_batch), time in MILLISECONDS.items():
+            changed = {"ranks": ranks, "micro_batch": micro_batch, "ms_per_step": time}
+            changed["tokens_per_second"] = 1000 * micro_batch * 16 / time
+            file.write(json.dumps(rows[method, 2] | changed) + "\n")
+    return tmp_path
+
+
+def test_efficiency_is_against_the_fewest_gpus(scaling: Path) -> None:
+    measured = bench.read_rows(scaling / "rows.jsonl")
+    full, exploit = bench_scaling.weak_scaling(measured)
+    assert (full.configuration.method, list(full.rows)) == ("full", [1, 2, 4])
+    assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 100 / 125, 100 / 160])
+    assert [exploit.efficiency(ranks) for ranks in (1, 4)] == pytest.approx([1, 50 / 40])
+    full, exploit = bench_scaling.strong_scaling(measured)
+    assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 300 / (2 * 200), 300 / (4 * 160)])
+    assert exploit.efficiency(4) == pytest.approx(120 / (4 * 40))
+
+
+def test_scaling_is_shown_in_tables_and_a_picture(scaling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", str(scaling)])
+    bench_scaling.main()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (scaling / "scaling.md").read_text().splitlines()
+        if line.startswith("| tiny")
+    ]
+    full, exploit, *lines = cells
+    assert full[2:4] + full[6:] == ["full", "100 / 125 / 160", "80% / 62%", "75% / 47%"]
+    assert exploit[2:4] + exploit[6:] == ["exploit", "50 / - / 40", "- / 125%", "- / 75%"]
+    behind = {(row[2], row[3], row[-2]): row[-1] for row in lines}
+    assert behind["full", "4", "62.5%"] == "-"
+    assert behind["exploit", "4", "125.0%"] == "+62.5"
+    assert behind["exploit", "4", "75.0%"] == "+28.1"
+    assert (scaling / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plan_of_the_scaling_table_is_one() -> None:
+    configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench_scaling.yaml").read_text()))
+    assert len(configurations) == 3 * 3 * 2 * 5
+    assert {one.ranks * one.micro_batch for one in configurations if one.micro_batch != 8} == {32}
 
 
 def test_every_method_has_a_way_to_start() -> None:

@@ -21,6 +21,7 @@ COLUMNS = (
     *("model", "ZeRO", "method", "GPUs", "ms/step (10-90 %)", "tokens/s/GPU", "peak GB", "moved GB", "exposed"),
     *("efficiency", "minus full's"),
 )
+SUMMARY = ("model", "ZeRO", "method", "ms/step", "peak GB", "exposed", "weak", "strong")
 FULL = "full"
 
 
@@ -49,7 +50,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     rows = [row for row in read_rows(folder / "rows.jsonl") if not row["error"]]
     kinds = {"weak": weak_scaling(rows), "strong": strong_scaling(rows)}
-    text = "\n".join([*(line for name, series in kinds.items() for line in section(name, series)), *_origins(rows)])
+    sections = [summary(kinds), *(section(name, series) for name, series in kinds.items()), _origins(rows)]
+    text = "\n".join(line for lines in sections for line in lines)
     (folder / "scaling.md").write_text(text + "\n")
     print(text)
     draw(kinds, folder / "scaling.png")
@@ -79,6 +81,43 @@ def _place(series: Series) -> tuple[Any, ...]:
     return next(iter(series.rows.values()))["flops_per_token"], one.stage, one.method != FULL, one.method
 
 
+def summary(kinds: dict[str, list[Series]]) -> list[str]:
+    """One line for each series of weak scaling, in Markdown: what it takes on each number of GPUs, and efficiencies.
+
+    Efficiencies, and exposed transfer time as a share of the step, are those of all numbers of GPUs but the smallest.
+    """
+    counts = sorted({ranks for one in kinds["weak"] for ranks in one.rows})
+    strong = {_place(one): one for one in kinds["strong"]}
+
+    def on(wanted: Sequence[int], series: Series | None, show: Any) -> str:
+        return " / ".join("-" if series is None or n not in series.rows else show(series, n) for n in wanted)
+
+    head = [
+        f"GPUs: {' / '.join(map(str, counts))}; exposed, weak, strong: {' / '.join(map(str, counts[1:]))}",
+        "",
+        "| " + " | ".join(SUMMARY) + " |",
+        "|---|---:|---" + "|---:" * (len(SUMMARY) - 3) + "|",
+    ]
+    lines = []
+    for one in kinds["weak"]:
+        cells = [
+            one.configuration.model,
+            str(one.configuration.stage),
+            one.configuration.label,
+            on(counts, one, lambda series, n: f"{series.rows[n]['ms_per_step']:.0f}"),
+            on(counts, one, lambda series, n: f"{series.rows[n]['peak_bytes'] / 1e9:.1f}"),
+            on(counts[1:], one, lambda series, n: _exposed(series.rows[n])),
+            on(counts[1:], one, lambda series, n: f"{series.efficiency(n):.0%}"),
+            on(counts[1:], strong.get(_place(one)), lambda series, n: f"{series.efficiency(n):.0%}"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*head, *lines, ""] if lines else []
+
+
+def _exposed(row: dict[str, Any]) -> str:
+    return "-" if row["exposed_ms"] is None else f"{row['exposed_ms'] / row['ms_per_step']:.2%}"
+
+
 def section(name: str, series: Sequence[Series]) -> list[str]:
     """A title and one line for each row of the series, in Markdown; nothing without series."""
     if not series:
@@ -93,7 +132,7 @@ def section(name: str, series: Sequence[Series]) -> list[str]:
 
 def _cells(series: Series, ranks: int, others: Iterable[Series]) -> list[str]:
     configuration, row = series.configuration, series.rows[ranks]
-    exposed, efficiency = row["exposed_ms"], series.efficiency(ranks)
+    efficiency = series.efficiency(ranks)
     full = full_beside(series, others)
     behind = full is not None and full is not series and ranks in full.rows
     return [
@@ -105,7 +144,7 @@ def _cells(series: Series, ranks: int, others: Iterable[Series]) -> list[str]:
         f"{row['tokens_per_second']:.0f}",
         _gigabytes(row["peak_bytes"]),
         f"{row['moved_bytes_per_step'] / 1e9:.2f}",
-        "-" if exposed is None else f"{exposed / row['ms_per_step']:.2%}",
+        _exposed(row),
         f"{efficiency:.1%}",
         f"{100 * (efficiency - full.efficiency(ranks)):+.1f}" if behind and full else "-",
     ]
@@ -118,7 +157,7 @@ def full_beside(series: Series, others: Iterable[Series]) -> Series | None:
 
 
 def draw(kinds: dict[str, list[Series]], path: Path) -> None:
-    """Efficiency over the number of GPUs: one row of axes for each kind of scaling, one column for each model."""
+    """Tokens per second of all GPUs together: one row of axes for each kind of scaling, one column for each model."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -129,12 +168,12 @@ def draw(kinds: dict[str, list[Series]], path: Path) -> None:
     if not models:
         return
     figure = Figure(figsize=(3.2 * len(models) + 1.6, 2.8 * len(drawn)), layout="constrained")
-    grid = figure.subplots(len(drawn), len(models), squeeze=False, sharex=True, sharey="row")
+    grid = figure.subplots(len(drawn), len(models), squeeze=False, sharex=True, sharey="col")
     for axes, (name, series) in zip(grid, drawn.items(), strict=True):
         for axis, model in zip(axes, models, strict=True):
             _draw_model(axis, [one for one in series if one.configuration.model == model])
             axis.set_title(f"{name}: {model}", fontsize="small", loc="left")
-        axes[0].set_ylabel("efficiency")
+        axes[0].set_ylabel("1000 tokens/s, all GPUs")
     for axis in grid[-1]:
         axis.set_xlabel("GPUs")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -145,12 +184,11 @@ def _draw_model(axis: Any, series: Sequence[Series]) -> None:
     for one in series:
         configuration = one.configuration
         style = {"linestyle": "--" if configuration.method == FULL else "-", "color": f"C{configuration.stage - 1}"}
+        speeds = [ranks * row["tokens_per_second"] / 1000 for ranks, row in one.rows.items()]
         label = f"ZeRO-{configuration.stage} {configuration.label}"
-        axis.plot(list(one.rows), [one.efficiency(ranks) for ranks in one.rows], marker="o", label=label, **style)
-    counts = sorted({ranks for one in series for ranks in one.rows})
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(counts, [str(count) for count in counts])
-    axis.set_ylim(bottom=0)
+        axis.plot(list(one.rows), speeds, marker="o", markersize=4, label=label, **style)
+    axis.set_xticks(sorted({ranks for one in series for ranks in one.rows}))
+    axis.set_ylim(bottom=0, auto=True)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -21,16 +21,14 @@ PARITY = {
         (1, 2, 3), [(1, 0.0, "layers"), (1, 0.3, "all"), (3, 0.0, "layers"), (3, 0.3, "all")]
     )
 }
-PRESCALED = {"prescale_gradients": True}
+AS_SHIPPED: dict[str, Any] = {"zero": {"reduce_scatter": False}, "config": {"prescale_gradients": True}}
 SMALL_BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1500, "stage3_prefetch_bucket_size": 1500}
 PARITY |= {
     f"stage{stage}-small-buckets": Scenario(stage=stage, accumulation=3, clip=0.3, tied=True, zero=SMALL_BUCKETS)
     for stage in (1, 2, 3)
 }
 PARITY |= {
-    f"stage{stage}-as-shipped": Scenario(
-        stage=stage, accumulation=3, clip=0.3, tied=True, zero=SMALL_BUCKETS | {"reduce_scatter": False}, config=PRESCALED
-    )
+    f"stage{stage}-as-shipped": Scenario(stage=stage, accumulation=3, clip=0.3, tied=True, **AS_SHIPPED)
     for stage in (1, 2)
 }
 PARITY |= {f"stage{stage}-compiled": Scenario(stage=stage, clip=0.3, compiled=True) for stage in (1, 2)}
@@ -54,7 +52,7 @@ FULL = {
 }
 
 FULL |= {
-    f"{name}-as-shipped": replace(scenario, zero={"reduce_scatter": False}, config=scenario.config | PRESCALED)
+    f"{name}-as-shipped": replace(scenario, zero=AS_SHIPPED["zero"], config=scenario.config | AS_SHIPPED["config"])
     for name, scenario in FULL.items()
     if scenario.stage != 3
 }

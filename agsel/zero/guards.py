@@ -40,6 +40,8 @@ TESTED = {
     "DeepSpeedZeroOptimizer.get_flat_partition": 0x383C9AFC,
     "DeepSpeedZeroOptimizer._build_compact_grad_partition_buffer": 0xA93EA890,
     "DeepSpeedZeroOptimizer.copy_grads_in_partition": 0x956465D6,
+    "DeepSpeedZeroOptimizer.get_gradient_for_reduction": 0xE87F068D,
+    "DeepSpeedZeroOptimizer.report_ipg_memory_usage": 0x4D846EFA,
     "DeepSpeedZeroOptimizer._use_compact_grad_partition_buffer": 0x1D874859,
     "DeepSpeedZeroOptimizer.free_grad_in_param_list": 0x1BCBA6C4,
     "DeepSpeedZeroOptimizer._load_universal_checkpoint": 0x6EA8A08B,

@@ -17,8 +17,6 @@ from agsel.zero.selective_step import SelectiveStep
 class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO-1/2 optimizer that keeps gradients, steps and gathers for the selected blocks only."""
 
-    grads_in_partition: torch.Tensor | None
-
     stock = DeepSpeedZeroOptimizer
     relies_on = (
         "initialize_optimizer_states",
@@ -30,6 +28,8 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         "get_flat_partition",
         "_build_compact_grad_partition_buffer",
         "copy_grads_in_partition",
+        "get_gradient_for_reduction",
+        "report_ipg_memory_usage",
         "_use_compact_grad_partition_buffer",
         "free_grad_in_param_list",
         "_load_universal_checkpoint",
@@ -78,11 +78,14 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def copy_grads_in_partition(self, param: torch.nn.Parameter, group_idx: int | None = None) -> None:
         """Stock copies into one buffer as large as all groups; here each gradient gets memory of its own."""
         index = self._get_param_group_idx(param) if group_idx is None else group_idx
-        if not self._use_compact_grad_partition_buffer(index):
-            self.grads_in_partition = torch.empty(param.numel(), dtype=self.dtype, device=self.device)
-            self.grads_in_partition_offset = 0
-        super().copy_grads_in_partition(param, group_idx)
-        self.grads_in_partition = None
+        if self._use_compact_grad_partition_buffer(index):
+            super().copy_grads_in_partition(param, group_idx)
+            return
+        gradient = self.get_gradient_for_reduction(param)
+        gradient.data = gradient.detach().clone()  # from the bucket, which the next gradients will overwrite
+
+    def report_ipg_memory_usage(self, *_: Any, **__: Any) -> None:
+        """Stock formats lines for a memory log several times per gradient, and never logs them."""
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
         """Stock links parameters to their optimizer state here; see `prepare_selection`."""

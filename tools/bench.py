@@ -230,7 +230,7 @@ def table(rows: Sequence[dict[str, Any]], peak_tflops: float) -> str:
         lines += [""] + [f"- {configuration_of(row).label}: {row['error']}" for row in members if row["error"]] + [""]
     used = {row["method"] for row in rows}
     lines += [f"- `{name}`: {meaning}" for name, meaning in METHODS.items() if name in used]
-    return "\n".join([*lines, "", *_notes(peak_tflops), "", *_origins(rows)])
+    return "\n".join([*lines, "", *_notes(peak_tflops), "", *origins(rows)])
 
 
 def _cells(row: dict[str, Any], group: Sequence[dict[str, Any]], peak_tflops: float) -> list[str]:
@@ -245,7 +245,7 @@ def _cells(row: dict[str, Any], group: Sequence[dict[str, Any]], peak_tflops: fl
         *(f"{row[phase]:.1f}" if row[phase] is not None else "-" for phase in PHASES),
         f"{row['tokens_per_second']:.0f}",
         f"{utilisation:.1%}",
-        *(_gigabytes(row[name]) for name in ("peak_bytes", "steady_bytes", "initial_peak_bytes")),
+        *(gigabytes(row[name]) for name in ("peak_bytes", "steady_bytes", "initial_peak_bytes")),
         f"{row['moved_bytes_per_step'] / 1e9:.2f}",
         f"{row['exposed_ms']:.2f}" if row["exposed_ms"] is not None else "-",
         f"{time / bound['ms_per_step']:.3f}" if bound else "-",
@@ -259,7 +259,8 @@ def _find(group: Sequence[dict[str, Any]], method: str, fraction: float) -> dict
     return next(found, None)
 
 
-def _gigabytes(number: float | None) -> str:
+def gigabytes(number: float | None) -> str:
+    """Bytes as 10^9 with two digits, a dash for nothing."""
     return f"{number / 1e9:.2f}" if number else "-"
 
 
@@ -274,7 +275,7 @@ def _notes(peak_tflops: float) -> list[str]:
     ]
 
 
-def _origins(rows: Sequence[dict[str, Any]]) -> list[str]:
+def origins(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Date, hardware, versions and command of the rows; one line for each that differs."""
     return list(dict.fromkeys(f"{row['date']}, {row['device']}, {row['versions']}: `{row['command']}`" for row in rows))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import Configuration, _gigabytes, _origins, configuration_of, read_rows
+from bench import Configuration, configuration_of, gigabytes, origins, read_rows
 
 COLUMNS = (
     *("model", "ZeRO", "method", "GPUs", "ms/step (10-90 %)", "tokens/s/GPU", "peak GB", "moved GB", "exposed"),
@@ -50,7 +50,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     rows = [row for row in read_rows(folder / "rows.jsonl") if not row["error"]]
     kinds = {"weak": weak_scaling(rows), "strong": strong_scaling(rows)}
-    sections = [summary(kinds), *(section(name, series) for name, series in kinds.items()), _origins(rows)]
+    sections = [summary(kinds), *(section(name, series) for name, series in kinds.items()), origins(rows)]
     text = "\n".join(line for lines in sections for line in lines)
     (folder / "scaling.md").write_text(text + "\n")
     print(text)
@@ -142,7 +142,7 @@ def _cells(series: Series, ranks: int, others: Iterable[Series]) -> list[str]:
         str(ranks),
         f"{row['ms_per_step']:.1f} ({row['ms_p10']:.0f}-{row['ms_p90']:.0f})",
         f"{row['tokens_per_second']:.0f}",
-        _gigabytes(row["peak_bytes"]),
+        gigabytes(row["peak_bytes"]),
         f"{row['moved_bytes_per_step'] / 1e9:.2f}",
         _exposed(row),
         f"{efficiency:.1%}",

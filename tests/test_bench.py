@@ -28,6 +28,7 @@ PLAN = """
 - {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, lora-16], shapes: 2x16}
 - {models: tiny, stages: 3, methods: [bound, exploit], shapes: 2x16}
 - {models: tiny, stages: 2, methods: badam, shapes: 2x16, checkpointing: on}
+- {models: tiny, stages: 1, methods: full, shapes: 2x16, ranks: 1}
 """
 STEPS = 4
 TIMES = ("ms_per_step", "ms_p10", "ms_p90", "forward_ms", "backward_ms", "step_ms", "tokens_per_second")
@@ -66,12 +67,17 @@ def rows(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_every_configuration_is_measured(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert len(rows) == 9
+    assert len(rows) == 10
     for row in rows.values():
         if row["method"] != "badam":
             assert row["error"] is None
             assert all(math.isfinite(row[name]) and row[name] > 0 for name in TIMES), row
             assert row["ms_p10"] <= row["ms_per_step"] <= row["ms_p90"]
+
+
+def test_each_number_of_ranks_has_a_launch_of_its_own(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
+    assert rows["full", 1]["device"] == "1 x CPU"
+    assert {row["device"] for key, row in rows.items() if key != ("full", 1)} == {"2 x CPU"}
 
 
 def test_a_configuration_that_cannot_run_says_why(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -210,7 +216,7 @@ def test_ranks_multiply_too_and_are_compared_in_groups_of_their_own() -> None:
     assert four.setting.endswith(", 4 ranks")
 
 
-MILLISECONDS = {  # method, ranks, rows of a micro-batch
+MILLISECONDS = {  # label, ranks, rows of a micro-batch
     ("full", 1, 8): 100.0,
     ("full", 2, 8): 125.0,
     ("full", 4, 8): 160.0,
@@ -219,6 +225,8 @@ MILLISECONDS = {  # method, ranks, rows of a micro-batch
     ("exploit", 1, 8): 50.0,
     ("exploit", 4, 8): 40.0,
     ("exploit", 1, 32): 120.0,
+    ("exploit 20%", 1, 8): 40.0,
+    ("exploit 20%", 4, 8): 32.0,
 }
 
 
@@ -228,14 +236,15 @@ def scaling(rows: dict[tuple[str, int], dict[str, Any]], tmp_path: Path) -> Path
     with (tmp_path / "rows.jsonl").open("w") as file:
         for (method, ranks, micro_batch), time in MILLISECONDS.items():
             changed = {"ranks": ranks, "micro_batch": micro_batch, "ms_per_step": time}
+            changed |= {"fraction": 0.2} if method.endswith("20%") else {}
             changed["tokens_per_second"] = 1000 * micro_batch * 16 / time
-            file.write(json.dumps(rows[method, 2] | changed) + "\n")
+            file.write(json.dumps(rows[method.removesuffix(" 20%"), 2] | changed) + "\n")
     return tmp_path
 
 
 def test_efficiency_is_against_the_fewest_gpus(scaling: Path) -> None:
     measured = bench.read_rows(scaling / "rows.jsonl")
-    full, exploit = bench_scaling.weak_scaling(measured)
+    full, exploit, _ = bench_scaling.weak_scaling(measured)
     assert (full.configuration.method, list(full.rows)) == ("full", [1, 2, 4])
     assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 100 / 125, 100 / 160])
     assert [exploit.efficiency(ranks) for ranks in (1, 4)] == pytest.approx([1, 50 / 40])
@@ -252,9 +261,10 @@ def test_scaling_is_shown_in_tables_and_a_picture(scaling: Path, monkeypatch: py
         for line in (scaling / "scaling.md").read_text().splitlines()
         if line.startswith("| tiny")
     ]
-    full, exploit, *lines = cells
+    full, exploit, smaller, *lines = cells
     assert full[2:4] + full[6:] == ["full", "100 / 125 / 160", "80% / 62%", "75% / 47%"]
     assert exploit[2:4] + exploit[6:] == ["exploit", "50 / - / 40", "- / 125%", "- / 75%"]
+    assert smaller[2:4] + smaller[6:] == ["exploit 20%", "40 / - / 32", "- / 125%", "- / -"]
     behind = {(row[2], row[3], row[-2]): row[-1] for row in lines}
     assert behind["full", "4", "62.5%"] == "-"
     assert behind["exploit", "4", "125.0%"] == "+62.5"

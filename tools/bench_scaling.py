@@ -87,7 +87,7 @@ def summary(kinds: dict[str, list[Series]]) -> list[str]:
     Efficiencies, and exposed transfer time as a share of the step, are those of all numbers of GPUs but the smallest.
     """
     counts = sorted({ranks for one in kinds["weak"] for ranks in one.rows})
-    strong = {_place(one): one for one in kinds["strong"]}
+    strong = {_without_size(one): one for one in kinds["strong"]}
 
     def on(wanted: Sequence[int], series: Series | None, show: Any) -> str:
         return " / ".join("-" if series is None or n not in series.rows else show(series, n) for n in wanted)
@@ -108,10 +108,15 @@ def summary(kinds: dict[str, list[Series]]) -> list[str]:
             on(counts, one, lambda series, n: f"{series.rows[n]['peak_bytes'] / 1e9:.1f}"),
             on(counts[1:], one, lambda series, n: _exposed(series.rows[n])),
             on(counts[1:], one, lambda series, n: f"{series.efficiency(n):.0%}"),
-            on(counts[1:], strong.get(_place(one)), lambda series, n: f"{series.efficiency(n):.0%}"),
+            on(counts[1:], strong.get(_without_size(one)), lambda series, n: f"{series.efficiency(n):.0%}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [*head, *lines, ""] if lines else []
+
+
+def _without_size(series: Series) -> Configuration:
+    """What series of weak and strong scaling share."""
+    return replace(series.configuration, micro_batch=1, ranks=1)
 
 
 def _exposed(row: dict[str, Any]) -> str:

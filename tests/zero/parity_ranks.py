@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -10,8 +11,18 @@ from typing import Any
 import torch
 
 import agsel
+from tests.distributed import REPOSITORY
 from tests.ranks import run_cases
 from tests.zero.scenario import Record, Scenario, run_engine, start_engine
+
+
+def as_shipped(scenario: Scenario, zero: dict[str, Any] | None = None) -> Scenario:
+    """The scenario with gradients reduced as ds_configs/ has it, in buckets of other sizes where `zero` says so."""
+    shipped = json.loads((REPOSITORY / "ds_configs" / f"zero{scenario.stage}.json").read_text())
+    reduction = {name: shipped["zero_optimization"][name] for name in ("contiguous_gradients", "reduce_scatter")}
+    scaling = {"prescale_gradients": shipped["prescale_gradients"]}
+    return replace(scenario, zero=reduction | (zero or {}), config=scenario.config | scaling)
+
 
 PARITY = {
     f"stage{stage}-accumulation{accumulation}-clip{clip}-{blocks}": Scenario(
@@ -21,15 +32,13 @@ PARITY = {
         (1, 2, 3), [(1, 0.0, "layers"), (1, 0.3, "all"), (3, 0.0, "layers"), (3, 0.3, "all")]
     )
 }
-AS_SHIPPED: dict[str, Any] = {"zero": {"reduce_scatter": False}, "config": {"prescale_gradients": True}}
 SMALL_BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1500, "stage3_prefetch_bucket_size": 1500}
 PARITY |= {
     f"stage{stage}-small-buckets": Scenario(stage=stage, accumulation=3, clip=0.3, tied=True, zero=SMALL_BUCKETS)
     for stage in (1, 2, 3)
 }
 PARITY |= {
-    f"stage{stage}-as-shipped": Scenario(stage=stage, accumulation=3, clip=0.3, tied=True, **AS_SHIPPED)
-    for stage in (1, 2)
+    f"stage{stage}-as-shipped": as_shipped(PARITY[f"stage{stage}-small-buckets"], SMALL_BUCKETS) for stage in (1, 2)
 }
 PARITY |= {f"stage{stage}-compiled": Scenario(stage=stage, clip=0.3, compiled=True) for stage in (1, 2)}
 PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.3, zero={"contiguous_gradients": False})
@@ -51,11 +60,7 @@ FULL = {
     if not (stage == 1 and suffix)  # DeepSpeed builds BF16_Optimizer there, which agsel refuses
 }
 
-FULL |= {
-    f"{name}-as-shipped": replace(scenario, zero=AS_SHIPPED["zero"], config=scenario.config | AS_SHIPPED["config"])
-    for name, scenario in FULL.items()
-    if scenario.stage != 3
-}
+FULL |= {f"{name}-as-shipped": as_shipped(scenario) for name, scenario in FULL.items() if scenario.stage != 3}
 
 
 def selective_run(scenario: Scenario) -> Record:

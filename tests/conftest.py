@@ -1,8 +1,14 @@
-"""Tests marked `slow` run only when they are asked for."""
+"""Tests marked `slow` run only when they are asked for; a process group of one rank for tests without a launch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import deepspeed
 import pytest
+from torch import distributed
+
+from tests.distributed import free_port
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -15,3 +21,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run it with `bash tools/test.sh --slow`"))
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    deepspeed.init_distributed("gloo", verbose=False)
+    yield
+    distributed.destroy_process_group()

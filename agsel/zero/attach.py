@@ -18,7 +18,7 @@ from agsel.zero.consensus import require_equal_settings
 from agsel.zero.host_memory import require_host_memory
 from agsel.zero.residency import Partition, Residency
 from agsel.zero.sanity import SanityChecks
-from agsel.zero.selection import Selection
+from agsel.zero.selection import Moment, Selection
 from agsel.zero.stage_1_and_2 import SelectiveZeroOptimizer
 from agsel.zero.stage_3 import SelectiveZeroOptimizerStage3
 
@@ -108,18 +108,18 @@ def attach(
 def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequence[Block]) -> None:
     """Start the copies of a step at its first layer, and those it left for later after a third of the backward.
 
-    Not earlier: at the end of a step DeepSpeed's throughput timer makes the host wait for the whole device, and while
-    they make the attention mask, models read a value from the device, which would queue behind the copies. By the
-    third of the backward, freed activations leave room for the states that are still missing.
+    Not earlier: models read a value from the device while they make the attention mask, which would queue behind the
+    copies. By the third of the backward, freed activations leave room for the states that are still missing. Between
+    the two, at the start of the backward, `SelectiveStep.backward_prologue` starts more.
     """
 
     def on_gradient(_: nn.Parameter) -> None:
         if engine.is_gradient_accumulation_boundary():
-            selection.complete_states()
+            selection.move_states(Moment.LATE_BACKWARD)
 
     lower_blocks = blocks[: len(blocks) * 2 // 3 + 1]  # which of them get a gradient differs from step to step
     engine.hooks = [
-        decoder_layers(engine.module)[0].register_forward_pre_hook(lambda *_: selection.move_states()),
+        decoder_layers(engine.module)[0].register_forward_pre_hook(lambda *_: selection.move_states(Moment.FORWARD)),
         *(block.trainable[0].register_post_accumulate_grad_hook(on_gradient) for block in lower_blocks),
     ]
     if isinstance(engine.optimizer, SelectiveZeroOptimizerStage3):

@@ -30,6 +30,7 @@ class SelectiveEngine(DeepSpeedEngine):
         "_load_zero_checkpoint",
         "_get_ckpt_name",
         "_take_model_step",
+        "_backward_prologue",
         "_backward_epilogue",
     )
     """Methods of the stock class that this class replaces or whose inner working agsel depends on."""

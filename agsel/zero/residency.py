@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -94,18 +93,11 @@ class SideStream:
     """A CUDA stream beside the compute stream. On the CPU, where copies are synchronous, it is nothing at all."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    @contextmanager
-    def after_compute(self) -> Iterator[None]:
-        """Run what is inside on this stream, after all work given so far to the compute stream."""
-        if self._stream is None:
-            yield
-            return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            yield
+    def active(self) -> Any:
+        """Run what is inside on this stream."""
+        return torch.cuda.stream(self._stream)
 
     def wait_for(self, event: Any) -> None:
         """Do what comes next on this stream after an event; None has happened."""
@@ -130,9 +122,9 @@ class SideStream:
 class Residency:
     """Moves partitions so that the wanted blocks are on the device and, when offloading, no others are.
 
-    A copy first waits for the compute stream and for the same partition's copy before it, so no memory is read early;
-    the compute stream waits for a fetch only where it steps that partition (`wait_for`). Evictions and fetches have a
-    stream each, because both directions of the bus can be busy at once.
+    An eviction waits for the last optimizer step, a fetch for the room it goes to, both for the same partition's copy
+    before; the compute stream waits for a fetch only where it steps that partition (`wait_for`). Evictions and fetches
+    have a stream each, because both directions of the bus can be busy at once.
 
     Attributes:
         partitions: all of this rank.
@@ -149,6 +141,7 @@ class Residency:
         self._poison = os.environ.get(POISON) == "1"
         self._evictions, self._fetches = SideStream(device), SideStream(device)
         self._under_way: dict[Partition, Any] = {}
+        self._stepped: Any = None
         if offload_states:
             pin = pin_memory and device.type == "cuda"
             self._arena = Arena([partition.shape for partition in partitions], partitions[0].master.dtype, pin)
@@ -163,6 +156,7 @@ class Residency:
         wanted = set(wanted)
         self.synchronize()
         self._under_way.clear()
+        self._stepped = self._now()
         for partition in self.partitions:
             at_home = self._offload and partition.block not in wanted
             rows = partition.home if at_home else partition.rows if partition.is_resident else self._new_rows(partition)
@@ -175,14 +169,18 @@ class Residency:
         if not self._offload:
             return
         wanted = set(wanted)
-        self._evict([p for p in self.partitions if p.is_resident and p.block not in wanted])
-        self._fetch([p for p in self.partitions if not p.is_resident and p.block in wanted])
+        vacated = self._evict([p for p in self.partitions if p.is_resident and p.block not in wanted])
+        self._fetch([p for p in self.partitions if not p.is_resident and p.block in wanted], vacated)
 
     def wait_for(self, partition: Partition) -> None:
         """Make the compute stream wait until a fetched partition has arrived."""
         arrival = self._under_way.pop(partition, None)
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
+
+    def mark_step(self) -> None:
+        """Tell that all work of an optimizer step has been given to the compute stream: it reads states until then."""
+        self._stepped = self._now()
 
     def in_order_of_arrival(self, partitions: Iterable[Partition]) -> list[Partition]:
         """Resident partitions first, then those under way: work on the former hides the copies of the latter."""
@@ -198,22 +196,33 @@ class Residency:
         self._evictions.synchronize()
         self._fetches.synchronize()
 
-    def _evict(self, partitions: Sequence[Partition]) -> None:
-        if not partitions:
-            return
-        with self._evictions.after_compute():
+    def _evict(self, partitions: Sequence[Partition]) -> list[tuple[torch.Tensor, Any]]:
+        """Returns the rows that they leave, each with the event after which it may be written."""
+        vacated = []
+        with self._evictions.active():
+            self._evictions.wait_for(self._stepped)
             for partition in partitions:
                 assert partition.home is not None
-                self._evictions.keep(self._move(partition, partition.home, self._evictions))
+                rows = self._move(partition, partition.home, self._evictions)
+                self._evictions.keep(rows)
+                vacated.append((rows, self._under_way[partition]))
+        return vacated
 
-    def _fetch(self, partitions: Sequence[Partition]) -> None:
-        if not partitions:
-            return
-        destinations = [self._new_rows(partition) for partition in partitions]
-        with self._fetches.after_compute():
-            for partition, rows in zip(partitions, destinations, strict=True):
+    def _fetch(self, partitions: Sequence[Partition], vacated: list[tuple[torch.Tensor, Any]]) -> None:
+        """Into rows that others leave, where the shape is right: so an exchange needs no memory."""
+        destinations = [self._rows_for(partition, vacated) for partition in partitions]
+        with self._fetches.active():
+            for partition, (rows, vacancy) in zip(partitions, destinations, strict=True):
+                self._fetches.wait_for(vacancy)
                 self._fetches.keep(rows)
                 self._move(partition, rows, self._fetches)
+
+    def _rows_for(self, partition: Partition, vacated: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
+        """Room on the device, and the event after which it may be written."""
+        for index, (rows, _) in enumerate(vacated):
+            if rows.shape == partition.shape:
+                return vacated.pop(index)
+        return self._new_rows(partition), self._now()  # PyTorch gives memory that the compute stream still uses
 
     def _move(self, partition: Partition, rows: torch.Tensor, stream: SideStream) -> torch.Tensor:
         stream.wait_for(self._under_way.pop(partition, None))
@@ -227,3 +236,7 @@ class Residency:
     def _new_rows(self, partition: Partition) -> torch.Tensor:
         rows = torch.empty(partition.shape, dtype=partition.master.dtype, device=self.device)
         return rows.fill_(math.nan) if self._poison else rows
+
+    def _now(self) -> Any:
+        """An event at this point of the compute stream, None on the CPU."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,18 @@ logger = logging.getLogger("agsel")
 SHARE_IN_FORWARD = 0.8
 """Of the optimizer states that a step is known to need. The others come in its backward, when activations are freed.
 With fewer in the forward, memory would only fall further below what exploring steps need."""
+
+LEAVING_IN_FORWARD = 1 / 3
+"""Of the optimizer states that a step sends to the host: the forward's part of the time. A read from the device, as
+losses do, waits for all copies to the host that were started before it."""
+
+
+class Moment(IntEnum):
+    """When in a step optimizer partitions start to move."""
+
+    FORWARD = 1
+    BACKWARD = 2
+    LATE_BACKWARD = 3
 
 
 class TooManySkippedStepsError(RuntimeError):
@@ -75,7 +88,7 @@ class Selection:
         self._group = group
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
-        self._has_moved = self._has_completed = False
+        self._moved: Moment | None = None
         self._last_explored: tuple[int, ...] = ()
         policy.start(len(blocks))
 
@@ -87,7 +100,7 @@ class Selection:
     @property
     def resident(self) -> tuple[str, ...]:
         """Names of the blocks whose optimizer partition is on the accelerator now."""
-        return tuple(name for index, name in enumerate(self.blocks) if self.residency.is_resident(index))
+        return tuple(self.blocks[index] for index in self._resident_blocks())
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coming selections depend on, as plain Python values; `engine.save_checkpoint` carries it."""
@@ -110,36 +123,37 @@ class Selection:
         self.plan_step()
 
     def wanted_in_forward(self) -> tuple[int, ...]:
-        """Indices of the blocks whose optimizer partitions should be on the device in the next forward.
+        """Indices of the blocks whose optimizer partitions should be on the device when the next forward ends.
 
         On an exploring plan none: the choice is not known yet, and the activations of all blocks need the memory.
         """
         plan = self.policy.plan()
-        return () if plan.explore else early(plan.blocks)
+        return () if plan.explore else early(plan.blocks, self._resident_blocks())
 
     def plan_step(self) -> None:
         """Before the forward: freeze what the plan leaves out."""
-        self._has_moved = self._has_completed = False
+        self._moved = None
         planned = set(self.policy.plan().blocks)
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
                 parameter.requires_grad_(index in planned)
 
-    def move_states(self) -> None:
-        """In the forward: start moving optimizer partitions to where the plan wants them, once per step."""
-        if not self._has_moved:
-            self.residency.keep_only(self.wanted_in_forward())
-            self._has_moved = True
+    def move_states(self, moment: Moment) -> None:
+        """Start moving optimizer partitions to where the plan wants them from this moment on, once per step."""
+        if self._moved is None or moment > self._moved:
+            self.residency.keep_only(self._wanted(moment))
+            self._moved = moment
 
-    def complete_states(self) -> None:
-        """In the backward: start fetching the partitions that are still missing, once per step.
+    def _wanted(self, moment: Moment) -> Collection[int]:
+        """On an exploring plan the last moment's guess is the last exploring step's choice; most will be right."""
+        plan = self.policy.plan()
+        if moment is Moment.LATE_BACKWARD:
+            return self._last_explored if plan.explore else plan.blocks
+        wanted = self.wanted_in_forward()
+        return wanted if plan.explore or moment is Moment.BACKWARD else begin_move(self._resident_blocks(), wanted)
 
-        On an exploring plan those that the last exploring step chose; most will be right.
-        """
-        if not self._has_completed:
-            plan = self.policy.plan()
-            self.residency.keep_only(self._last_explored if plan.explore else plan.blocks)
-            self._has_completed = True
+    def _resident_blocks(self) -> list[int]:
+        return [index for index in range(len(self.blocks)) if self.residency.is_resident(index)]
 
     def resolve(self, local_squares: torch.Tensor, loss_scale: float) -> tuple[int, ...]:
         """After the backward: fix the blocks to update, on all ranks alike. Empty if the step must be skipped.
@@ -207,6 +221,19 @@ class Selection:
             )
 
 
-def early(blocks: Sequence[int]) -> tuple[int, ...]:
-    """Of the blocks that a step will update, those whose optimizer partitions it fetches in its forward."""
-    return tuple(blocks[: math.ceil(SHARE_IN_FORWARD * len(blocks))])
+def early(blocks: Sequence[int], resident: Collection[int] = ()) -> tuple[int, ...]:
+    """Of the blocks that a step will update, those whose optimizer partitions are on the device when its forward ends.
+
+    The resident ones come first, so that as little as possible is moved.
+    """
+    resident_first = sorted(blocks, key=lambda block: block not in resident)
+    return tuple(resident_first[: math.ceil(SHARE_IN_FORWARD * len(blocks))])
+
+
+def begin_move(resident: Collection[int], wanted: Collection[int]) -> set[int]:
+    """As many blocks as are wanted, after the first part of a move; in the rest, blocks only change places."""
+    leaving = [block for block in resident if block not in wanted]
+    arriving = [block for block in wanted if block not in resident]
+    count = max(math.ceil(LEAVING_IN_FORWARD * len(leaving)), len(leaving) - len(arriving))
+    gone, staying = leaving[:count], leaving[count:]
+    return {*resident, *arriving[: len(arriving) - len(staying)]}.difference(gone)

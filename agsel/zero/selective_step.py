@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from agsel.zero.residency import Partition
-from agsel.zero.selection import Selection
+from agsel.zero.selection import Moment, Selection
 
 
 class SelectiveStep:
@@ -22,6 +22,11 @@ class SelectiveStep:
     selection: Selection
     clip_grad: float
     loss_scale: float
+
+    def backward_prologue(self) -> None:
+        """Called by the engine when the loss is known, whether `engine.backward` or `loss.backward` follows."""
+        super().backward_prologue()  # type: ignore[misc]
+        self.selection.move_states(Moment.BACKWARD)
 
     def step(self, closure: None = None) -> None:
         """Update the selected blocks, or nothing at all if any rank holds a non-finite gradient."""
@@ -49,6 +54,7 @@ class SelectiveStep:
         for partition in self.selection.residency.in_order_of_arrival(partitions):
             self._update_partition(partition, divisor)
         self._publish(partitions)
+        self.selection.residency.mark_step()
 
     def _update_partition(self, partition: Partition, divisor: float) -> None:
         """Adam on one partition, with its fp32 gradient alive only for that long."""

@@ -20,6 +20,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     stock = DeepSpeedZeroOptimizer
     relies_on = (
         "initialize_optimizer_states",
+        "backward_prologue",
         "step",
         "_optimizer_step",
         "_lazy_init_hp_params_optimizer_state",
@@ -27,6 +28,10 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         "get_all_grad_tensors",
         "get_flat_partition",
         "_build_compact_grad_partition_buffer",
+        "reduce_independent_p_g_buckets_and_remove_grads",
+        "reduce_ipg_grads",
+        "average_tensor",
+        "gradient_reduction_w_predivide",
         "copy_grads_in_partition",
         "get_gradient_for_reduction",
         "report_ipg_memory_usage",
@@ -52,7 +57,12 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         return list(self.bit16_groups[index])
 
     def prepare_selection(self) -> None:
-        """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory."""
+        """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory.
+
+        And reduce gradients by one operation per bucket, in place, instead of in slices by rank: the same numbers with
+        less Python.
+        """
+        self.reduce_scatter = self.postscale_gradients = False
         for group in self.bit16_groups:
             for parameter in group:
                 parameter._hp_mapping = None
@@ -74,6 +84,12 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         if _is_frozen(self.bit16_groups[group_idx]):
             return None
         return super()._build_compact_grad_partition_buffer(group_idx)
+
+    def average_tensor(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> None:
+        """Stock lets go of a gradient larger than a bucket while its reduction on another stream is still to come."""
+        if self.overlap_comm and tensor.is_cuda:
+            tensor.record_stream(self.reduction_stream)
+        super().average_tensor(tensor, communication_data_type)
 
     def copy_grads_in_partition(self, param: torch.nn.Parameter, group_idx: int | None = None) -> None:
         """Stock copies into one buffer as large as all groups; here each gradient gets memory of its own."""

@@ -51,6 +51,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
 
     stock = DeepSpeedZeroOptimizer_Stage3
     relies_on = (
+        "backward_prologue",
         "step",
         "_optimizer_step",
         "_pre_step",

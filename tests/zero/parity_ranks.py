@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -11,18 +9,8 @@ from typing import Any
 import torch
 
 import agsel
-from tests.distributed import REPOSITORY
 from tests.ranks import run_cases
 from tests.zero.scenario import Record, Scenario, run_engine, start_engine
-
-
-def as_shipped(scenario: Scenario, zero: dict[str, Any] | None = None) -> Scenario:
-    """The scenario with gradients reduced as ds_configs/ has it, in buckets of other sizes where `zero` says so."""
-    shipped = json.loads((REPOSITORY / "ds_configs" / f"zero{scenario.stage}.json").read_text())
-    reduction = {name: shipped["zero_optimization"][name] for name in ("contiguous_gradients", "reduce_scatter")}
-    scaling = {"prescale_gradients": shipped["prescale_gradients"]}
-    return replace(scenario, zero=reduction | (zero or {}), config=scenario.config | scaling)
-
 
 PARITY = {
     f"stage{stage}-accumulation{accumulation}-clip{clip}-{blocks}": Scenario(
@@ -36,9 +24,6 @@ SMALL_BUCKETS = {"overlap_comm": True, "reduce_bucket_size": 1500, "stage3_prefe
 PARITY |= {
     f"stage{stage}-small-buckets": Scenario(stage=stage, accumulation=3, clip=0.3, tied=True, zero=SMALL_BUCKETS)
     for stage in (1, 2, 3)
-}
-PARITY |= {
-    f"stage{stage}-as-shipped": as_shipped(PARITY[f"stage{stage}-small-buckets"], SMALL_BUCKETS) for stage in (1, 2)
 }
 PARITY |= {f"stage{stage}-compiled": Scenario(stage=stage, clip=0.3, compiled=True) for stage in (1, 2)}
 PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.3, zero={"contiguous_gradients": False})
@@ -59,8 +44,6 @@ FULL = {
     )
     if not (stage == 1 and suffix)  # DeepSpeed builds BF16_Optimizer there, which agsel refuses
 }
-
-FULL |= {f"{name}-as-shipped": as_shipped(scenario) for name, scenario in FULL.items() if scenario.stage != 3}
 
 
 def selective_run(scenario: Scenario) -> Record:

@@ -45,6 +45,7 @@ class Scenario:
             "gradient_clipping": self.clip,
             "zero_optimization": zero | self.zero,
             "zero_allow_untested_optimizer": True,
+            "timers": {"throughput": {"enabled": False}},  # else it waits for the device at every step and hides races
             **precision,
             **self.config,
         }

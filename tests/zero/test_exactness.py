@@ -78,6 +78,13 @@ def test_the_same_seed_gives_the_same_weights(ranks: list[dict], name: str) -> N
     assert all(torch.equal(first[parameter], second[parameter]) for parameter in first)
 
 
+@pytest.mark.parametrize("name", cases("overlapped"))
+def test_reducing_beside_the_backward_changes_nothing(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        overlapped, in_order = rank[name]
+        assert all(torch.equal(overlapped[parameter], in_order[parameter]) for parameter in in_order)
+
+
 @pytest.mark.parametrize("name", cases("states"))
 def test_only_planned_or_expected_blocks_have_device_state(ranks: list[dict], name: str) -> None:
     for rank in ranks:

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from torch import distributed
 
 from agsel.zero.host_memory import ALIGNMENT, Arena, available_bytes, require_host_memory
-from tests.distributed import free_port
 
 SHAPES = [torch.Size((3, 5)), torch.Size((3, 1000)), torch.Size((3, 1))]
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 def test_slices_do_not_touch_and_start_aligned() -> None:

@@ -1,0 +1,106 @@
+"""What moves when: memory never above what a step may hold, nothing moved twice, every state where it belongs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from agsel import AdaGradSelect, RandomBlocks
+from agsel.blocks import find_blocks
+from agsel.policies import Policy
+from agsel.zero.residency import Partition, Residency
+from agsel.zero.selection import LEAVING_IN_FORWARD, SHARE_IN_FORWARD, Moment, Selection
+from tests.tiny import tiny_model
+
+LAYERS = 20
+ELEMENTS = 5
+
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture
+def masters() -> list[torch.Tensor]:
+    return [torch.full((ELEMENTS,), float(layer)) for layer in range(LAYERS)]
+
+
+def selection_of(masters: list[torch.Tensor], policy: Policy) -> Selection:
+    """A selection over layers with states of their own: no ranks, nothing to train."""
+    blocks = [block for block in find_blocks(tiny_model(layers=LAYERS)) if block.is_layer]
+    optimizer = torch.optim.AdamW([{"params": [master]} for master in masters])
+    partitions = [Partition(layer, layer, master, optimizer) for layer, master in enumerate(masters)]
+    residency = Residency(partitions, torch.device("cpu"), offload_states=True, pin_memory=False)
+    selection = Selection(blocks, policy, residency, None, max_skipped_steps=1)
+    residency.adopt(selection.wanted_in_forward())
+    return selection
+
+
+def resident(selection: Selection) -> set[int]:
+    return {index for index in range(LAYERS) if selection.residency.is_resident(index)}
+
+
+def one_step(selection: Selection) -> dict[Any, set[int]]:
+    """The resident blocks at the start of a step and after each moment."""
+    selection.plan_step()
+    history: dict[Any, set[int]] = {None: resident(selection)}
+    for moment in Moment:
+        selection.move_states(moment)
+        selection.move_states(moment)  # of another micro-batch
+        history[moment] = resident(selection)
+    selected = selection.resolve(torch.arange(1.0, LAYERS + 1, dtype=torch.float64), loss_scale=1.0)
+    assert resident(selection) == set(selected)
+    for layer, partition in enumerate(selection.residency.partitions):
+        assert (partition.rows[0] == layer).all()
+        assert partition.is_resident == (layer in selected)
+    return history
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_planned_exchange_needs_no_more_memory_and_moves_nothing_twice(
+    masters: list[torch.Tensor], fraction: float, every: int
+) -> None:
+    policy = RandomBlocks(fraction=fraction, every=every, seed=2)
+    selection = selection_of(masters, policy)
+    count = max(1, int(fraction * LAYERS))
+    share = math.ceil(SHARE_IN_FORWARD * count)
+    one_step(selection)
+    for _ in range(30):
+        moved = selection.residency.moved_bytes
+        planned = set(policy.plan().blocks)
+        history = one_step(selection)
+        before = history[None]
+        leaving, arriving = before - planned, planned - before
+        parked = max(0, len(before & planned) - share)  # needed again in this step, and without room until then
+        gone = before - history[Moment.FORWARD]
+        assert len(history[Moment.FORWARD]) == len(history[Moment.BACKWARD]) == share
+        most = max(math.ceil(LEAVING_IN_FORWARD * (len(leaving) + parked)), len(before) - share)
+        assert len(gone) <= most
+        assert history[Moment.BACKWARD] <= planned
+        assert history[Moment.LATE_BACKWARD] == planned
+        moves = len(leaving) + len(arriving) + 2 * parked
+        assert selection.residency.moved_bytes - moved == moves * 3 * 4 * ELEMENTS
+
+
+def test_an_exploring_step_leaves_the_forward_nothing_and_guesses_in_the_backward(masters: list[torch.Tensor]) -> None:
+    policy = AdaGradSelect(fraction=0.3, explore_steps=100, epsilon_start=1.0, epsilon_end=1.0, seed=0)
+    selection = selection_of(masters, policy)
+    assert one_step(selection)[Moment.LATE_BACKWARD] == set()
+    best = set(range(14, LAYERS))
+    for _ in range(3):
+        history = one_step(selection)
+        assert history[Moment.FORWARD] == history[Moment.BACKWARD] == set()
+        assert history[Moment.LATE_BACKWARD] == best
+
+
+def test_an_exchange_uses_the_memory_that_is_left(masters: list[torch.Tensor]) -> None:
+    selection = selection_of(masters, RandomBlocks(fraction=0.3, seed=2))
+    one_step(selection)
+    rows = {p.rows.data_ptr() for p in selection.residency.partitions if p.is_resident}
+    selection.plan_step()
+    for moment in (Moment.FORWARD, Moment.BACKWARD):
+        selection.move_states(moment)
+        assert {p.rows.data_ptr() for p in selection.residency.partitions if p.is_resident} < rows

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.distributed import REPOSITORY, environment, kill_session
+from tests.tiny import tiny_model
 
 sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
 import bench
@@ -100,6 +102,19 @@ def weights_of_a_layer() -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_shapes.MODEL_SHAPES["tiny"]())
     return sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+
+
+def test_skipped_steps_are_no_measurement(tmp_path: Path) -> None:
+    settings = bench_probe.Settings(steps=2, warmup=1, profile=False, folder=tmp_path)
+    policy = SimpleNamespace(step=0)
+    probe = bench_probe.Probe(bench.Configuration(model="tiny", stage=2, method="exploit"), settings)
+    probe.begin(tiny_model(), SimpleNamespace(policy=policy, residency=None))
+    for policy.step in (0, 1):
+        probe.mark("step")
+        probe.end_of_step()
+    probe.mark("step")
+    with pytest.raises(ValueError, match="2 of 3 steps were skipped"):
+        probe.end_of_step()
 
 
 def test_profiles_are_of_the_training_step(folder: Path) -> None:

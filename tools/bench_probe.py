@@ -102,6 +102,7 @@ class Probe:
         self._initial_peak = peak()
         reset_peak()
         self._flops = flops_per_token(model, self._configuration.sequence)
+        self._selection = selection
         self._residency: Any = selection and selection.residency
         if self._residency is not None:
             self._watch_waits()
@@ -157,6 +158,7 @@ class Probe:
 
     def _conclude(self) -> Measurement:
         steps = self._settings.steps
+        self._require_no_skipped_step()
         synchronize()
         moments = [at for _, at in self._moments]
         milliseconds = np.array([elapsed(*pair) for pair in pairwise(moments)])
@@ -186,6 +188,16 @@ class Probe:
             graphs=graphs,
             recompilations=graphs - self._graphs if self._configuration.compile else 0,
         )
+
+    def _require_no_skipped_step(self) -> None:
+        """A skipped step is a quick one.
+
+        Raises:
+            ValueError: on every rank, as the ranks skip together.
+        """
+        if self._selection is not None and self._selection.policy.step < self._steps:
+            skipped = self._steps - self._selection.policy.step
+            raise ValueError(f"{skipped} of {self._steps} steps were skipped: their gradients were not finite")
 
     def _locked_homes(self) -> int:
         """Page-locked bytes of evicted states, which agsel does not take from PyTorch's allocator."""

@@ -141,6 +141,8 @@ def run_engine(configuration: Configuration, settings: Settings) -> Measurement:
                 probe.mark("step")
                 number += 1
             probe.end_of_step()
+        if not loss.isfinite():
+            raise ValueError("the loss is not finite in the end: what was measured is no training")
     finally:
         dismantle(engine)
     assert probe.measurement is not None

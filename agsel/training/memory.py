@@ -151,7 +151,8 @@ class Planner:
                 Step(groups=whole, trainable=all_in_one, updated=all_in_one, resident=all_in_one, stock=True)
             )
         chosen = heaviest(self._blocks, count)
-        known = frozenset(early(sorted(chosen))) if kind == "exploit" else nothing
+        largest_first = sorted(chosen, key=lambda index: (-self._on_rank(index), index))
+        known = frozenset(early(largest_first)) if kind == "exploit" else nothing
         return self._rehearsal.run(
             Step(
                 groups=self._groups,

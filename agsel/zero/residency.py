@@ -122,9 +122,9 @@ class SideStream:
 class Residency:
     """Moves partitions so that the wanted blocks are on the device and, when offloading, no others are.
 
-    An eviction waits for the last optimizer step, a fetch for the room it goes to, both for the same partition's copy
-    before; the compute stream waits for a fetch only where it steps that partition (`wait_for`). Evictions and fetches
-    have a stream each, because both directions of the bus can be busy at once.
+    An eviction waits for the last use of states (`mark_use`), a fetch for the room it goes to, both for the same
+    partition's copy before; the compute stream waits for a fetch only where it steps that partition (`wait_for`).
+    Evictions and fetches have a stream each, because both directions of the bus can be busy at once.
 
     Attributes:
         partitions: all of this rank.
@@ -141,7 +141,7 @@ class Residency:
         self._poison = os.environ.get(POISON) == "1"
         self._evictions, self._fetches = SideStream(device), SideStream(device)
         self._under_way: dict[Partition, Any] = {}
-        self._stepped: Any = None
+        self._used: Any = None
         if offload_states:
             pin = pin_memory and device.type == "cuda"
             self._arena = Arena([partition.shape for partition in partitions], partitions[0].master.dtype, pin)
@@ -156,13 +156,12 @@ class Residency:
         wanted = set(wanted)
         self.synchronize()
         self._under_way.clear()
-        self._stepped = self._now()
         for partition in self.partitions:
             at_home = self._offload and partition.block not in wanted
             rows = partition.home if at_home else partition.rows if partition.is_resident else self._new_rows(partition)
             assert rows is not None
             partition.adopt(rows)
-        self.synchronize()
+        self.mark_use()
 
     def keep_only(self, wanted: Iterable[int]) -> None:
         """Start moving the partitions of the `wanted` blocks to the device, and all others off it if offloading."""
@@ -178,9 +177,9 @@ class Residency:
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
 
-    def mark_step(self) -> None:
-        """Tell that all work of an optimizer step has been given to the compute stream: it reads states until then."""
-        self._stepped = self._now()
+    def mark_use(self) -> None:
+        """Until this point of its work the compute stream may use any states; later only those it waits for."""
+        self._used = self._now()
 
     def in_order_of_arrival(self, partitions: Iterable[Partition]) -> list[Partition]:
         """Resident partitions first, then those under way: work on the former hides the copies of the latter."""
@@ -200,7 +199,7 @@ class Residency:
         """Returns the rows that they leave, each with the event after which it may be written."""
         vacated = []
         with self._evictions.active():
-            self._evictions.wait_for(self._stepped)
+            self._evictions.wait_for(self._used)
             for partition in partitions:
                 assert partition.home is not None
                 rows = self._move(partition, partition.home, self._evictions)
@@ -210,19 +209,14 @@ class Residency:
 
     def _fetch(self, partitions: Sequence[Partition], vacated: list[tuple[torch.Tensor, Any]]) -> None:
         """Into rows that others leave, where the shape is right: so an exchange needs no memory."""
-        destinations = [self._rows_for(partition, vacated) for partition in partitions]
-        with self._fetches.active():
-            for partition, (rows, vacancy) in zip(partitions, destinations, strict=True):
+        rooms = [_take_room(vacated, partition.shape) for partition in partitions]
+        vacated.clear()  # what nobody takes is free for those who found nothing
+        for partition, room in zip(partitions, rooms, strict=True):
+            rows, vacancy = room or (self._new_rows(partition), self._now())
+            with self._fetches.active():
                 self._fetches.wait_for(vacancy)
                 self._fetches.keep(rows)
                 self._move(partition, rows, self._fetches)
-
-    def _rows_for(self, partition: Partition, vacated: list[tuple[torch.Tensor, Any]]) -> tuple[torch.Tensor, Any]:
-        """Room on the device, and the event after which it may be written."""
-        for index, (rows, _) in enumerate(vacated):
-            if rows.shape == partition.shape:
-                return vacated.pop(index)
-        return self._new_rows(partition), self._now()  # PyTorch gives memory that the compute stream still uses
 
     def _move(self, partition: Partition, rows: torch.Tensor, stream: SideStream) -> torch.Tensor:
         stream.wait_for(self._under_way.pop(partition, None))
@@ -240,3 +234,10 @@ class Residency:
     def _now(self) -> Any:
         """An event at this point of the compute stream, None on the CPU."""
         return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+
+def _take_room(vacated: list[tuple[torch.Tensor, Any]], shape: torch.Size) -> tuple[torch.Tensor, Any] | None:
+    for index, (rows, _) in enumerate(vacated):
+        if rows.shape == shape:
+            return vacated.pop(index)
+    return None

@@ -21,8 +21,9 @@ from agsel.zero.sanity import SanityChecks
 logger = logging.getLogger("agsel")
 
 SHARE_IN_FORWARD = 0.8
-"""Of the optimizer states that a step is known to need. The others come in its backward, when activations are freed.
-With fewer in the forward, memory would only fall further below what exploring steps need."""
+"""Of the optimizer states that a step is known to need: how many are on the device while activations are at their
+peak. The others come in its backward, when activations are freed. With fewer, memory would only fall further below what
+exploring steps need."""
 
 LEAVING_IN_FORWARD = 1 / 3
 """Of the optimizer states that a step sends to the host: the forward's part of the time. A read from the device, as
@@ -123,7 +124,7 @@ class Selection:
         self.plan_step()
 
     def wanted_in_forward(self) -> tuple[int, ...]:
-        """Indices of the blocks whose optimizer partitions should be on the device when the next forward ends.
+        """Indices of the blocks whose optimizer partitions should be on the device from the start of the backward.
 
         On an exploring plan none: the choice is not known yet, and the activations of all blocks need the memory.
         """
@@ -140,6 +141,8 @@ class Selection:
 
     def move_states(self, moment: Moment) -> None:
         """Start moving optimizer partitions to where the plan wants them from this moment on, once per step."""
+        if self._moved is None:
+            self.residency.mark_use()  # between two steps anyone may have read or changed states
         if self._moved is None or moment > self._moved:
             self.residency.keep_only(self._wanted(moment))
             self._moved = moment
@@ -222,7 +225,7 @@ class Selection:
 
 
 def early(blocks: Sequence[int], resident: Collection[int] = ()) -> tuple[int, ...]:
-    """Of the blocks that a step will update, those whose optimizer partitions are on the device when its forward ends.
+    """Of the blocks that a step will update, those that are fetched or kept at the start of its backward, or before.
 
     The resident ones come first, so that as little as possible is moved.
     """

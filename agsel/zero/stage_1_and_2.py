@@ -17,6 +17,8 @@ from agsel.zero.selective_step import SelectiveStep
 class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO-1/2 optimizer that keeps gradients, steps and gathers for the selected blocks only."""
 
+    reduce_scatter: bool
+
     stock = DeepSpeedZeroOptimizer
     relies_on = (
         "initialize_optimizer_states",
@@ -59,10 +61,12 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def prepare_selection(self) -> None:
         """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory.
 
-        And reduce gradients by one operation per bucket, in place, instead of in slices by rank: the same numbers with
-        less Python.
+        And where DeepSpeed would all-reduce slices of a bucket, let it all-reduce the whole, in place: the same numbers
+        with less Python.
         """
-        self.reduce_scatter = self.postscale_gradients = False
+        if self.reduce_scatter and self.use_multi_rank_bucket_allreduce:
+            self.reduce_scatter = self.postscale_gradients = False
+        self._being_reduced: torch.Tensor | None = None
         for group in self.bit16_groups:
             for parameter in group:
                 parameter._hp_mapping = None
@@ -86,10 +90,18 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         return super()._build_compact_grad_partition_buffer(group_idx)
 
     def average_tensor(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> None:
-        """Stock lets go of a gradient larger than a bucket while its reduction on another stream is still to come."""
-        if self.overlap_comm and tensor.is_cuda:
-            tensor.record_stream(self.reduction_stream)
+        """Stock lets go of a gradient larger than a bucket while its reduction on another stream is still to come.
+
+        Here it lives until the next reduction, before which stock makes the compute stream wait for this one.
+        """
+        previous, self._being_reduced = self._being_reduced, tensor
         super().average_tensor(tensor, communication_data_type)
+        del previous
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Stock waits for the last reduction here."""
+        super().independent_gradient_partition_epilogue()
+        self._being_reduced = None
 
     def copy_grads_in_partition(self, param: torch.nn.Parameter, group_idx: int | None = None) -> None:
         """Stock copies into one buffer as large as all groups; here each gradient gets memory of its own."""

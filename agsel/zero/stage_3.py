@@ -12,6 +12,7 @@ from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
 
 GRADIENT_MAP = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
+GATHER_STREAM = "_DeepSpeedZeRoOffload__allgather_stream"
 
 
 class GradientPartitions(dict[int, torch.Tensor]):
@@ -95,6 +96,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         self._gradients = GradientPartitions(self.fp16_groups, stock_buffer.dtype, stock_buffer.device)
         self.grad_partitions_flat_buffer = stock_buffer.new_empty(0)
         setattr(self, GRADIENT_MAP, self._gradients)
+        self._gather_stream: Any = getattr(self.parameter_offload, GATHER_STREAM)
 
     def independent_gradient_partition_epilogue(self) -> None:
         """Stock makes zero gradients for frozen parameters; hide their sub-groups from it."""
@@ -125,4 +127,6 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     def _publish(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
             self._reassign_or_swap_out_partitioned_parameters(partition.index)
+        if self._gather_stream is not None:  # stock may gather weights for the next forward before they are written
+            self._gather_stream.wait_stream(torch.cuda.current_stream())
         self._post_step(set())

@@ -16,7 +16,7 @@ from tests.distributed import RANKS
 from tests.ranks import run_cases
 from tests.tiny import tiny_batch
 from tests.zero.parity_ranks import whole_weights
-from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
+from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
 STAGES = (1, 2, 3)
@@ -103,6 +103,7 @@ def overlapped_and_in_order(stage: int) -> list[dict[str, torch.Tensor]]:
         zero = {"overlap_comm": overlap, "reduce_bucket_size": 1000}
         scenario = Scenario(stage=stage, dtype="bf16", steps=6, intermediate=100_000 if ON_GPU else 36, zero=zero)
         engine, selection = start_engine(scenario)
+        start_steps_late(engine)
         if ON_GPU and torch.distributed.get_rank() == RANKS - 1:
             for parameter in engine.module.parameters():
                 parameter.register_post_accumulate_grad_hook(lambda _: torch.cuda._sleep(1_000_000))

@@ -12,7 +12,7 @@ import agsel
 from agsel.zero.residency import POISON
 from tests.ranks import run_cases
 from tests.zero.parity_ranks import whole_weights
-from tests.zero.scenario import Scenario, run_engine, start_engine
+from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late
 
 ON_GPU = torch.cuda.is_available()
 MIXED = partial(agsel.AdaGradSelect, fraction=0.5, explore_steps=500, epsilon_end=0.3, seed=4)
@@ -40,6 +40,7 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
             continue
         with mock.patch.dict("os.environ", {POISON: "1"}):
             engine, selection = start_engine(run, **options)
+        start_steps_late(engine)
         record = run_engine(engine, selection, run)
         weights = {key: weight.cpu() for key, weight in whole_weights(engine).items()}
         results[name] = {"weights": weights, "losses": record.losses, "selected": record.selected}

@@ -76,30 +76,39 @@ def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> 
     return engine, agsel.attach(engine, scenario.policy(), **options) if attach else None
 
 
-def train_step(engine: Any, step: int, accumulation: int) -> float:
-    """One optimizer step of the engine. Returns the loss averaged over micro-batches and ranks."""
-    total = torch.zeros(())
+def train_step(engine: Any, step: int, accumulation: int) -> torch.Tensor:
+    """One optimizer step of the engine. Returns this rank's loss, still on its device: the host may go on at once."""
+    total = torch.zeros((), device=engine.device)
     for micro_step in range(accumulation):
         ids = tiny_batch(step, micro_step, torch.distributed.get_rank()).to(engine.device)
         loss = engine(input_ids=ids, labels=ids).loss
         engine.backward(loss)
         engine.step()
-        total += loss.detach().float().cpu() / accumulation
-    averaged = total.to(engine.device)
-    torch.distributed.all_reduce(averaged)
-    return float(averaged) / torch.distributed.get_world_size()
+        total += loss.detach().float() / accumulation
+    return total
+
+
+def start_steps_late(engine: Any) -> None:
+    """On GPUs: so that whatever should wait for an optimizer step, and does not, comes before it."""
+    if engine.device.type == "cuda":
+        engine.optimizer.optimizer.register_step_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
 
 
 def run_engine(engine: Any, selection: Any, scenario: Scenario, first: int = 0, record: Record | None = None) -> Record:
     """Train from step `first` to the end of the scenario."""
     record = record or Record()
+    losses = []
     for step in range(first, scenario.steps):
-        record.losses.append(train_step(engine, step, scenario.accumulation))
+        losses.append(train_step(engine, step, scenario.accumulation))
         if selection is not None:
             record.selected.append(selection.last.selected)
             record.modes.append(selection.last.mode)
             record.norms.append(selection.last.norms)
             record.grad_norms.append(selection.last.grad_norm)
+    if losses:
+        averages = torch.stack(losses)
+        torch.distributed.all_reduce(averages)
+        record.losses += (averages / torch.distributed.get_world_size()).tolist()
     return record
 
 

@@ -124,7 +124,8 @@ class Replicated(Rank):
         super()._on_gradient(parameter)
 
     def _reduce(self) -> None:
-        self._allocate("buffers", min(self._elements(self._waiting), self._zero.reduce_bucket_size))  # a flat copy
+        if self._step.stock:  # a flat copy
+            self._allocate("buffers", min(self._elements(self._waiting), self._zero.reduce_bucket_size))
         if self._step.stock and not self._gradients:
             self._gradients[0] = [self._allocate("gradients", self._elements(self._owned))]
         for parameter in self._waiting:

@@ -4,8 +4,8 @@ python tools/compare_quality.py --config launch/recipes/smollm2-135m-gsm8k.yaml 
     --runs full:2e-4 adagradselect:8e-4 random:4e-4
 
 Each run is `METHOD:LEARNING_RATE`, optionally `:STAGE` (1, 2 or 3; default 2). Everything else comes from the recipe,
-and whatever follows `--` goes to launch/train.py as it is. The held-out rows are the recipe's test split. Prints a
-Markdown table with the answer NLL before and after, and the date, hardware and versions.
+and whatever follows `--` goes to launch/train.py as it is. The held-out rows are the recipe's test split, or those of
+`--heldout`. Prints a Markdown table with the answer NLL before and after, and the date, hardware and versions.
 """
 
 from __future__ import annotations
@@ -38,6 +38,23 @@ class Run:
     learning_rate: str
     stage: str = "2"
 
+    @classmethod
+    def parse(cls, text: str) -> Run:
+        """From `METHOD:RATE[:STAGE]`.
+
+        Raises:
+            ArgumentTypeError: it is not of that form.
+        """
+        method, *numbers = text.split(":")
+        try:
+            rate, stage = [*numbers, cls.stage][:2]
+            if len(numbers) > 2 or float(rate) <= 0 or stage not in ("1", "2", "3"):
+                raise ValueError
+        except ValueError:
+            message = f"{text!r} is not METHOD:RATE[:STAGE], for example adagradselect:8e-4 or full:2e-4:3"
+            raise argparse.ArgumentTypeError(message) from None
+        return cls(method, rate, stage)
+
     @property
     def name(self) -> str:
         """Folder name."""
@@ -47,13 +64,17 @@ class Run:
 def main() -> None:
     """Train and evaluate every run, then print the table."""
     own, passed_on = _split(sys.argv[1:])
-    arguments = _parser().parse_args(own)
+    parser = _parser()
+    arguments = parser.parse_args(own)
+    if not arguments.config.is_file():
+        parser.error(f"--config: there is no {arguments.config}, launch/recipes/ has some")
     recipe = yaml.safe_load(arguments.config.read_text())
-    runs = [Run(*run.split(":")) for run in arguments.runs]
+    if arguments.heldout is None and "dataset_test_split" not in recipe:
+        parser.error(f"{arguments.config} names no held-out rows (dataset_test_split): give a file of them (--heldout)")
     folder = Path(arguments.output)
     before = evaluate(recipe["model_name_or_path"], recipe, folder / "before.json", arguments)
     rows = []
-    for run in runs:
+    for run in arguments.runs:
         seconds = train(run, folder / run.name, arguments, passed_on)
         after = evaluate(folder / run.name / "model", recipe, folder / run.name / "evaluation.json", arguments)
         rows.append({"run": run, "seconds": seconds, "after": after})
@@ -74,8 +95,12 @@ def train(run: Run, output: Path, arguments: argparse.Namespace, passed_on: Sequ
 def evaluate(model: str | Path, recipe: dict[str, Any], output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run launch/evaluate.py on the recipe's held-out rows. Returns what it wrote."""
     command = [sys.executable, "launch/evaluate.py", "--model", str(model), "--output", str(output)]
-    command += ["--dataset", recipe["dataset_name"], "--dataset_split", recipe["dataset_test_split"]]
-    for name in ("dataset_config", "prompt_field", "completion_field", "prompt_template", "completion_template"):
+    if arguments.heldout is None:
+        command += ["--dataset", recipe["dataset_name"], "--dataset_split", recipe["dataset_test_split"]]
+        command += ["--dataset_config", recipe["dataset_config"]] if "dataset_config" in recipe else []
+    else:
+        command += ["--dataset", arguments.heldout]
+    for name in ("prompt_field", "completion_field", "prompt_template", "completion_template"):
         command += [f"--{name}", recipe[name]] if name in recipe else []
     command += [] if arguments.generate else ["--skip_generation"]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +142,8 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="recipe of launch/recipes/")
-    parser.add_argument("--runs", nargs="+", required=True, metavar="METHOD:RATE[:STAGE]")
+    parser.add_argument("--runs", nargs="+", required=True, type=Run.parse, metavar="METHOD:RATE[:STAGE]")
+    parser.add_argument("--heldout", help="hub name or file with rows like the recipe's, in place of its test split")
     parser.add_argument("--ranks", type=int, default=2, help="processes, one a GPU")
     parser.add_argument("--output", default="runs/comparison", help="folder for the runs")
     parser.add_argument("--generate", action="store_true", help="also measure exact match by greedy generation (slow)")

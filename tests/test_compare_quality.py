@@ -1,0 +1,66 @@
+"""tools/compare_quality.py: mistakes in one line; a real comparison of two short runs of the demo's recipe (slow)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import REPOSITORY, environment
+from tests.tiny_run import save_model, save_rows
+
+RECIPE = """
+model_name_or_path: {folder}/model
+dataset_name: {folder}/train.jsonl
+prompt_field: question
+completion_field: answer
+completion_template: " {{answer}}"
+per_device_train_batch_size: 2
+max_steps: 30
+max_length: 64
+bf16: false
+gradient_checkpointing: false
+save_strategy: "no"
+"""
+
+
+def compare(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/compare_quality.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--runs", "full"), "'full' is not METHOD:RATE[:STAGE], for example"),
+        (("--runs", "full:fast"), "'full:fast' is not METHOD:RATE[:STAGE]"),
+        (("--runs", "full:1e-4:4"), "'full:1e-4:4' is not METHOD:RATE[:STAGE]"),
+        (("--runs", "full:1e-4:2:2"), "'full:1e-4:2:2' is not METHOD:RATE[:STAGE]"),
+        (("--runs", "full:1e-4", "--config", "nowhere.yaml"), "--config: there is no nowhere.yaml"),
+        (("--runs", "full:1e-4"), "names no held-out rows (dataset_test_split): give a file of them (--heldout)"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    result = compare("--config", "launch/recipes/demo.yaml", *arguments)
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("compare_quality.py: error: ")
+    assert message in last
+
+
+@pytest.mark.slow
+def test_a_comparison_trains_every_run_and_says_what_was_learnt(tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    save_rows(tmp_path / "train.jsonl")
+    heldout = ("--heldout", save_rows(tmp_path / "heldout.jsonl", 8))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(folder=tmp_path))
+    result = compare("--config", recipe, *heldout, "--output", tmp_path / "runs", "--runs", "full:1e-2", "topk:1e-2:3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    table = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].lstrip("| ") for row in table] == ["before", "full", "topk"]
+    before, full, topk = (float(row[3]) for row in table)
+    assert full < before - 0.1
+    assert topk < before - 0.1

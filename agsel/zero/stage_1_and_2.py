@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
@@ -17,7 +19,7 @@ from agsel.zero.selective_step import SelectiveStep
 class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO-1/2 optimizer that keeps gradients, steps and gathers for the selected blocks only."""
 
-    reduce_scatter: bool
+    ready_for_gradients: bool
 
     stock = DeepSpeedZeroOptimizer
     relies_on = (
@@ -34,9 +36,13 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         "reduce_ipg_grads",
         "average_tensor",
         "gradient_reduction_w_predivide",
-        "copy_grads_in_partition",
+        "_add_full_reduction_to_compact_grad_partition",
         "get_gradient_for_reduction",
-        "report_ipg_memory_usage",
+        "clear_grad_attribute",
+        "process_gradients",
+        "reduce_ready_partitions_and_remove_grads",
+        "setup_buckets",
+        "_release_ipg_buffers",
         "_use_compact_grad_partition_buffer",
         "free_grad_in_param_list",
         "_load_universal_checkpoint",
@@ -61,11 +67,9 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def prepare_selection(self) -> None:
         """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory.
 
-        And where DeepSpeed would all-reduce slices of a bucket, let it all-reduce the whole, in place: the same numbers
-        with less Python.
+        And let it all-reduce whole buckets in place, not slices of them: the same numbers with less Python.
         """
-        if self.reduce_scatter and self.use_multi_rank_bucket_allreduce:
-            self.reduce_scatter = self.postscale_gradients = False
+        self.reduce_scatter = self.postscale_gradients = False
         self._being_reduced: torch.Tensor | None = None
         for group in self.bit16_groups:
             for parameter in group:
@@ -89,11 +93,76 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
             return None
         return super()._build_compact_grad_partition_buffer(group_idx)
 
-    def average_tensor(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> None:
-        """Stock lets go of a gradient larger than a bucket while its reduction on another stream is still to come.
+    def setup_buckets(self) -> None:
+        """Stock allocates two buckets for gradients to be copied into."""
+        if not self.ready_for_gradients:
+            self.micro_step_id += 1
+            self.ready_for_gradients = True
 
-        Here it lives until the next reduction, before which stock makes the compute stream wait for this one.
-        """
+    def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
+        """Note a gradient. Stock copies each into a bucket and out again; here they are joined when it is full."""
+        if param.numel() == 0 or not getattr(param, "ds_grad_is_ready", True):
+            return
+        param_id = self.get_param_id(param)
+        if self.params_already_reduced[param_id]:
+            raise RuntimeError(
+                "a gradient was computed twice in one backward: use gradient checkpointing without reentry"
+            )
+        self.params_already_reduced[param_id] = True
+        dtype = self.get_param_comm_dtype(param)
+        bucket = self.ipg_buckets[dtype]
+        if bucket.elements + param.numel() > self.reduce_bucket_size:
+            self.reduce_ipg_grads(dtype)
+        gradient = self.get_gradient_for_reduction(param)
+        bucket.params.append((i, param.param_idx_in_group, param_id))
+        bucket.grads.append(gradient)
+        bucket.elements += param.numel()
+        if gradient.is_cuda:
+            bucket.copy_streams.add(torch.cuda.current_stream(gradient.device))
+
+    def reduce_ipg_grads(self, comm_dtype: torch.dtype | None = None) -> None:
+        """Reduce what has been noted, of one communication type or of all."""
+        for dtype in [comm_dtype] if comm_dtype else sort_dtypes(self.ipg_buckets.keys()):
+            if self.ipg_buckets[dtype].elements:
+                self._reduce_bucket(self.ipg_buckets[dtype], dtype)
+
+    def _reduce_bucket(self, bucket: Any, dtype: torch.dtype) -> None:
+        """All-reduce the noted gradients as one; those that reach this rank's partitions get their result back."""
+        several_streams = self._wait_for_producers(bucket)
+        gradients = [gradient.view(-1) for gradient in bucket.grads]
+        joined = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        if several_streams and self.overlap_comm:
+            joined.record_stream(self.reduction_stream)
+        self.average_tensor(joined, dtype)
+        kept, results = [], []
+        pieces = joined.split([gradient.numel() for gradient in gradients])
+        for (group, index, param_id), gradient, piece in zip(bucket.params, gradients, pieces, strict=True):
+            if self._use_compact_grad_partition_buffer(group) or not self.is_param_in_current_partition[param_id]:
+                self.clear_grad_attribute(self.bit16_groups[group][index])
+            else:
+                kept.append(gradient)
+                results.append(piece)
+        if len(gradients) > 1 and kept:
+            stream = self.reduction_stream if self.overlap_comm else get_accelerator().current_stream()
+            with get_accelerator().stream(stream):
+                torch._foreach_copy_(kept, results)
+        bucket.clear()
+
+    def _wait_for_producers(self, bucket: Any) -> bool:
+        """Gradients of compiled layers may come on streams of their own (DeepSpeed issue 8061); whether they did."""
+        if not bucket.copy_streams:  # no CUDA
+            return False
+        current = torch.cuda.current_stream(bucket.grads[0].device)
+        others = bucket.copy_streams - {current}
+        for stream in others:
+            current.wait_stream(stream)
+            for gradient in bucket.grads:
+                gradient.record_stream(current)
+        bucket.copy_streams.add(current)
+        return bool(others)
+
+    def average_tensor(self, tensor: torch.Tensor, communication_data_type: torch.dtype) -> None:
+        """Keep what is being reduced until the next reduction: before that, the compute stream waits for this one."""
         previous, self._being_reduced = self._being_reduced, tensor
         super().average_tensor(tensor, communication_data_type)
         del previous
@@ -102,18 +171,6 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         """Stock waits for the last reduction here."""
         super().independent_gradient_partition_epilogue()
         self._being_reduced = None
-
-    def copy_grads_in_partition(self, param: torch.nn.Parameter, group_idx: int | None = None) -> None:
-        """Stock copies into one buffer as large as all groups; here each gradient gets memory of its own."""
-        index = self._get_param_group_idx(param) if group_idx is None else group_idx
-        if self._use_compact_grad_partition_buffer(index):
-            super().copy_grads_in_partition(param, group_idx)
-            return
-        gradient = self.get_gradient_for_reduction(param)
-        gradient.data = gradient.detach().clone()  # from the bucket, which the next gradients will overwrite
-
-    def report_ipg_memory_usage(self, *_: Any, **__: Any) -> None:
-        """Stock formats lines for a memory log several times per gradient, and never logs them."""
 
     def _lazy_init_hp_params_optimizer_state(self) -> None:
         """Stock links parameters to their optimizer state here; see `prepare_selection`."""

@@ -70,8 +70,11 @@ class Rank:
         if self._elements([*self._waiting, parameter]) > self._zero.reduce_bucket_size:
             self._reduce()
         self._waiting.append(parameter)
-        if self._numels[parameter] <= self._zero.reduce_bucket_size:
-            parameter.grad = None  # it moves into the bucket
+        if self._moves_into_bucket(parameter):
+            parameter.grad = None
+
+    def _moves_into_bucket(self, parameter: nn.Parameter) -> bool:
+        return self._numels[parameter] <= self._zero.reduce_bucket_size
 
     def _fetch_states(self, groups: Iterable[int]) -> None:
         for index in set(groups) - self._states.keys():
@@ -105,6 +108,7 @@ class Replicated(Rank):
     def _load_weights(self) -> None:
         self._owned = _owned_parameters(self._step.groups, self._ranks)
         self._buckets: list[torch.Tensor] = []
+        self._joined: torch.Tensor | None = None
         with self._ledger.counting("weights"):
             self._ledger.enter(self._parameters)
 
@@ -117,22 +121,42 @@ class Replicated(Rank):
             elif parameter in self._owned:
                 self._keep(parameter)
 
+    def _moves_into_bucket(self, parameter: nn.Parameter) -> bool:
+        """With agsel gradients stay where they are."""
+        return self._step.stock and super()._moves_into_bucket(parameter)
+
     def _on_gradient(self, parameter: nn.Parameter) -> None:
-        if not self._buckets:
+        if self._step.stock and not self._buckets:
             count = 2 if self._zero.overlap_comm else 1
             self._buckets = [self._allocate("buffers", self._zero.reduce_bucket_size) for _ in range(count)]
         super()._on_gradient(parameter)
 
     def _reduce(self) -> None:
-        if self._step.stock:  # a flat copy
-            self._allocate("buffers", min(self._elements(self._waiting), self._zero.reduce_bucket_size))
-        if self._step.stock and not self._gradients:
+        if self._step.stock:
+            self._reduce_as_stock()
+        else:
+            self._reduce_joined()
+        self._waiting.clear()
+
+    def _reduce_as_stock(self) -> None:
+        """Through a flat copy into one buffer of all that this rank keeps."""
+        self._allocate("buffers", min(self._elements(self._waiting), self._zero.reduce_bucket_size))
+        if not self._gradients:
             self._gradients[0] = [self._allocate("gradients", self._elements(self._owned))]
         for parameter in self._waiting:
-            if parameter in self._owned and not self._step.stock:
-                self._keep(parameter)
             parameter.grad = None
-        self._waiting.clear()
+
+    def _reduce_joined(self) -> None:
+        """As one piece, which lives until the next; this rank's gradients get their part back."""
+        alone = len(self._waiting) == 1
+        joined = None if alone else self._allocate("buffers", self._elements(self._waiting))
+        for parameter in self._waiting:
+            parameter.grad = None
+            if parameter in self._owned:
+                self._keep(parameter)
+            elif alone:
+                joined = self._allocate("buffers", self._numels[parameter])
+        self._joined = joined
 
     def _keep(self, parameter: nn.Parameter) -> None:
         piece = self._allocate("gradients", self._numels[parameter])
@@ -142,6 +166,7 @@ class Replicated(Rank):
         """The buckets live during the backward only."""
         super().finish()
         self._buckets.clear()
+        self._joined = None
 
 
 class Partitioned(Rank):

@@ -1,4 +1,4 @@
-"""tools/compare_quality.py: mistakes in one line; a real comparison of two short runs of the demo's recipe (slow)."""
+"""tools/compare_quality.py: mistakes in one line; a real comparison of two short runs (slow)."""
 
 from __future__ import annotations
 

@@ -106,7 +106,8 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         param_id = self.get_param_id(param)
         if self.params_already_reduced[param_id]:
             raise RuntimeError(
-                "a gradient was computed twice in one backward: use gradient checkpointing without reentry"
+                "a gradient was computed twice in one backward: with gradient checkpointing set use_reentrant=False "
+                "(gradient_checkpointing_kwargs)"
             )
         self.params_already_reduced[param_id] = True
         dtype = self.get_param_comm_dtype(param)
@@ -156,8 +157,8 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         others = bucket.copy_streams - {current}
         for stream in others:
             current.wait_stream(stream)
-            for gradient in bucket.grads:
-                gradient.record_stream(current)
+        for gradient in bucket.grads if others else ():
+            gradient.record_stream(current)
         bucket.copy_streams.add(current)
         return bool(others)
 

@@ -211,9 +211,11 @@ def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool =
         ids = tiny_batch(step, 0, torch.distributed.get_rank()).to(engine.device)
         plan = selection.policy.plan()
         planned = tuple(selection.blocks[index] for index in plan.blocks)
+        before = selection.resident
         loss = engine(input_ids=ids, labels=ids).loss
         four_fifths = math.ceil(0.8 * len(planned))
         assert len(selection.resident) == (0 if plan.explore else four_fifths)
+        assert set(selection.resident) <= {*before, *planned}
         engine.backward(loss)
         del loss
         count("backward", last_explored if plan.explore else planned)

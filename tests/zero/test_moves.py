@@ -18,7 +18,6 @@ from tests.tiny import tiny_model
 LAYERS = 20
 ELEMENTS = 5
 
-
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 

@@ -112,6 +112,26 @@ def overlapped_and_in_order(stage: int) -> list[dict[str, torch.Tensor]]:
     return runs
 
 
+def foreign_gradients(stage: int) -> list[int]:
+    """Whenever a gradient comes: how many others are there that are reduced and not for this rank's partitions."""
+    zero = {"overlap_comm": True, "reduce_bucket_size": 1}  # so every gradient is reduced when the next one comes
+    engine, _ = start_engine(Scenario(stage=stage, policy=agsel.FullFineTuning, blocks="layers", zero=zero))
+    optimizer = engine.optimizer
+    parameters = [parameter for group in optimizer.bit16_groups for parameter in group]
+    owned = {id(p) for p in parameters if optimizer.is_param_in_current_partition[optimizer.get_param_id(p)]}
+    counts = []
+
+    def count(newest: torch.nn.Parameter) -> None:
+        others = [p for p in parameters if p is not newest and id(p) not in owned]
+        counts.append(sum(p.grad is not None for p in others))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(count)
+    train_step(engine, 0, accumulation=1)
+    assert 0 < len(owned) < len(parameters)
+    return counts
+
+
 def gradient_elements(stage: int, dtype: str, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Per point of a step: gradient bytes held by each block, and bytes of all else but weights and states."""
     forget_older_objects()
@@ -284,6 +304,7 @@ for stage in STAGES:
         if not (stage == 1 and config):
             CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config)
 
+CASES["foreign-2"] = partial(foreign_gradients, 2)
 CASES["traces"] = forgotten_traces
 
 if __name__ == "__main__":

@@ -85,6 +85,13 @@ def test_reducing_beside_the_backward_changes_nothing(ranks: list[dict], name: s
         assert all(torch.equal(overlapped[parameter], in_order[parameter]) for parameter in in_order)
 
 
+def test_a_reduced_gradient_of_another_rank_is_gone_before_the_next_comes(ranks: list[dict]) -> None:
+    for rank in ranks:
+        counts = rank["foreign-2"]
+        assert len(counts) > 20
+        assert not any(counts)
+
+
 @pytest.mark.parametrize("name", cases("states"))
 def test_only_planned_or_expected_blocks_have_device_state(ranks: list[dict], name: str) -> None:
     for rank in ranks:

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 import agsel
-from agsel.zero.residency import POISON
+from agsel.zero.residency import POISON, SideStream
 from tests.ranks import run_cases
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late
@@ -22,6 +22,8 @@ VARIANTS: dict[str, dict[str, bool]] = {
     "moved": {},
     "not pinned": {"pin_memory": False},
 }
+LATE = ("fetches", "evictions")
+"""Whose copies are made to start late, on GPUs."""
 
 
 def scenario(stage: int, policy: partial[agsel.Policy]) -> Scenario:
@@ -31,16 +33,33 @@ def scenario(stage: int, policy: partial[agsel.Policy]) -> Scenario:
     return Scenario(stage=stage, dtype="bf16", steps=steps, intermediate=intermediate, blocks="layers", policy=policy)
 
 
+def start_copies_late(stream: SideStream) -> None:
+    """So that whatever should wait for the copies of a stream, and does not, comes before them."""
+    active = stream.active
+
+    def active_late() -> Any:
+        with active():
+            torch.cuda._sleep(40_000_000)  # 20 ms
+        return active()
+
+    stream.active = active_late  # type: ignore[method-assign]
+
+
 def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, Any]:
     """Final weights of a run whose stale copies are NaN, and of one whose states stay on the device."""
     run = scenario(stage, policy)
     results: dict[str, Any] = {}
-    for name, options in VARIANTS.items():
-        if name == "not pinned" and policy is not MIXED:
-            continue
+    variants = dict(VARIANTS)
+    if policy is not MIXED:
+        del variants["not pinned"]
+    elif ON_GPU:
+        variants |= {f"late {copies}": {} for copies in LATE}
+    for name, options in variants.items():
         with mock.patch.dict("os.environ", {POISON: "1"}):
             engine, selection = start_engine(run, **options)
         start_steps_late(engine)
+        if name.startswith("late "):
+            start_copies_late(getattr(selection.residency, name.replace("late ", "_")))
         record = run_engine(engine, selection, run)
         weights = {key: weight.cpu() for key, weight in whole_weights(engine).items()}
         results[name] = {"weights": weights, "losses": record.losses, "selected": record.selected}

@@ -91,7 +91,7 @@ def train_step(engine: Any, step: int, accumulation: int) -> torch.Tensor:
 def start_steps_late(engine: Any) -> None:
     """On GPUs: so that whatever should wait for an optimizer step, and does not, comes before it."""
     if engine.device.type == "cuda":
-        engine.optimizer.optimizer.register_step_pre_hook(lambda *_: torch.cuda._sleep(1_000_000))
+        engine.optimizer.optimizer.register_step_pre_hook(lambda *_: torch.cuda._sleep(5_000_000))
 
 
 def run_engine(engine: Any, selection: Any, scenario: Scenario, first: int = 0, record: Record | None = None) -> Record:

@@ -93,6 +93,7 @@ def test_the_arithmetic_is_printed_before_training(two_ranks: tuple[Path, str]) 
     assert "4 per epoch of 32 sequences, 12 in all" in arithmetic
     assert "4: layers 0-3, 5,432 parameters each; 2 trained per step" in arithmetic
     assert "explore_steps 4," in arithmetic, "as long as epoch 1"
+    assert "GB per host for optimizer states\n" in arithmetic, "on the CPU there is no GPU to plan for"
     assert "step 12/12  loss " in training
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils.hooks import RemovableHandle
@@ -19,20 +19,21 @@ logger = logging.getLogger("agsel")
 class SelectiveEngine(DeepSpeedEngine):
     """`DeepSpeedEngine` with block selection; made from one by `agsel.attach`, which sets both attributes."""
 
-    stock = DeepSpeedEngine
-    relies_on = (
-        "destroy",
-        "save_checkpoint",
-        "load_checkpoint",
-        "load_universal_checkpoint",
-        "load_module_state_dict",
-        "_load_checkpoint",
-        "_load_zero_checkpoint",
-        "_get_ckpt_name",
-        "_take_model_step",
-        "_backward_prologue",
-        "_backward_epilogue",
-    )
+    relies_on: ClassVar = {
+        DeepSpeedEngine: (
+            "destroy",
+            "save_checkpoint",
+            "load_checkpoint",
+            "load_universal_checkpoint",
+            "load_module_state_dict",
+            "_load_checkpoint",
+            "_load_zero_checkpoint",
+            "_get_ckpt_name",
+            "_take_model_step",
+            "_backward_prologue",
+            "_backward_epilogue",
+        )
+    }
     """Methods of the stock class that this class replaces or whose inner working agsel depends on."""
 
     selection: Selection

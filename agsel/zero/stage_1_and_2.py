@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
@@ -22,34 +22,36 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     ready_for_gradients: bool
 
     stock = DeepSpeedZeroOptimizer
-    relies_on = (
-        "initialize_optimizer_states",
-        "backward_prologue",
-        "step",
-        "_optimizer_step",
-        "_lazy_init_hp_params_optimizer_state",
-        "independent_gradient_partition_epilogue",
-        "get_all_grad_tensors",
-        "get_flat_partition",
-        "_build_compact_grad_partition_buffer",
-        "reduce_independent_p_g_buckets_and_remove_grads",
-        "reduce_ipg_grads",
-        "average_tensor",
-        "gradient_reduction_w_predivide",
-        "_add_full_reduction_to_compact_grad_partition",
-        "get_gradient_for_reduction",
-        "clear_grad_attribute",
-        "process_gradients",
-        "reduce_ready_partitions_and_remove_grads",
-        "setup_buckets",
-        "_release_ipg_buffers",
-        "_use_compact_grad_partition_buffer",
-        "free_grad_in_param_list",
-        "_load_universal_checkpoint",
-        "_link_all_hp_params",
-        "load_hp_checkpoint_state_from_checkpoint_dir",
-        "update_lp_params",
-    )
+    relies_on: ClassVar = {
+        DeepSpeedZeroOptimizer: (
+            "initialize_optimizer_states",
+            "backward_prologue",
+            "step",
+            "_optimizer_step",
+            "_lazy_init_hp_params_optimizer_state",
+            "independent_gradient_partition_epilogue",
+            "get_all_grad_tensors",
+            "get_flat_partition",
+            "_build_compact_grad_partition_buffer",
+            "reduce_independent_p_g_buckets_and_remove_grads",
+            "reduce_ipg_grads",
+            "average_tensor",
+            "gradient_reduction_w_predivide",
+            "_add_full_reduction_to_compact_grad_partition",
+            "get_gradient_for_reduction",
+            "clear_grad_attribute",
+            "process_gradients",
+            "reduce_ready_partitions_and_remove_grads",
+            "setup_buckets",
+            "_release_ipg_buffers",
+            "_use_compact_grad_partition_buffer",
+            "free_grad_in_param_list",
+            "_load_universal_checkpoint",
+            "_link_all_hp_params",
+            "load_hp_checkpoint_state_from_checkpoint_dir",
+            "update_lp_params",
+        )
+    }
     """Methods of the stock class that this class replaces or whose inner working it depends on."""
 
     def masters(self) -> list[torch.Tensor]:

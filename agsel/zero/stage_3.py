@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import set_z3_leaf_module
 
+from agsel.blocks import decoder_layers
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
 
@@ -47,31 +51,36 @@ class GradientPartitions(dict[int, torch.Tensor]):
 class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3):
     """DeepSpeed's ZeRO-3 optimizer that keeps gradients and steps for the selected blocks only."""
 
+    module: torch.nn.Module
     fp16_groups: list[Any]
     grad_partitions_flat_buffer: torch.Tensor
 
     stock = DeepSpeedZeroOptimizer_Stage3
-    relies_on = (
-        "backward_prologue",
-        "step",
-        "_optimizer_step",
-        "_pre_step",
-        "_post_step",
-        "_partition_all_parameters",
-        "_reassign_or_swap_out_partitioned_parameters",
-        "_setup_for_real_optimizer",
-        "independent_gradient_partition_epilogue",
-        "partition_grads",
-        "has_overflow",
-        "_get_param_coordinator",
-        "_load_universal_checkpoint",
-        "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
-        "load_module_checkpoint_state_from_checkpoint_dir_stage3",
-        "load_hp_checkpoint_state",
-        "checkpoint_event_prologue",
-        "checkpoint_event_epilogue",
-    )
-    """Methods of the stock class that this class replaces or whose inner working it depends on."""
+    relies_on: ClassVar = {
+        DeepSpeedZeroOptimizer_Stage3: (
+            "backward_prologue",
+            "step",
+            "_optimizer_step",
+            "_pre_step",
+            "_post_step",
+            "_partition_all_parameters",
+            "_reassign_or_swap_out_partitioned_parameters",
+            "_setup_for_real_optimizer",
+            "independent_gradient_partition_epilogue",
+            "partition_grads",
+            "has_overflow",
+            "_get_param_coordinator",
+            "_load_universal_checkpoint",
+            "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+            "load_module_checkpoint_state_from_checkpoint_dir_stage3",
+            "load_hp_checkpoint_state",
+            "checkpoint_event_prologue",
+            "checkpoint_event_epilogue",
+        ),
+        DeepSpeedZeRoOffload: ("setup_zero_stage3_hooks", "_remove_module_hooks", "_register_deepspeed_module"),
+        PartitionedParameterCoordinator: ("_fetch_sub_module_impl", "release_sub_module"),
+    }
+    """Methods of the stock classes that this class replaces or whose inner working it depends on."""
 
     def masters(self) -> list[torch.Tensor]:
         """The fp32 partition of every sub-group."""
@@ -91,12 +100,26 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         return self._get_param_coordinator().is_record_trace()
 
     def prepare_selection(self) -> None:
-        """Replace the flat gradient buffer of the whole model by buffers of the blocks that have a gradient."""
+        """Replace the flat gradient buffer of the whole model by buffers of the blocks that have a gradient.
+
+        And let DeepSpeed gather the weights of a decoder layer as a whole.
+        """
         stock_buffer = self.grad_partitions_flat_buffer
         self._gradients = GradientPartitions(self.fp16_groups, stock_buffer.dtype, stock_buffer.device)
         self.grad_partitions_flat_buffer = stock_buffer.new_empty(0)
         setattr(self, GRADIENT_MAP, self._gradients)
         self._gather_stream: Any = getattr(self.parameter_offload, GATHER_STREAM)
+        self._gather_whole_layers()
+
+    def _gather_whole_layers(self) -> None:
+        """For small layers, DeepSpeed's hooks on each module inside take the host longer than the GPU computes.
+
+        Not before `deepspeed.initialize`: the hooks that reduce gradients would then make some for frozen weights.
+        """
+        for layer in decoder_layers(self.module):
+            set_z3_leaf_module(layer, True)
+        self.parameter_offload._remove_module_hooks()
+        self.parameter_offload.setup_zero_stage3_hooks()
 
     def independent_gradient_partition_epilogue(self) -> None:
         """Stock makes zero gradients for frozen parameters; hide their sub-groups from it."""

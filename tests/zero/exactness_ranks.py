@@ -246,20 +246,33 @@ def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool =
     return points
 
 
-def forgotten_traces() -> int:
-    """How often DeepSpeed forgot the order in which it gathers weights, with another lowest layer at each step."""
+def gathering() -> dict[str, int]:
+    """With another lowest layer at each step: how often ZeRO-3 forgot the order in which it gathers weights.
+
+    And how often it gathered those of a decoder layer, and those of a module inside one.
+    """
     engine, _ = start_engine(
         Scenario(stage=3, blocks="layers", policy=partial(agsel.RandomBlocks, fraction=0.3, seed=1))
     )
     coordinator = engine.optimizer._get_param_coordinator()
-    with mock.patch.object(coordinator, "_invalidate_trace", wraps=coordinator._invalidate_trace) as invalidate:
+    layers = set(engine.module.model.layers)
+    inside = {module for layer in layers for module in layer.modules()} - layers
+    with (
+        mock.patch.object(coordinator, "_invalidate_trace", wraps=coordinator._invalidate_trace) as invalidate,
+        mock.patch.object(coordinator, "fetch_sub_module", wraps=coordinator.fetch_sub_module) as fetch,
+    ):
         lowest = []
         for step in range(10):
             train_step(engine, step, accumulation=1)
             lowest.append(engine.selection.last.selected[0])
     assert len(set(lowest)) > 2
     assert coordinator.is_complete_trace()
-    return invalidate.call_count
+    fetched = [call.args[0] for call in fetch.call_args_list]
+    return {
+        "forgotten": invalidate.call_count,
+        "layers": sum(module in layers for module in fetched),
+        "inside": sum(module in inside for module in fetched),
+    }
 
 
 def kept_states(stage: int) -> list[bool]:
@@ -305,7 +318,7 @@ for stage in STAGES:
             CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config)
 
 CASES["foreign-2"] = partial(foreign_gradients, 2)
-CASES["traces"] = forgotten_traces
+CASES["gathering"] = gathering
 
 if __name__ == "__main__":
     run_cases(CASES)

@@ -63,12 +63,18 @@ class Record:
 
 
 def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> tuple[Any, Any]:
-    """A DeepSpeed engine over the tiny model, and agsel's selection on it (None without `attach`)."""
+    """A DeepSpeed engine over the tiny model, and agsel's selection on it (None without `attach`).
+
+    At stage 3 agsel gathers whole decoder layers, and autograd then adds up gradients in another order than with
+    DeepSpeed's hooks on all modules inside. For bits to be comparable stock must be told to gather whole layers, too.
+    """
     import deepspeed
 
     model = tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
     if scenario.compiled:
         agsel.compile_layers(model, backend="inductor" if torch.cuda.is_available() else "aot_eager")
+    if scenario.stage == 3 and not attach:
+        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
     groups = agsel.block_param_groups(model, scenario.blocks)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups, fused=scenario.fused, **ADAM)  # type: ignore[arg-type]
     with agsel.lean_initialization() if attach else nullcontext():

@@ -108,7 +108,13 @@ def test_without_offloading_all_states_stay_on_the_device(ranks: list[dict], nam
 
 
 def test_prefetching_survives_every_choice_of_blocks(ranks: list[dict]) -> None:
-    assert {rank["traces"] for rank in ranks} == {0}
+    assert [rank["gathering"]["forgotten"] for rank in ranks] == [0] * len(ranks)
+
+
+def test_layers_are_gathered_whole(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert rank["gathering"]["layers"] > 0
+        assert rank["gathering"]["inside"] == 0
 
 
 @pytest.mark.parametrize("name", cases("gradients"))

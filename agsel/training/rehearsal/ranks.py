@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from agsel.blocks import decoder_layers
 from agsel.training.rehearsal.ledger import Kind, Ledger
 from agsel.training.rehearsal.workload import Step, Workload
 
@@ -172,15 +173,23 @@ class Replicated(Rank):
 class Partitioned(Rank):
     """ZeRO-3: slices of everything; a module gathers its weights and ahead of time those of the next ones.
 
-    They are given up after use, unless they are small or the next use is near.
+    They are given up after use, unless they are small or the next use is near. With agsel a decoder layer counts as one
+    module.
     """
 
     def __init__(self, model: Any, workload: Workload, step: Step, ledger: Ledger) -> None:
         super().__init__(model, workload, step, ledger)
         self._shapes = {parameter: parameter.shape for parameter in self._parameters}
-        self._own = {module: self._large(module.parameters(recurse=False)) for module in model.modules()}
+        self._whole = set() if step.stock else set(decoder_layers(model))
+        inside = {module for layer in self._whole for module in layer.modules()} - self._whole
+        weights = {
+            module: list(module.parameters(recurse=module in self._whole))
+            for module in model.modules()
+            if module not in inside
+        }
+        self._own = {module: self._large(own) for module, own in weights.items()}
         self._order = [module for module, own in self._own.items() if own]
-        below = itertools.takewhile(lambda module: not _is_trained(module), self._own)
+        below = itertools.takewhile(lambda module: not any(weight.requires_grad for weight in weights[module]), weights)
         self._lowest = sum(1 for module in below if self._own[module])
         self._gathered: set[nn.Parameter] = set()
 
@@ -197,11 +206,13 @@ class Partitioned(Rank):
             parameter.data = torch.empty(shape, dtype=parameter.dtype, device="meta")
 
     def _module_hooks(self, position: int, module: nn.Module) -> list[Any]:
-        forward = [*self._order[position + 1 :], *reversed(self._order[self._lowest :])]
+        ahead = self._order[position + 1 :]
+        forward = [*ahead, *reversed(self._order[self._lowest :])]
         backward = self._order[self._lowest : position][::-1]
 
         def after(*_: Any) -> None:
-            if torch._C._current_graph_task_id() == -1:  # not recomputing under gradient checkpointing
+            recomputing = torch._C._current_graph_task_id() != -1  # under gradient checkpointing
+            if not recomputing and not self._seems_used_next(module, ahead):
                 self._release(module, forward)
 
         def after_backward(_: nn.Module, inputs: tuple[torch.Tensor | None, ...], __: Any) -> None:
@@ -263,6 +274,11 @@ class Partitioned(Rank):
                 self._obtain(parameter)
                 room -= self._numels[parameter]
 
+    def _seems_used_next(self, module: nn.Module, ahead: Iterable[nn.Module]) -> bool:
+        """For a layer gathered whole, DeepSpeed takes the whole model, where the backward starts, for the next use."""
+        distance = sum(self._elements(self._own[other]) for other in ahead)
+        return module in self._whole and distance < self._zero.stage3_max_reuse_distance
+
     def _release(self, module: nn.Module, coming: Sequence[nn.Module]) -> None:
         unneeded, distance = set(self._own[module]), 0
         for other in coming:
@@ -282,11 +298,6 @@ class Partitioned(Rank):
     def _give_up(self, parameter: nn.Parameter) -> None:
         parameter.data = torch.empty(0, dtype=parameter.dtype, device="meta")
         self._gathered.discard(parameter)
-
-
-def _is_trained(module: nn.Module) -> bool:
-    """Whether a parameter of its own, not of a module inside, gets a gradient."""
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def _owned_parameters(groups: Sequence[Sequence[nn.Parameter]], ranks: int) -> set[nn.Parameter]:

@@ -28,7 +28,7 @@ import model_shapes
 
 PLAN = """
 - {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, lora-16], shapes: 2x16}
-- {models: tiny, stages: 3, methods: [bound, exploit], shapes: 2x16}
+- {models: tiny, stages: 3, methods: [full-layers, bound, exploit], shapes: 2x16}
 - {models: tiny, stages: 2, methods: badam, shapes: 2x16, checkpointing: on}
 - {models: tiny, stages: 1, methods: full, shapes: 2x16, ranks: 1}
 """
@@ -69,7 +69,7 @@ def rows(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_every_configuration_is_measured(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert len(rows) == 10
+    assert len(rows) == 11
     for row in rows.values():
         if row["method"] != "badam":
             assert row["error"] is None
@@ -204,7 +204,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 48
+    assert len(configurations) == 49
     assert {configuration.method for configuration in configurations} == set(bench.METHODS)
 
 

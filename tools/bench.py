@@ -32,6 +32,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 METHODS = {
     "full": "full fine-tuning, stock DeepSpeed",
+    "full-layers": "full fine-tuning, stock DeepSpeed told to gather whole layers, as agsel does at ZeRO-3",
     "bound": "the same number of layers trainable for ever, all else frozen, stock DeepSpeed",
     "fixed": "agsel, one set of layers for ever",
     "exploit": "agsel, a new random set of layers at every step",
@@ -45,7 +46,7 @@ METHODS = {
     "badam": "the BAdam package, as many layers at a time, no switch while measured",
 }
 LIGER = {"none": "", "loss": "Liger's loss", "all": "Liger"}
-WITHOUT_FRACTION = ("full", "lora-256", "lora-16", "zero-offload")
+WITHOUT_FRACTION = ("full", "full-layers", "lora-256", "lora-16", "zero-offload")
 MOVING_STATES = ("fixed", "exploit", "explore", "topk", "lisa", "trainer")
 
 PHASES = {"forward_ms": "#4c72b0", "backward_ms": "#dd8452", "step_ms": "#55a868"}

@@ -15,12 +15,14 @@ import deepspeed
 import torch
 from bench import REPOSITORY, Configuration
 from bench_probe import device, on_cuda
+from deepspeed.utils import set_z3_leaf_modules
 from model_shapes import model_config
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import agsel
+from agsel.blocks import decoder_layers
 from agsel.training.memory import spread_evenly
 
 Starter = Callable[[PreTrainedModel, Configuration], tuple[Any, "agsel.Selection | None"]]
@@ -100,6 +102,12 @@ def start_full(model: PreTrainedModel, configuration: Configuration) -> tuple[An
     return start(model, adam(trainable(model)), zero_config(configuration)), None
 
 
+def start_full_layers(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
+    """Every weight trained, by stock DeepSpeed that gathers a decoder layer as a whole at ZeRO-3."""
+    set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
+    return start_full(model, configuration)
+
+
 def start_bound(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
     """Always the same layers trained, by stock DeepSpeed: what selection can reach at best."""
     layers = [block for block in agsel.find_blocks(model) if block.is_layer]
@@ -173,6 +181,7 @@ def start_badam(model: PreTrainedModel, configuration: Configuration) -> tuple[A
 
 METHODS: dict[str, Starter] = {
     "full": start_full,
+    "full-layers": start_full_layers,
     "bound": start_bound,
     "fixed": selecting(lambda fraction: agsel.RandomBlocks(fraction=fraction, every=10**9)),
     "exploit": selecting(lambda fraction: agsel.AdaGradSelect(fraction=fraction, explore_steps=0, dirichlet_delta=1e6)),

@@ -11,12 +11,13 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import set_z3_leaf_module
 
-from agsel.blocks import decoder_layers
+from agsel.blocks import decoder_layers, global_numel
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
 
 GRADIENT_MAP = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 GATHER_STREAM = "_DeepSpeedZeRoOffload__allgather_stream"
+PREFETCH_BUCKET = "_PartitionedParameterCoordinator__prefetch_bucket_sz"
 
 
 class GradientPartitions(dict[int, torch.Tensor]):
@@ -114,12 +115,18 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     def _gather_whole_layers(self) -> None:
         """For small layers, DeepSpeed's hooks on each module inside take the host longer than the GPU computes.
 
+        So that a layer is there when the one before has been computed, as much is gathered ahead of time at least.
         Not before `deepspeed.initialize`: the hooks that reduce gradients would then make some for frozen weights.
         """
-        for layer in decoder_layers(self.module):
+        layers = decoder_layers(self.module)
+        for layer in layers:
             set_z3_leaf_module(layer, True)
         self.parameter_offload._remove_module_hooks()
         self.parameter_offload.setup_zero_stage3_hooks()
+        coordinator = self._get_param_coordinator()
+        if bucket := getattr(coordinator, PREFETCH_BUCKET):  # 0 turns it off
+            largest = max(global_numel(layer.parameters()) for layer in layers)
+            setattr(coordinator, PREFETCH_BUCKET, max(bucket, largest))
 
     def independent_gradient_partition_epilogue(self) -> None:
         """Stock makes zero gradients for frozen parameters; hide their sub-groups from it."""

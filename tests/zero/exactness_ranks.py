@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 import agsel
 from tests.distributed import RANKS
@@ -247,32 +248,39 @@ def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool =
 
 
 def gathering() -> dict[str, int]:
-    """With another lowest layer at each step: how often ZeRO-3 forgot the order in which it gathers weights.
+    """How ZeRO-3 gathers weights, with another lowest layer at each step and room for less than a layer ahead.
 
-    And how often it gathered those of a decoder layer, and those of a module inside one.
+    How often it forgot the order; how often it gathered those of a module inside a decoder layer; and how often those
+    of a layer, and from the sixth step on, those of a layer of which some were not on their way.
     """
-    engine, _ = start_engine(
-        Scenario(stage=3, blocks="layers", policy=partial(agsel.RandomBlocks, fraction=0.3, seed=1))
-    )
+    zero = {"stage3_prefetch_bucket_size": 100, "stage3_max_reuse_distance": 0}
+    policy = partial(agsel.RandomBlocks, fraction=0.3, seed=1)
+    engine, _ = start_engine(Scenario(stage=3, blocks="layers", policy=policy, zero=zero))
     coordinator = engine.optimizer._get_param_coordinator()
     layers = set(engine.module.model.layers)
     inside = {module for layer in layers for module in layer.modules()} - layers
+    counts = dict.fromkeys(("layers", "inside", "late"), 0)
+    lowest: list[str] = []
+    fetch = coordinator.fetch_sub_module
+
+    def counted(module: torch.nn.Module, forward: bool) -> None:
+        counts["inside"] += module in inside
+        if module in layers:
+            missing = [p for p in module.parameters() if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+            counts["layers"] += 1
+            counts["late"] += bool(missing) and len(lowest) >= 5
+        fetch(module, forward)
+
     with (
         mock.patch.object(coordinator, "_invalidate_trace", wraps=coordinator._invalidate_trace) as invalidate,
-        mock.patch.object(coordinator, "fetch_sub_module", wraps=coordinator.fetch_sub_module) as fetch,
+        mock.patch.object(coordinator, "fetch_sub_module", counted),
     ):
-        lowest = []
         for step in range(10):
             train_step(engine, step, accumulation=1)
             lowest.append(engine.selection.last.selected[0])
     assert len(set(lowest)) > 2
     assert coordinator.is_complete_trace()
-    fetched = [call.args[0] for call in fetch.call_args_list]
-    return {
-        "forgotten": invalidate.call_count,
-        "layers": sum(module in layers for module in fetched),
-        "inside": sum(module in inside for module in fetched),
-    }
+    return counts | {"forgotten": invalidate.call_count}
 
 
 def kept_states(stage: int) -> list[bool]:

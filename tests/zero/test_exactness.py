@@ -115,6 +115,7 @@ def test_layers_are_gathered_whole(ranks: list[dict]) -> None:
     for rank in ranks:
         assert rank["gathering"]["layers"] > 0
         assert rank["gathering"]["inside"] == 0
+        assert rank["gathering"]["late"] == 0, "all of a layer is gathered while the one before computes"
 
 
 @pytest.mark.parametrize("name", cases("gradients"))

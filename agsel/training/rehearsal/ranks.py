@@ -188,6 +188,9 @@ class Partitioned(Rank):
             if module not in inside
         }
         self._own = {module: self._large(own) for module, own in weights.items()}
+        largest = max((self._elements(self._own[layer]) for layer in self._whole), default=0)
+        bucket = self._zero.stage3_prefetch_bucket_size
+        self._prefetched = bucket and max(bucket, largest)
         self._order = [module for module, own in self._own.items() if own]
         below = itertools.takewhile(lambda module: not any(weight.requires_grad for weight in weights[module]), weights)
         self._lowest = sum(1 for module in below if self._own[module])
@@ -230,7 +233,7 @@ class Partitioned(Rank):
         if self._ranks > 1:
             self._slices = self._allocate("weights", sum(math.ceil(n / self._ranks) for n in self._numels.values()))
         self._bucket = self._allocate("buffers", self._zero.reduce_bucket_size)
-        arriving = min(self._zero.stage3_prefetch_bucket_size, self._elements(self._large(self._parameters)))
+        arriving = min(self._prefetched, self._elements(self._large(self._parameters)))
         self._arriving = self._allocate("buffers", arriving)
         if self._step.stock:
             self._gradients[-1] = [self._allocate("gradients", sum(map(self._partition, self._step.trainable)))]
@@ -263,10 +266,7 @@ class Partitioned(Rank):
     def _gather(self, module: nn.Module, coming: Sequence[nn.Module]) -> None:
         for parameter in self._own[module]:
             self._obtain(parameter)
-        room = min(
-            self._zero.stage3_prefetch_bucket_size,
-            self._zero.stage3_max_live_parameters - self._elements(self._gathered),
-        )
+        room = min(self._prefetched, self._zero.stage3_max_live_parameters - self._elements(self._gathered))
         for parameter in itertools.chain.from_iterable(self._own[other] for other in coming):
             if room <= 0:
                 break

@@ -66,6 +66,8 @@ TESTED = {
     "DeepSpeedZeroOptimizer_Stage3._partition_all_parameters": 0xD6CE801B,
     "DeepSpeedZeroOptimizer_Stage3._reassign_or_swap_out_partitioned_parameters": 0xEF8A238A,
     "DeepSpeedZeroOptimizer_Stage3._setup_for_real_optimizer": 0xA83A933B,
+    "DeepSpeedZeroOptimizer_Stage3.create_reduce_and_remove_grad_hooks": 0xE34B86D9,
+    "DeepSpeedZeroOptimizer_Stage3.reduce_ready_partitions_and_remove_grads": 0xF97B18B0,
     "DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue": 0x0A9EB0D8,
     "DeepSpeedZeroOptimizer_Stage3.partition_grads": 0xE5111B90,
     "DeepSpeedZeroOptimizer_Stage3.has_overflow": 0x06F06E9E,
@@ -142,6 +144,11 @@ def _refused_settings(engine: Any) -> list[str]:
         (
             _offloads(zero.offload_param),
             "zero_optimization.offload_param is not supported: remove it, or use more GPUs with stage 3",
+        ),
+        (
+            engine.zero_optimization_stage() == 3 and zero.module_granularity_threshold > 0,
+            "zero_optimization.stage3_module_granularity_threshold is not supported: remove it, agsel gathers whole "
+            "decoder layers itself",
         ),
         (
             zero.elastic_checkpoint,

@@ -67,6 +67,8 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             "_partition_all_parameters",
             "_reassign_or_swap_out_partitioned_parameters",
             "_setup_for_real_optimizer",
+            "create_reduce_and_remove_grad_hooks",
+            "reduce_ready_partitions_and_remove_grads",
             "independent_gradient_partition_epilogue",
             "partition_grads",
             "has_overflow",
@@ -127,6 +129,13 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         if bucket := getattr(coordinator, PREFETCH_BUCKET):  # 0 turns it off
             largest = max(global_numel(layer.parameters()) for layer in layers)
             setattr(coordinator, PREFETCH_BUCKET, max(bucket, largest))
+
+    def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
+        """Stock's leaf modules, as mixtures of experts are, make zero gradients for frozen weights, too; drop those."""
+        if param.requires_grad:
+            super().reduce_ready_partitions_and_remove_grads(param)
+        else:
+            param.grad = None
 
     def independent_gradient_partition_epilogue(self) -> None:
         """Stock makes zero gradients for frozen parameters; hide their sub-groups from it."""

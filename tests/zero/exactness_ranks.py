@@ -16,7 +16,7 @@ import agsel
 from tests.distributed import RANKS
 from tests.ranks import run_cases
 from tests.tiny import tiny_batch
-from tests.zero.parity_ranks import whole_weights
+from tests.zero.parity_ranks import LEAF_MODULES, whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
@@ -133,10 +133,10 @@ def foreign_gradients(stage: int) -> list[int]:
     return counts
 
 
-def gradient_elements(stage: int, dtype: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+def gradient_elements(stage: int, dtype: str, **options: Any) -> list[dict[str, Any]]:
     """Per point of a step: gradient bytes held by each block, and bytes of all else but weights and states."""
     forget_older_objects()
-    engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED, accumulation=2, config=config))
+    engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED, accumulation=2, **options))
     full = {partition.block: 0 for partition in selection.residency.partitions}
     for partition in selection.residency.partitions:
         full[partition.block] += partition.master.numel() * RANKS  # with the padding that divides it by the ranks
@@ -323,8 +323,9 @@ for stage in STAGES:
     CASES[f"states-{stage}-mixed"] = partial(state_bytes, stage, MIXED)
     for name, (dtype, config) in GRADIENTS.items():
         if not (stage == 1 and config):
-            CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config)
+            CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config=config)
 
+CASES["gradients-3-leaf-modules"] = partial(gradient_elements, 3, "fp32", zero=LEAF_MODULES)
 CASES["foreign-2"] = partial(foreign_gradients, 2)
 CASES["gathering"] = gathering
 

@@ -44,6 +44,10 @@ def offload_param() -> str | None:
     return refused(stage=3, zero={"offload_param": {"device": "cpu", "pin_memory": False}})
 
 
+def module_granularity() -> str | None:
+    return refused(stage=3, zero={"stage3_module_granularity_threshold": 2000})
+
+
 def elastic_checkpoint() -> str | None:
     return refused(stage=2, zero={"elastic_checkpoint": True})
 
@@ -149,6 +153,7 @@ CASES: dict[str, Callable[[], str | None]] = {
     "offload_optimizer 2": partial(offload_optimizer, 2),
     "offload_optimizer 3": partial(offload_optimizer, 3),
     "offload_param": offload_param,
+    "module granularity": module_granularity,
     "elastic_checkpoint": elastic_checkpoint,
     "zenflow": zenflow,
     "super_offload": super_offload,

@@ -28,6 +28,9 @@ PARITY |= {
 PARITY |= {f"stage{stage}-compiled": Scenario(stage=stage, clip=0.3, compiled=True) for stage in (1, 2)}
 PARITY["stage2-not-contiguous"] = Scenario(stage=2, clip=0.3, zero={"contiguous_gradients": False})
 PARITY["stage3-persistent"] = Scenario(stage=3, clip=0.3, zero={"stage3_param_persistence_threshold": 100})
+LEAF_MODULES = {"leaf_module": {"classes": ["transformers.models.llama.modeling_llama.LlamaMLP"]}}
+"""For DeepSpeed, as it takes mixtures of experts by default: all gradients of such a module come at once."""
+PARITY["stage3-leaf-modules"] = Scenario(stage=3, clip=0.3, zero=LEAF_MODULES)
 PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.3, zero={"sub_group_size": 1000})
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(

@@ -41,7 +41,8 @@ def attach(
     """Train only the blocks that `policy` selects. The training loop stays as it is.
 
     Call it once, right after `deepspeed.initialize`, on every rank. The engine and its ZeRO optimizer become instances
-    of subclasses of their classes; nothing of DeepSpeed is patched.
+    of subclasses of their classes; nothing of DeepSpeed is patched. At stage 3 its hooks on the model are registered
+    again, one set for each decoder layer instead of one for every module inside.
 
     Args:
         engine: of ZeRO stage 1, 2 or 3, with a client Adam or AdamW built from `agsel.block_param_groups(model)`.

@@ -96,8 +96,8 @@ TESTED = {
     "deepspeed.checkpoint.ds_to_universal._save_optimizer_state_stage3": 0x5EDAD8D9,
     "deepspeed.checkpoint.universal_checkpoint.load_hp_checkpoint_state": 0xC925DB27,
 }
-"""Of DeepSpeed 0.19.8. For another version: `checksums` of `SelectiveEngine`, of `SELECTIVE_CLASSES` in attach.py, and
-of `RELIES_ON` in universal.py."""
+"""Of DeepSpeed 0.19.8. For another version: `checksums` of all that `SelectiveEngine` and the `SELECTIVE_CLASSES` in
+attach.py rely on, and of `RELIES_ON` in universal.py."""
 
 
 def require_supported_engine(engine: Any) -> None:

@@ -64,8 +64,7 @@ def attach(
     optimizer: Any = engine.optimizer
     selective_class = SELECTIVE_CLASSES[engine.zero_optimization_stage()]
     guards.require_supported_optimizer(optimizer, selective_class.stock)
-    guards.require_tested_deepspeed(SelectiveEngine)
-    guards.require_tested_deepspeed(selective_class)
+    guards.require_tested_deepspeed(SelectiveEngine.relies_on | selective_class.relies_on)
     guards.require_whole_groups(optimizer, selective_class.partitioned_groups(optimizer))
     masters = selective_class.masters(optimizer)
     blocks, block_indices = _match_blocks(

@@ -19,7 +19,7 @@ logger = logging.getLogger("agsel")
 class SelectiveEngine(DeepSpeedEngine):
     """`DeepSpeedEngine` with block selection; made from one by `agsel.attach`, which sets both attributes."""
 
-    relies_on: ClassVar = {
+    relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
         DeepSpeedEngine: (
             "destroy",
             "save_checkpoint",

@@ -12,6 +12,7 @@ import os
 import textwrap
 import warnings
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -215,23 +216,13 @@ def require_whole_groups(optimizer: Any, partitioned: set[int]) -> None:
         )
 
 
-def require_tested_deepspeed(selective_class: Any) -> None:
-    """Compare the DeepSpeed methods that an agsel class depends on with the tested ones.
-
-    Raises:
-        RuntimeError: a method is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
-    """
-    for stock, names in selective_class.relies_on.items():
-        require_unchanged(stock, names)
-
-
-def require_unchanged(stock: Any, names: tuple[str, ...]) -> None:
-    """Compare methods of a DeepSpeed class, or functions of a module of it, with the tested ones.
+def require_tested_deepspeed(relies_on: Mapping[Any, tuple[str, ...]]) -> None:
+    """Compare methods of DeepSpeed's classes, or functions of its modules, with the tested ones.
 
     Raises:
         RuntimeError: one is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
     """
-    changed = [name for name, checksum in checksums(stock, names).items() if TESTED[name] != checksum]
+    changed = [name for name, checksum in checksums(relies_on).items() if TESTED[name] != checksum]
     if not changed:
         return
     message = (
@@ -243,16 +234,19 @@ def require_unchanged(stock: Any, names: tuple[str, ...]) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def checksums(stock: Any, names: tuple[str, ...]) -> dict[str, int]:
-    """CRC-32 of the source of methods of a DeepSpeed class, or of functions of a module; 0 where there is none.
+def checksums(relies_on: Mapping[Any, tuple[str, ...]]) -> dict[str, int]:
+    """CRC-32 of the source of methods of classes, or of functions of modules; 0 where there is none.
 
     Read from the source text: DeepSpeed's profiling decorator hides the methods from `inspect.getsource`.
     """
-    texts: dict[str, str] = {}
-    classes = [base for base in reversed(getattr(stock, "__mro__", ())) if base.__module__.startswith("deepspeed.")]
-    for owner in classes or [stock]:
-        texts |= _functions(owner)
-    return {f"{stock.__name__}.{name}": zlib.crc32(texts.get(name, "").encode()) for name in names}
+    found: dict[str, int] = {}
+    for stock, names in relies_on.items():
+        texts: dict[str, str] = {}
+        classes = [base for base in reversed(getattr(stock, "__mro__", ())) if base.__module__.startswith("deepspeed.")]
+        for owner in classes or [stock]:
+            texts |= _functions(owner)
+        found |= {f"{stock.__name__}.{name}": zlib.crc32(texts.get(name, "").encode()) for name in names}
+    return found
 
 
 def _functions(owner: Any) -> dict[str, str]:

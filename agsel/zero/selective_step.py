@@ -54,7 +54,6 @@ class SelectiveStep:
         for partition in self.selection.residency.in_order_of_arrival(partitions):
             self._update_partition(partition, divisor)
         self._publish(partitions)
-        self.selection.residency.mark_use()
 
     def _update_partition(self, partition: Partition, divisor: float) -> None:
         """Adam on one partition, with its fp32 gradient alive only for that long."""

@@ -22,7 +22,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     ready_for_gradients: bool
 
     stock = DeepSpeedZeroOptimizer
-    relies_on: ClassVar = {
+    relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
         DeepSpeedZeroOptimizer: (
             "initialize_optimizer_states",
             "backward_prologue",

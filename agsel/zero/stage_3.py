@@ -57,7 +57,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     grad_partitions_flat_buffer: torch.Tensor
 
     stock = DeepSpeedZeroOptimizer_Stage3
-    relies_on: ClassVar = {
+    relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
         DeepSpeedZeroOptimizer_Stage3: (
             "backward_prologue",
             "step",

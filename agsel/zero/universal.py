@@ -201,8 +201,7 @@ def _converted(engine: Any, saved: Saved) -> Iterator[Path]:
 
 def _convert(saved: Saved, copy: Path) -> None:
     """In this process only: one forked from it could not use CUDA."""
-    for module, functions in RELIES_ON.items():
-        guards.require_unchanged(module, functions)
+    guards.require_tested_deepspeed(RELIES_ON)
     source = saved.path
     options = Namespace(
         input_folder=str(source),

@@ -79,6 +79,8 @@ def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> 
     optimizer = torch.optim.AdamW(groups, fused=scenario.fused, **ADAM)  # type: ignore[arg-type]
     with agsel.lean_initialization() if attach else nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
+    if not attach and engine.device.type == "cuda":  # stock may gather weights before its last step has written them
+        engine.register_forward_pre_hook(lambda *_: torch.cuda.synchronize())
     return engine, agsel.attach(engine, scenario.policy(), **options) if attach else None
 
 

@@ -31,7 +31,7 @@ def selection_of(masters: list[torch.Tensor], policy: Policy) -> Selection:
     blocks = [block for block in find_blocks(tiny_model(layers=LAYERS)) if block.is_layer]
     optimizer = torch.optim.AdamW([{"params": [master]} for master in masters])
     partitions = [Partition(layer, layer, master, optimizer) for layer, master in enumerate(masters)]
-    residency = Residency(partitions, torch.device("cpu"), offload_states=True, pin_memory=False)
+    residency = Residency(partitions, masters[0].device, offload_states=True, pin_memory=True)
     selection = Selection(blocks, policy, residency, None, max_skipped_steps=1)
     residency.adopt(selection.wanted_in_forward())
     return selection

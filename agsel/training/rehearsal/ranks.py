@@ -276,8 +276,9 @@ class Partitioned(Rank):
 
     def _seems_used_next(self, module: nn.Module, ahead: Iterable[nn.Module]) -> bool:
         """For a layer gathered whole, DeepSpeed takes the whole model, where the backward starts, for the next use."""
-        distance = sum(self._elements(self._own[other]) for other in ahead)
-        return module in self._whole and distance < self._zero.stage3_max_reuse_distance
+        if module not in self._whole:
+            return False
+        return sum(self._elements(self._own[other]) for other in ahead) < self._zero.stage3_max_reuse_distance
 
     def _release(self, module: nn.Module, coming: Sequence[nn.Module]) -> None:
         unneeded, distance = set(self._own[module]), 0

@@ -1,6 +1,6 @@
 """agsel: AdaGradSelect fine-tuning on DeepSpeed ZeRO. Three lines turn a DeepSpeed script into block selection.
 
-optimizer = torch.optim.AdamW(agsel.block_param_groups(model), lr=1e-5)
+optimizer = torch.optim.AdamW(agsel.block_param_groups(model), lr=1e-4)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
 selection = agsel.attach(engine, agsel.AdaGradSelect(fraction=0.3, explore_steps=500, seed=0))
 """

@@ -66,6 +66,13 @@ class EvaluationArguments:
                 raise ValueError(f"{name} is {value} (--{name}): it must be at least 1")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"unknown dtype {self.dtype!r} (--dtype): use auto, float32, bfloat16 or float16")
+        try:
+            re.compile(self.answer_pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{self.answer_pattern!r} is no regular expression (--answer_pattern), {error}: correct it, or put "
+                "a backslash before a character that stands for itself"
+            ) from error
 
 
 class Example(NamedTuple):
@@ -155,7 +162,7 @@ def extract_answer(text: str, pattern: str) -> str | float | None:
     matches = list(re.finditer(pattern, text))
     if not matches:
         return None
-    answer = matches[-1].group(1 if matches[-1].re.groups else 0).strip()
+    answer = (matches[-1].group(1 if matches[-1].re.groups else 0) or "").strip()
     try:
         return float(answer.replace(",", ""))
     except ValueError:
@@ -219,16 +226,32 @@ def evaluate(arguments: EvaluationArguments, data: DataArguments) -> tuple[dict[
     return results | {"correct": correct, "accuracy": correct / len(verdicts)}, verdicts
 
 
+def prepare_output(path: Path) -> None:
+    """Make the folder of `--output`, before any work that could be lost.
+
+    Raises:
+        ValueError: it cannot be made, or `path` is a folder itself.
+    """
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder: name a file, for example {path / 'results.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder of --output {path}, {error}: choose another file") from error
+
+
 def main() -> None:
     """Print the results, one a line, and write them to `--output`."""
     with mistakes_in_one_line():
         parser = HfArgumentParser((EvaluationArguments, DataArguments), description=__doc__)
         arguments, data = parser.parse_args_into_dataclasses()
+        if arguments.output:
+            prepare_output(Path(arguments.output))
         results, verdicts = evaluate(arguments, data)
-    for name, value in results.items():
-        print(f"{name:18}{value:.4f}" if isinstance(value, float) else f"{name:18}{value}")
-    if arguments.output:
-        Path(arguments.output).write_text(json.dumps({**results, "predictions": verdicts}, indent=1) + "\n")
+        for name, value in results.items():
+            print(f"{name:18}{value:.4f}" if isinstance(value, float) else f"{name:18}{value}")
+        if arguments.output:
+            Path(arguments.output).write_text(json.dumps({**results, "predictions": verdicts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Settings: defaults, then the YAML file, then the command line (`python launch/tr
 `--output_dir` receives `config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
 """
 
-import functools
 import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from agsel.training.run_memory import plan_of_run
 from agsel.training.summary import count_steps, describe_run
 from agsel.training.trainer import ResumableTrainer
 from agsel.training.watchdog import watched_ranks
-from agsel.zero.consensus import require_equal_settings
+from agsel.zero.consensus import first_rank_does, require_equal_settings
 
 DEFAULT_DEEPSPEED = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
 
@@ -54,9 +54,11 @@ def train(configuration: Configuration, signals: SignalWatch) -> ResumableTraine
         group = host_group()
         limit_waiting(configuration.training.ddp_timeout)
         checkpoint = find_checkpoint(configuration, group)
-        requests = StopRequests(Path(configuration.training.output_dir), signals, group)
         trainer = build_trainer(configuration)
-        trainer.make_resumable(requests, prepare_resume(configuration, trainer, checkpoint), group)
+        run = prepare_resume(configuration, trainer, checkpoint)
+        first_rank_does(partial(write_configuration, configuration), group)
+        requests = StopRequests(Path(configuration.training.output_dir), signals, group)
+        trainer.make_resumable(requests, run, group)
     with mistakes_in_one_line(only_of_agsel=True):
         trainer.train(resume_from_checkpoint=checkpoint)
     if requests.agreed:
@@ -107,7 +109,7 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
     if held_out is not None:
         require_labels(trainer.eval_dataset, len(held_out), training.max_length)
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
-    trainer.model.num_parameters = functools.cache(trainer.model.num_parameters)
+    trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.selection.compile_layers:
         agsel.compile_layers(trainer.model)
     direct_output(trainer)
@@ -119,15 +121,25 @@ def find_checkpoint(configuration: Configuration, group: Any) -> str | None:
     """The checkpoint to resume from, verified, and said."""
     training = configuration.training
     run_folder = Path(training.output_dir)
-    if dist.get_rank() == 0:
-        checkpoints.recover(run_folder)
-    dist.barrier(group)
+    first_rank_does(partial(checkpoints.recover, run_folder), group)
+    if training.resume_from_checkpoint is None:
+        first_rank_does(partial(require_no_checkpoints, run_folder), group)
     found = resume.find_checkpoint(training.resume_from_checkpoint, run_folder, group)
     if found is not None:
         on_first_rank(f"resume    {found}, every file verified")
     elif training.resume_from_checkpoint is not None:
         on_first_rank(f"resume    {run_folder} holds no complete checkpoint: from the beginning")
     return str(found) if found else None
+
+
+def require_no_checkpoints(run_folder: Path) -> None:
+    """Refuse a new run in the folder of another, whose checkpoints would be resumed from or deleted as its own."""
+    earlier = checkpoints.checkpoints_in(run_folder)
+    if earlier:
+        raise ValueError(
+            f"{run_folder} (--output_dir) holds {earlier[-1].name} of an earlier run: go on with that "
+            "(--resume_from_checkpoint auto), or choose another folder"
+        )
 
 
 def prepare_resume(configuration: Configuration, trainer: ResumableTrainer, checkpoint: str | None) -> dict[str, Any]:
@@ -200,17 +212,13 @@ def add_policy(trainer: ResumableTrainer, configuration: Configuration) -> None:
         max_skipped_steps=configuration.safety.max_skipped_steps,
         sanity_checks=configuration.safety.sanity_checks,
     )
-    if dist.get_rank() == 0:
-        write_configuration(configuration)
     on_first_rank(describe_run(configuration, trainer, policy, steps))
     check_memory(trainer, configuration, policy)
 
 
 def check_memory(trainer: ResumableTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
-    """Say what memory the run needs, and refuse what cannot fit. The first rank decides; it ends the others."""
-    if dist.get_rank() != 0:
-        return
-    text, lacking = plan_of_run(configuration, trainer, policy)
+    """Say what memory the run needs, and refuse what cannot fit, on all ranks."""
+    text, lacking = first_rank_does(partial(plan_of_run, configuration, trainer, policy), None)
     on_first_rank(text)
     if lacking and not configuration.selection.force:
         raise ValueError(f"{lacking}; --force true starts all the same")

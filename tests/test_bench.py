@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ import bench_methods
 import bench_probe
 import bench_scaling
 import model_shapes
+import plan_memory
 
 PLAN = """
 - {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, lora-16], shapes: 2x16}
@@ -33,6 +35,9 @@ PLAN = """
 - {models: tiny, stages: 1, methods: full, shapes: 2x16, ranks: 1}
 """
 STEPS = 4
+FEATURES = {
+    field.name: field.default for field in fields(bench.Configuration) if field.name not in ("model", "stage", "method")
+}
 TIMES = ("ms_per_step", "ms_p10", "ms_p90", "forward_ms", "backward_ms", "step_ms", "tokens_per_second")
 
 
@@ -204,7 +209,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 49
+    assert len(configurations) == 50
     assert {configuration.method for configuration in configurations} == set(bench.METHODS)
 
 
@@ -222,6 +227,93 @@ def test_the_plan_of_the_readme_is_one() -> None:
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         bench.expand([options])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "fool"), "unknown method 'fool' (--methods)"),
+        (("--ranks", "0"), "ranks must be at least 1, got 0 (--ranks)"),
+        (("--liger", "all", "--compile", "on"), "use --liger loss, or --compile off"),
+        (("--shapes", "8"), "'8' is no shape (--shapes)"),
+        (("--shapes", "0x512"), "'0x512' is no shape (--shapes)"),
+        (("--rounds", "0"), "rounds must be at least 1, got 0 (--rounds)"),
+        (("--plan", "nowhere.yaml"), "no such file: nowhere.yaml (--plan)"),
+        (("--plan", "README.md"), "README.md is no"),
+        (("--table_only",), "has no rows.jsonl: measure first"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--output", str(tmp_path / "new"), *arguments])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code.startswith("agsel: error: ")
+    assert message in stop.value.code
+    assert "\n" not in stop.value.code
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("plan", ["{models: tiny}", "- tiny", "- {models: tiny, stages: 2}", "- {1: tiny}"])
+def test_a_plan_that_is_none_is_refused(plan: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(plan)
+    with pytest.raises(ValueError, match="plan"):
+        bench.expand(bench.read_plan(tmp_path / "plan.yaml"))
+
+
+def test_scaling_without_rows_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^agsel: error: .* has no rows.jsonl"):
+        bench_scaling.main()
+
+
+@pytest.mark.parametrize("option", ["gpus", "gpus_per_host", "micro_batch", "sequence", "accumulation"])
+def test_a_memory_plan_of_nothing_is_refused(option: str) -> None:
+    with pytest.raises(SystemExit, match=rf"^agsel: error: {option} must be at least 1, got 0 \(--{option}\)"):
+        plan_memory.main(["--model", "qwen2.5-0.5b", f"--{option}", "0"])
+
+
+def test_bars_end_at_the_median_step_and_names_of_agsel_are_bold() -> None:
+    from matplotlib.figure import Figure
+
+    phases = {"forward_ms": 20.0, "backward_ms": 60.0, "step_ms": 40.0}
+    shared = {"model": "tiny", "stage": 2, "peak_bytes": 10**9}
+    full = FEATURES | shared | phases | {"method": "full", "ms_per_step": 100.0}
+    trainer = FEATURES | shared | dict.fromkeys(phases) | {"method": "trainer", "ms_per_step": 50.0}
+    times, memory = Figure().subplots(1, 2)
+    bench._draw_group(times, memory, "title", [full, trainer])
+    ends = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*times.containers, strict=True)]
+    assert ends == pytest.approx([100, 50])
+    assert [bars[0].get_width() for bars in times.containers[:3]] == pytest.approx([100 / 6, 50, 100 / 3])
+    assert [label.get_fontweight() for label in times.get_yticklabels()] == ["normal", "bold"]
+
+
+def test_titles_of_scaling_say_what_stays_the_same() -> None:
+    def series(ranks: int, micro_batch: int) -> bench_scaling.Series:
+        one = bench.Configuration(model="tiny", stage=2, method="full", ranks=ranks, micro_batch=micro_batch)
+        return bench_scaling.Series(one, {})
+
+    assert bench_scaling._title("weak", [series(1, 8)]) == "weak: 8 rows per GPU"
+    assert bench_scaling._title("strong", [series(1, 32), series(2, 16)]) == "strong: 32 rows in all"
+    assert bench_scaling._title("weak", [series(1, 8), series(1, 4)]) == "weak: equal rows per GPU"
+
+
+def test_stages_differ_in_their_markers_and_the_ideal_grows_with_the_gpus() -> None:
+    from matplotlib.figure import Figure
+
+    series = []
+    for stage, speed in ((1, 1000), (2, 3000)):
+        one = bench.Configuration(model="tiny", stage=stage, method="full", ranks=1)
+        rows = {1: {"tokens_per_second": speed}, 4: {"tokens_per_second": speed / 2}}
+        series.append(bench_scaling.Series(one, rows))
+    axis = Figure().subplots()
+    bench_scaling._draw_model(axis, series)
+    ideals = [line for line in axis.lines if line.get_label() == bench_scaling.IDEAL]
+    measured = [line for line in axis.lines if line not in ideals]
+    assert [(line.get_xy1(), line.get_xy2()) for line in ideals] == [((0, 0), (1, 1)), ((0, 0), (1, 3))]
+    assert [list(line.get_ydata()) for line in measured] == [[1, 2], [3, 6]]
+    assert len({line.get_marker() for line in measured}) == 2
 
 
 def test_ranks_multiply_too_and_are_compared_in_groups_of_their_own() -> None:

@@ -26,9 +26,9 @@ save_strategy: "no"
 """
 
 
-def compare(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/compare_quality.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=False)
+def compare(*arguments: object, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "tools/compare_quality.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def compare(*arguments: object) -> subprocess.CompletedProcess[str]:
         (("--runs", "full:fast"), "'full:fast' is not METHOD:RATE[:STAGE]"),
         (("--runs", "full:1e-4:4"), "'full:1e-4:4' is not METHOD:RATE[:STAGE]"),
         (("--runs", "full:1e-4:2:2"), "'full:1e-4:2:2' is not METHOD:RATE[:STAGE]"),
-        (("--runs", "full:1e-4", "--config", "nowhere.yaml"), "--config: there is no nowhere.yaml"),
+        (("--runs", "fool:1e-4"), "unknown method 'fool' in 'fool:1e-4': use one of full, adagradselect"),
+        (("--runs", "full:1e-4", "--config", "nowhere.yaml"), "nowhere.yaml, launch/recipes/ has some"),
         (("--runs", "full:1e-4"), "names no held-out rows (dataset_test_split): give a file of them (--heldout)"),
     ],
 )
@@ -48,6 +49,35 @@ def test_mistakes_are_named_in_one_line(arguments: tuple[str, ...], message: str
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("compare_quality.py: error: ")
     assert message in last
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("dataset_name: rows.jsonl\ndataset_test_split: test", "recipe.yaml has no model_name_or_path: add it"),
+        ("model_name_or_path: model\ndataset_test_split: test", "recipe.yaml has no dataset_name: add it"),
+        ("", "recipe.yaml has no settings"),
+        ("a: b: c", "recipe.yaml is no YAML"),
+    ],
+)
+def test_recipes_without_a_needed_setting_are_refused(tmp_path: Path, recipe: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    result = compare("--config", tmp_path / "recipe.yaml", "--runs", "full:1e-4")
+    assert result.returncode == 2
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
+def test_paths_are_of_the_callers_folder_and_a_failed_command_is_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: {tmp_path}/no_model\ndataset_name: unused")
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    paths = ("--config", "recipe.yaml", "--heldout", "heldout.jsonl", "--output", "results")
+    result = compare(*paths, "--runs", "full:1e-4", folder=tmp_path)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("agsel: error: exit code 1, the reason is above, of the command: ")
+    assert f"launch/evaluate.py --model {tmp_path}/no_model --output {tmp_path}/results/before.json" in last
+    assert f"--dataset {tmp_path}/heldout.jsonl" in last
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow

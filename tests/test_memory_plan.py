@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
+from agsel.policies import AdaGradSelect, RandomBlocks, TopK, blocks_of_fraction, fraction_of_blocks
+from agsel.training import SelectionArguments
 from agsel.training.memory import MemoryPlan, Planner, heaviest, meta_copy, meta_model, spread_evenly
 from agsel.training.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from agsel.training.rehearsal.ledger import GRANULE, Ledger
-from agsel.training.run_memory import plan_of_run, shortage
+from agsel.training.run_memory import _kinds_of_steps, _local_ranks, _workload, plan_of_run, shortage
 from tests.distributed import REPOSITORY, launch
 from tests.tiny import tiny_batch, tiny_model
 from tests.tiny_run import save_model, save_rows, settings
@@ -234,10 +237,97 @@ def test_what_does_not_fit_is_said_in_one_line_with_what_would() -> None:
     assert found.most_blocks(smaller.gpu_needed, kinds) == 3
     assert found.most_blocks(smaller.gpu_needed - 1, kinds) == 2
     assert found.most_blocks(1e9, kinds) == 0
+    of_all = shortage(found, largest, math.ceil(smaller.gpu_needed), 10**12, all_blocks=True)
+    assert of_all is not None
+    assert "--select_fraction" not in of_all
+    assert ": use a smaller --per_device_train_batch_size" in of_all
     of_host = shortage(found, largest, 10**12, largest.host_needed - 1)
     assert of_host is not None
     assert "host memory" in of_host
     assert "--offload_states" in of_host
+
+
+@pytest.mark.parametrize("blocks", [1, 16, 24, 30, 32, 100, 101, 126, 1000, 1001])
+def test_a_fraction_that_is_advised_gives_the_blocks_that_fit(blocks: int) -> None:
+    for count in range(1, blocks + 1):
+        fraction = float(fraction_of_blocks(count, blocks))
+        assert 0 < fraction <= 1
+        assert blocks_of_fraction(fraction, blocks) == count
+    for policy in (
+        AdaGradSelect(fraction=float(fraction_of_blocks(blocks, blocks)), explore_steps=0),
+        TopK(fraction=float(fraction_of_blocks(blocks, blocks))),
+        RandomBlocks(fraction=float(fraction_of_blocks(blocks, blocks))),
+    ):
+        policy.start(blocks)
+        assert policy.blocks_per_step == blocks
+
+
+def test_the_advice_of_a_run_is_the_count_that_fits() -> None:
+    found = planner(workload(micro_batch=64, sequence=512))
+    largest, smaller = (found.plan(count, ("exploit",)) for count in (LAYERS, 4))
+    said = shortage(found, largest, math.ceil(smaller.gpu_needed), 10**12)
+    assert said is not None
+    advised = float(said.partition("--select_fraction ")[2].split(",")[0])
+    assert blocks_of_fraction(advised, LAYERS) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "explore_steps", "kinds"),
+    [
+        ("adagradselect", None, ("explore", "exploit")),
+        ("adagradselect", 0, ("exploit",)),
+        ("topk", 0, ("explore",)),
+        ("random", 0, ("exploit",)),
+        ("full", 0, ("exploit",)),
+    ],
+)
+def test_only_adagradselect_can_leave_exploring_out(
+    method: str, explore_steps: int | None, kinds: tuple[str, ...]
+) -> None:
+    assert _kinds_of_steps(SelectionArguments(method=method, explore_steps=explore_steps)) == kinds
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "loss_type", "loss"), [(0.0, "nll", "trl"), (0.1, "nll", "transformers"), (0.1, "dft", "trl")]
+)
+def test_smoothed_labels_need_the_logits_of_all_tokens(smoothing: float, loss_type: str, loss: str) -> None:
+    training = SimpleNamespace(
+        packing=False,
+        padding_free=False,
+        per_device_train_batch_size=2,
+        hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": {"stage": 2}}),
+        world_size=2,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        use_liger_kernel=False,
+        max_length=None,
+        pad_to_multiple_of=None,
+        label_smoothing_factor=smoothing,
+        loss_type=loss_type,
+    )
+    configuration: Any = SimpleNamespace(training=training, selection=SimpleNamespace(compile_layers=False))
+    trainer: Any = SimpleNamespace(train_dataset=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
+    assert _workload(configuration, trainer).loss == loss
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks"),
+    [
+        ({}, None),
+        ({"LOCAL_WORLD_SIZE": "4"}, 4),
+        ({"LOCAL_SIZE": "2"}, 2),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 8),
+        ({"LOCAL_WORLD_SIZE": "", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 8),
+    ],
+)
+def test_the_launcher_tells_how_many_ranks_share_the_host(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], ranks: int | None
+) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert _local_ranks() == ranks
 
 
 def test_a_model_that_cannot_be_planned_may_train() -> None:
@@ -267,6 +357,14 @@ def test_the_command_reads_a_model_folder_and_refuses_what_is_wrong(
             plan_memory.main(["--model", str(tmp_path), *wrong])
 
 
+def test_the_command_advises_a_fraction_only_where_it_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    for gpu_gb, words in (("1000", "all 26 blocks"), ("1", "not all 26 blocks")):
+        plan_memory.main(["--model", "qwen2.5-0.5b", "--method", "full", "--gpu_gb", gpu_gb])
+        printed = capsys.readouterr().out
+        assert f"fits      {gpu_gb} GB: {words}" in printed
+        assert "--fraction" not in printed
+
+
 def test_a_run_prints_its_plan_and_stops_if_it_does_not_fit(tmp_path: Path) -> None:
     model, rows = save_model(tmp_path / "model"), save_rows(tmp_path / "rows.jsonl", 8)
     run = settings(model, rows, tmp_path / "run", max_steps=1)
@@ -274,6 +372,7 @@ def test_a_run_prints_its_plan_and_stops_if_it_does_not_fit(tmp_path: Path) -> N
     assert refused.returncode != 0
     assert [line.startswith("agsel: error: the run needs") for line in refused.stdout.splitlines()].count(True) == 1
     assert "exploit" in refused.stdout
+    assert "Traceback" not in refused.stdout
     assert "done" not in refused.stdout
     forced = launch(WORKER, *run, "--force", "true", ranks=1)
     assert forced.returncode == 0, forced.stdout[-6000:]

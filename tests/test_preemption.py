@@ -102,6 +102,29 @@ def test_sigterm_to_all_processes_in_an_evaluation(
     require_goes_on_as(unbroken, run.folder, arguments, after=5)
 
 
+def test_a_stopped_run_keeps_the_checkpoint_to_go_on_from_beside_the_best_one(
+    parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The Trainer would delete it if one checkpoint may stay, and load the weights of the best one."""
+    best = {"load_best_model_at_end": "true", "save_total_limit": 1}
+    with announced_run(tmp_path, "step 7", ten_steps(parts, tmp_path, **EVALUATING, **SAVING, **best)) as run:
+        run.send(signal.SIGUSR1, "rank 1", run.reaches("step 7"))
+        require_stopped_after(7, "SIGUSR1 on rank 1", run)
+    assert checkpoints_in(run.folder)[0] == run.folder / "checkpoint-5"
+
+
+def test_a_new_run_does_not_take_over_the_folder_of_another(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    arguments = ten_steps(parts, tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    assert launch(TRAIN, *arguments, ranks=1).returncode == 0
+    before = (tmp_path / "config.yaml").read_bytes()
+    again = launch(TRAIN, *arguments, "--learning_rate", "0.1")
+    assert again.returncode != 0
+    assert "Traceback" not in again.stdout
+    [line] = [line for line in again.stdout.splitlines() if "agsel: error: " in line]
+    assert "checkpoint-1 of an earlier run" in line
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_sigusr1_in_the_last_step(parts: tuple[Path, Path], tmp_path: Path, unbroken: dict[str, torch.Tensor]) -> None:
     """Nothing is left to train then: resumed in the middle of an epoch, the run just exports."""

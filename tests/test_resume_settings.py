@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
+from agsel.training import SelectionArguments
+from agsel.training.resume import describe_for_resume, fingerprint_of_rows
 from tests.distributed import REPOSITORY
 from tests.test_launch import alone, said, scalars
+from tests.tiny import tiny_model
 from tests.tiny_run import save_model, save_rows, settings
 
 REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
@@ -32,6 +37,10 @@ REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
     ),
     "seed": ({"seed": 7}, ["seed was 42 and is 7 now (--seed, --data_seed;"]),
     "data seed": ({"data_seed": 7}, ["seed was 42 and is 7 now (--seed, --data_seed;"]),
+    "sampling": (
+        {"train_sampling_strategy": "sequential"},
+        ["order was random and is sequential now (--train_sampling_strategy;"],
+    ),
     "method": ({"method": "random"}, ["method was adagradselect and is random now (--method;"]),
     "blocks": ({"select_blocks": "all"}, ["blocks was layers and is all now (--select_blocks;"]),
     "learning rate": ({"learning_rate": 2e-2}, ["learning rate was 0.01 and is 0.02 now (--learning_rate;"]),
@@ -56,6 +65,10 @@ SAID: dict[str, tuple[dict[str, object], str]] = {
         "schedule was linear after 0 of warmup and is constant after 0 of warmup now: takes effect from here on",
     ),
     "clipping": ({"max_grad_norm": 1e-3}, "clipping was 1.0 and is 0.001 now: takes effect from here on"),
+    "loss": (
+        {"completion_only_loss": "false"},
+        "loss was on completions and is on all tokens now: takes effect from here on (--completion_only_loss,",
+    ),
 }
 
 
@@ -90,7 +103,9 @@ def outcomes(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(outcomes: dict[str, Any], case: str) -> None:
+def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(
+    folder: Path, outcomes: dict[str, Any], case: str
+) -> None:
     code, output, _ = outcomes[case]
     assert code == 1
     (line,) = said(output)
@@ -99,6 +114,7 @@ def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(outcomes: dict
         assert words in line
     assert line.count(" and is ") == (2 if case == "two" else 1), "no other setting is blamed"
     assert "set it back, or start a new run from the checkpoint's weights" in line
+    assert not (folder / case / "config.yaml").exists(), "the settings of the run before stay readable"
     assert "Traceback" not in output
 
 
@@ -130,3 +146,58 @@ def test_another_schedule_takes_effect(folder: Path, outcomes: dict[str, Any]) -
 def test_another_seed_of_the_selection_has_no_effect(folder: Path, outcomes: dict[str, Any]) -> None:
     nothing, other = ((folder / case / "selection.json").read_text() for case in ("nothing", "selection seed"))
     assert re.sub(r".*seed.*", "", other) == re.sub(r".*seed.*", "", nothing)
+
+
+def described(**selection: Any) -> dict[str, Any]:
+    """Of a run without a dataset file, a Trainer or an engine."""
+    training = SimpleNamespace(
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        world_size=1,
+        seed=42,
+        data_seed=None,
+        train_sampling_strategy="random",
+        learning_rate=1e-3,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        max_steps=1,
+        lr_scheduler_type=SimpleNamespace(value="linear"),
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        assistant_only_loss=False,
+    )
+    configuration: Any = SimpleNamespace(
+        training=training,
+        selection=SelectionArguments(**selection),
+        zero_stage=2,
+        model=SimpleNamespace(dtype="float32"),
+    )
+    trainer: Any = SimpleNamespace(
+        model=tiny_model(),
+        train_dataset=Dataset.from_dict({"input_ids": [[1, 2]]}),
+        completion_only_loss=False,
+        args=training,
+    )
+    return describe_for_resume(configuration, trainer)
+
+
+def test_full_fine_tuning_does_not_mention_what_it_does_not_read() -> None:
+    changed = {"select_fraction": 0.5, "selection_seed": 7}
+    assert described(method="full") == described(method="full", **changed)
+    assert described(method="topk") != described(method="topk", **changed)
+
+
+@pytest.mark.parametrize(("rows", "hashed"), [(1, 1), (999, 999), (1999, 1999), (2000, 1000), (2999, 1500)])
+def test_the_fingerprint_reads_a_bounded_number_of_rows(rows: int, hashed: int) -> None:
+    """Checkpoints hold it: another choice of rows would refuse them."""
+    read: list[int] = []
+
+    class Rows(Dataset):
+        def select(self, indices: Any, **options: Any) -> Dataset:
+            read.extend(indices)
+            return super().select(indices, **options)
+
+    fingerprint_of_rows(Rows(Dataset.from_dict({"input_ids": [[1]] * rows}).data))
+    assert len(read) == hashed

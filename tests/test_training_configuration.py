@@ -96,6 +96,44 @@ def test_impossible_settings_are_refused_by_name(recipe: Path, arguments: list[s
         parse("--config", recipe, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--deepspeed", "LIST"], r"no JSON object \(--deepspeed\)"),
+        (["--deepspeed", '{"zero_optimization": true}'], r"zero_optimization is no JSON object \(--deepspeed\)"),
+        (["--deepspeed", '{"zero_optimization": null}'], r"zero_optimization is no JSON object \(--deepspeed\)"),
+        (["--save_only_model", "true"], "--save_only_model.*cannot be resumed: leave it out"),
+    ],
+)
+def test_what_would_end_in_a_traceback_or_a_useless_checkpoint_is_refused(
+    recipe: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match=words):
+        parse("--config", recipe, *(word.replace("LIST", str(tmp_path / "list.json")) for word in arguments))
+
+
+def test_config_may_be_given_in_one_word(recipe: Path) -> None:
+    assert parse(f"--config={recipe}", "--method", "topk").selection.select_fraction == 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--config"], ["--config="], ["--config", "--method", "topk"]])
+def test_config_without_a_file_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(ValueError, match="no file after --config"):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize("name", ["select_fraction", "rank_timeout", "learning_rate", "explore_steps"])
+def test_null_in_the_file_is_refused_unless_it_means_something(recipe: Path, name: str) -> None:
+    settings = yaml.safe_load(recipe.read_text()) | {name: None}
+    recipe.write_text(yaml.safe_dump(settings))
+    if name == "explore_steps":
+        assert parse("--config", recipe).selection.explore_steps is None
+        return
+    with pytest.raises(ValueError, match=f"{name} has no value in the file of --config"):
+        parse("--config", recipe)
+
+
 def test_an_unknown_key_of_the_file_is_refused_by_name(recipe: Path) -> None:
     recipe.write_text(recipe.read_text() + "selectfraction: 0.3\n")
     with pytest.raises(ValueError, match=r"unknown setting 'selectfraction' in the file.*'select_fraction'"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from datasets.exceptions import DatasetNotFoundError
 
 from agsel.training.arguments import DataArguments
 from agsel.training.data import load_rows, require_labels, to_training_format
@@ -64,6 +65,57 @@ def test_missing_and_misspelt_columns_are_refused_by_name(arguments: DataArgumen
     with pytest.raises(ValueError, match=words) as refusal:
         mapped(arguments)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["data.question", "a:b", "a[b", "{a}"])
+def test_a_column_may_have_any_name(name: str) -> None:
+    rows = Dataset.from_dict({name: ["one?", None], "answer": [1, 2]})
+    fields = DataArguments(prompt_field=name, completion_field="answer")
+    assert text(to_training_format(rows, fields)) == [("one?", "1"), ("", "2")]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{question.nothing}", "row 0 .*no attribute 'nothing'"),
+        ("{question[nothing]}", "row 0 .*TypeError"),
+        ("{tags[1]}", "row 1 .*out of range"),
+        ("{level:d}", "row 1 .*format code 'd'"),
+        ("{level:{width}}", "row 0 .*width"),
+    ],
+)
+@pytest.mark.parametrize("side", ["prompt", "completion"])
+def test_templates_that_do_not_fit_a_row_are_refused(side: str, template: str, reason: str) -> None:
+    arguments = DataArguments(
+        **{f"{side}_template": template, "prompt_field": "question", "completion_field": "answer"}
+    )
+    with pytest.raises(ValueError, match=f"--{side}_template.*{reason}") as refusal:
+        mapped(arguments, tags=[["a", "b"], ["c"]], level=[1, None])
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"prompt": ["a"], "completion": [7]}, "completion column .* int, not text.*--completion_field completion"),
+        ({"prompt": [1.5], "completion": ["b"]}, "prompt column .* float, not text"),
+        ({"messages": [[{"from": "human", "value": "a"}]]}, "messages column .*role and content.*from, value"),
+        ({"prompt": [["a"]], "completion": ["b"]}, "prompt column .*role and content.*str"),
+    ],
+)
+def test_what_is_neither_text_nor_messages_is_refused(columns: dict[str, list[object]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        to_training_format(Dataset.from_dict(columns), DataArguments())
+
+
+@pytest.mark.parametrize("error", [DatasetNotFoundError("no such dataset"), ConnectionError("offline")])
+def test_a_hub_dataset_that_cannot_be_had_is_refused_by_name(error: OSError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("agsel.training.data.load_dataset", fail)
+    with pytest.raises(ValueError, match=rf"openai/gsm9k \(--dataset_name\): {error}"):
+        load_rows("openai/gsm9k", "train")
 
 
 @pytest.mark.parametrize("nothing", ["", "  \n", None])

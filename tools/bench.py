@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -112,8 +113,11 @@ def main() -> None:
     """Measure what the command line asks for, then write table and picture."""
     arguments = _parser().parse_args()
     folder = Path(arguments.output)
-    code = 0 if arguments.table_only else launch(arguments, folder)
-    rows = read_rows(folder / "rows.jsonl")
+    try:
+        code = 0 if arguments.table_only else launch(arguments, folder)
+        rows = measured_rows(folder)
+    except (OSError, ValueError) as error:
+        sys.exit(f"agsel: error: {' '.join(str(error).split())}")
     text = table(rows, arguments.peak_tflops)
     (folder / "table.md").write_text(text + "\n")
     print(text)
@@ -123,13 +127,31 @@ def main() -> None:
 
 def launch(arguments: argparse.Namespace, folder: Path) -> int:
     """Measure all configurations, one launch for each number of ranks. Returns the first exit code that is not 0."""
+    configurations = expand(read_plan(arguments.plan) if arguments.plan else [options_of(arguments)])
+    if arguments.rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {arguments.rounds} (--rounds)")
     folder.mkdir(parents=True, exist_ok=True)
-    options = yaml.safe_load(arguments.plan.read_text()) if arguments.plan else [options_of(arguments)]
-    configurations = expand(options)
     counts = dict.fromkeys(configuration.ranks for configuration in configurations)
     alike = [[one for one in configurations if one.ranks == ranks] for ranks in counts]
     codes = [launch_ranks(arguments, folder, members * arguments.rounds) for members in alike]
     return next(filter(None, codes), 0)
+
+
+def read_plan(path: Path) -> list[dict[str, Any]]:
+    """The option sets of a plan.
+
+    Raises:
+        ValueError: no such file, or no list of option sets in it.
+    """
+    if not path.is_file():
+        raise ValueError(f"no such file: {path} (--plan); tools/bench.yaml is one")
+    try:
+        plan = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML (--plan): {error}") from error
+    if not isinstance(plan, list) or not all(isinstance(options, dict) for options in plan):
+        raise ValueError(f"{path} is no list of option sets (--plan): write it as tools/bench.yaml")
+    return plan
 
 
 def launch_ranks(arguments: argparse.Namespace, folder: Path, configurations: Sequence[Configuration]) -> int:
@@ -173,7 +195,9 @@ def expand(option_sets: Iterable[dict[str, Any]]) -> list[Configuration]:
     configurations: dict[Configuration, None] = {}
     for options in option_sets:
         if unknown := options.keys() - OPTIONS.keys():
-            raise ValueError(f"unknown option {sorted(unknown)[0]!r} in the plan: use {', '.join(OPTIONS)}")
+            raise ValueError(f"unknown option {sorted(map(str, unknown))[0]!r} in the plan: use {', '.join(OPTIONS)}")
+        if missing := [name for name in ("models", "stages", "methods") if name not in options]:
+            raise ValueError(f"an option set of the plan has no {missing[0]}: add it")
         values = [value if isinstance(value, list) else [value] for value in options.values()]
         for chosen in itertools.product(*values):
             named = dict(zip((OPTIONS[name] for name in options), chosen, strict=True))
@@ -184,7 +208,12 @@ def expand(option_sets: Iterable[dict[str, Any]]) -> list[Configuration]:
 def _fields_of(named: dict[str, Any]) -> dict[str, Any]:
     """`shape` split in two, `on` and `off` as truth values."""
     if "shape" in named:
-        rows, _, length = str(named.pop("shape")).partition("x")
+        shape = str(named.pop("shape"))
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise ValueError(
+                f"{shape!r} is no shape (--shapes): write rows x tokens of a micro-batch, for example 8x512"
+            )
+        rows, length = shape.split("x")
         named |= {"micro_batch": int(rows), "sequence": int(length)}
     return {name: {"on": True, "off": False}.get(value, value) for name, value in named.items()}
 
@@ -192,6 +221,18 @@ def _fields_of(named: dict[str, Any]) -> dict[str, Any]:
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The option set of the command line."""
     return {name: getattr(arguments, name) for name in OPTIONS}
+
+
+def measured_rows(folder: Path) -> list[dict[str, Any]]:
+    """`read_rows` of the folder of a run.
+
+    Raises:
+        ValueError: nothing has been measured there.
+    """
+    path = folder / "rows.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no rows.jsonl: measure first, tools/bench.py --output {folder}")
+    return read_rows(path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -285,6 +326,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Time by phase and peak memory of every group, as horizontal bars."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         print("no picture without matplotlib: pip install 'agsel[bench]', then --table_only")
         return
@@ -292,11 +334,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     heights = [len(members) + 1.5 for members in grouped.values()]
     if not grouped:
         return
-    figure = Figure(figsize=(11, 0.3 * sum(heights) + 0.8), layout="constrained")
+    figure = Figure(figsize=(11, 0.3 * sum(heights) + 0.8), layout=ConstrainedLayoutEngine(w_pad=0.12))
     axes = figure.subplots(len(grouped), 2, squeeze=False, height_ratios=heights)
     for (times, memory), (title, members) in zip(axes, grouped.items(), strict=True):
         _draw_group(times, memory, title, members)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    figure.suptitle("bold: agsel's methods", x=0.01, ha="left", fontsize="small", fontweight="bold")
     figure.savefig(path, dpi=150)
 
 
@@ -304,25 +347,31 @@ def _draw_group(times: Any, memory: Any, title: str, rows: Sequence[dict[str, An
     labels = [configuration_of(row).label for row in rows]
     left = [0.0] * len(rows)
     for phase, colour in PHASES.items():
-        widths = [row[phase] or 0.0 for row in rows]
+        widths = [phase_widths(row)[phase] for row in rows]
         times.barh(labels, widths, left=left, color=colour, label=phase.removesuffix("_ms"))
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    undivided = [
-        row["ms_per_step"] - drawn if row["forward_ms"] is None else 0 for row, drawn in zip(rows, left, strict=True)
-    ]
+    undivided = [row["ms_per_step"] - drawn for row, drawn in zip(rows, left, strict=True)]
     times.barh(labels, undivided, color="#8c8c8c")
     peaks = [(row["peak_bytes"] or 0) / 1e9 for row in rows]
     memory.barh(labels, peaks, color="#8172b3")
     times.set_title(f"{title}: ms/step", fontsize="small", loc="left")
     memory.set_title("peak GB per GPU", fontsize="small", loc="left")
     for axis, lengths in ((times, [row["ms_per_step"] for row in rows]), (memory, peaks)):
-        drawn = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*axis.containers, strict=True)]
-        for position, (end, length) in enumerate(zip(drawn, lengths, strict=True)):
-            axis.text(end, position, f" {length:.3g}", va="center", fontsize="x-small")
+        for position, length in enumerate(lengths):
+            axis.text(length, position, f" {length:.3g}", va="center", fontsize="x-small")
         axis.set_xlim(0, 1.1 * max(lengths) or 1)
         axis.invert_yaxis()
         axis.tick_params(labelsize="small")
+        for label, row in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("bold" if row["method"] in MOVING_STATES else "normal")
         axis.spines[["top", "right"]].set_visible(False)
+
+
+def phase_widths(row: dict[str, Any]) -> dict[str, float]:
+    """Each phase's share of the median step: the medians of the phases do not sum to it. Zeros without phases."""
+    times = {phase: row[phase] or 0.0 for phase in PHASES}
+    scale = row["ms_per_step"] / (sum(times.values()) or 1)
+    return {phase: time * scale for phase, time in times.items()}
 
 
 def _free_port() -> int:

@@ -23,6 +23,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import agsel
 from agsel.blocks import decoder_layers
+from agsel.policies import blocks_of_fraction
 from agsel.training.memory import spread_evenly
 
 Starter = Callable[[PreTrainedModel, Configuration], tuple[Any, "agsel.Selection | None"]]
@@ -120,8 +121,7 @@ def start_bound(model: PreTrainedModel, configuration: Configuration) -> tuple[A
 
 def expected_set(layers: int, fraction: float) -> list[int]:
     """The expected order statistics of k layers drawn at random: on average the backward goes as deep as theirs."""
-    k = max(1, int(fraction * layers + 1e-9))
-    return spread_evenly(layers, k)
+    return spread_evenly(layers, blocks_of_fraction(fraction, layers))
 
 
 def selecting(policy_of: Callable[[float], agsel.Policy]) -> Starter:

@@ -10,12 +10,13 @@ second and GPU against those of the fewest GPUs measured.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import Configuration, configuration_of, gigabytes, origins, read_rows
+from bench import Configuration, configuration_of, gigabytes, measured_rows, origins
 
 COLUMNS = (
     *("model", "ZeRO", "method", "GPUs", "ms/step (10-90 %)", "tokens/s/GPU", "peak GB", "moved GB", "exposed"),
@@ -23,6 +24,8 @@ COLUMNS = (
 )
 SUMMARY = ("model", "ZeRO", "method", "ms/step", "peak GB", "exposed", "weak", "strong")
 FULL = "full"
+MARKERS = {1: "o", 2: "s", 3: "^"}
+IDEAL = "ideal: in proportion\nto the GPUs"
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="--output of tools/bench.py")
     folder = parser.parse_args().folder
-    rows = [row for row in read_rows(folder / "rows.jsonl") if not row["error"]]
+    try:
+        rows = [row for row in measured_rows(folder) if not row["error"]]
+    except (OSError, ValueError) as error:
+        sys.exit(f"agsel: error: {error}")
     kinds = {"weak": weak_scaling(rows), "strong": strong_scaling(rows)}
     sections = [summary(kinds), *(section(name, series) for name, series in kinds.items()), origins(rows)]
     text = "\n".join(line for lines in sections for line in lines)
@@ -127,12 +133,24 @@ def section(name: str, series: Sequence[Series]) -> list[str]:
     """A title and one line for each row of the series, in Markdown; nothing without series."""
     if not series:
         return []
-    one = series[0].configuration
-    shape = f"{one.micro_batch if name == 'weak' else one.micro_batch * one.ranks} x {one.sequence} tokens"
-    title = f"**{name} scaling, {shape} {'per GPU' if name == 'weak' else 'on all GPUs together'}**"
+    where = "per GPU" if name == "weak" else "on all GPUs together"
+    title = f"**{name} scaling, {_rows(name, series[0])} x {series[0].configuration.sequence} tokens {where}**"
     head = ["| " + " | ".join(COLUMNS) + " |", "|---|---:|---" + "|---:" * (len(COLUMNS) - 3) + "|"]
     lines = [f"| {' | '.join(_cells(member, ranks, series))} |" for member in series for ranks in member.rows]
     return [title, "", *head, *lines, ""]
+
+
+def _rows(name: str, series: Series) -> int:
+    """Rows that stay the same while GPUs are added: of each in weak scaling, of all in strong scaling."""
+    one = series.configuration
+    return one.micro_batch if name == "weak" else one.micro_batch * one.ranks
+
+
+def _title(name: str, series: Iterable[Series]) -> str:
+    """`weak: 8 rows per GPU`; the rows are left out where series differ in them."""
+    counts = {_rows(name, one) for one in series}
+    rows = f"{min(counts)} rows" if len(counts) == 1 else "equal rows"
+    return f"{name}: {rows} {'per GPU' if name == 'weak' else 'in all'}"
 
 
 def _cells(series: Series, ranks: int, others: Iterable[Series]) -> list[str]:
@@ -177,11 +195,14 @@ def draw(kinds: dict[str, list[Series]], path: Path) -> None:
     for axes, (name, series) in zip(grid, drawn.items(), strict=True):
         for axis, model in zip(axes, models, strict=True):
             _draw_model(axis, [one for one in series if one.configuration.model == model])
-            axis.set_title(f"{name}: {model}", fontsize="small", loc="left")
-        axes[0].set_ylabel("1000 tokens/s, all GPUs")
+            axis.set_title(model, fontsize="small", loc="left")
+        axes[0].set_ylabel(f"{_title(name, series)}\n1000 tokens/s, all GPUs")
     for axis in grid[-1]:
         axis.set_xlabel("GPUs")
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    lines = {line.get_label(): line for axes in grid for axis in axes for line in axis.lines}
+    named = {label: line for label, line in lines.items() if not label.startswith("_")}
+    named |= {IDEAL: named.pop(IDEAL)}
+    figure.legend(named.values(), named.keys(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -189,10 +210,13 @@ def _draw_model(axis: Any, series: Sequence[Series]) -> None:
     for one in series:
         configuration = one.configuration
         style = {"linestyle": "--" if configuration.method == FULL else "-", "color": f"C{configuration.stage - 1}"}
+        marker = {"marker": MARKERS[configuration.stage], "markerfacecolor": "none", "markersize": 6}
         speeds = [ranks * row["tokens_per_second"] / 1000 for ranks, row in one.rows.items()]
-        label = f"ZeRO-{configuration.stage} {configuration.label}"
-        axis.plot(list(one.rows), speeds, marker="o", markersize=4, label=label, **style)
-    axis.set_xticks(sorted({ranks for one in series for ranks in one.rows}))
+        axis.axline((0, 0), (min(one.rows), speeds[0]), color="0.75", linewidth=0.7, zorder=1, label=IDEAL)
+        axis.plot(list(one.rows), speeds, label=f"ZeRO-{configuration.stage} {configuration.label}", **style, **marker)
+    counts = sorted({ranks for one in series for ranks in one.rows})
+    axis.set_xticks(counts)
+    axis.set_xlim(0, 1.05 * counts[-1])
     axis.set_ylim(bottom=0, auto=True)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

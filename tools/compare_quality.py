@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 import yaml
+
+from agsel.training.arguments import METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "transformers", "trl")
@@ -43,7 +46,7 @@ class Run:
         """From `METHOD:RATE[:STAGE]`.
 
         Raises:
-            ArgumentTypeError: it is not of that form.
+            ArgumentTypeError: it is not of that form, or there is no such method.
         """
         method, *numbers = text.split(":")
         try:
@@ -53,6 +56,8 @@ class Run:
         except ValueError:
             message = f"{text!r} is not METHOD:RATE[:STAGE], for example adagradselect:8e-4 or full:2e-4:3"
             raise argparse.ArgumentTypeError(message) from None
+        if method not in METHODS:
+            raise argparse.ArgumentTypeError(f"unknown method {method!r} in {text!r}: use one of {', '.join(METHODS)}")
         return cls(method, rate, stage)
 
     @property
@@ -66,12 +71,46 @@ def main() -> None:
     own, passed_on = _split(sys.argv[1:])
     parser = _parser()
     arguments = parser.parse_args(own)
-    if not arguments.config.is_file():
-        parser.error(f"--config: there is no {arguments.config}, launch/recipes/ has some")
-    recipe = yaml.safe_load(arguments.config.read_text())
+    try:
+        recipe = read_recipe(arguments)
+    except ValueError as error:
+        parser.error(" ".join(str(error).split()))
+    try:
+        compare(recipe, arguments, passed_on)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(f"agsel: error: {_failure(error)}")
+
+
+def read_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--config`.
+
+    Raises:
+        ValueError: there is no such file, it is no YAML, or it lacks a setting that the comparison needs.
+    """
+    path = arguments.config
+    if not path.is_file():
+        raise ValueError(f"--config: there is no {path}, launch/recipes/ has some")
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is no YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"--config {path} has no settings: write one `name: value` a line, as launch/recipes/ do")
     if arguments.heldout is None and "dataset_test_split" not in recipe:
-        parser.error(f"{arguments.config} names no held-out rows (dataset_test_split): give a file of them (--heldout)")
-    folder = Path(arguments.output)
+        raise ValueError(f"{path} names no held-out rows (dataset_test_split): give a file of them (--heldout)")
+    for name in ("model_name_or_path", *(("dataset_name",) if arguments.heldout is None else ())):
+        if name not in recipe:
+            raise ValueError(f"--config {path} has no {name}: add it")
+    return recipe
+
+
+def compare(recipe: dict[str, Any], arguments: argparse.Namespace, passed_on: Sequence[str]) -> None:
+    """Train and evaluate every run, then print the table.
+
+    Raises:
+        CalledProcessError: a command failed.
+    """
+    folder = arguments.output
     before = evaluate(recipe["model_name_or_path"], recipe, folder / "before.json", arguments)
     rows = []
     for run in arguments.runs:
@@ -80,6 +119,12 @@ def main() -> None:
         rows.append({"run": run, "seconds": seconds, "after": after})
     print(table(before, rows))
     print(setting(arguments.ranks))
+
+
+def _failure(error: OSError | subprocess.CalledProcessError) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"exit code {error.returncode}, the reason is above, of the command: {shlex.join(error.cmd)}"
+    return str(error)
 
 
 def train(run: Run, output: Path, arguments: argparse.Namespace, passed_on: Sequence[str]) -> float:
@@ -139,13 +184,24 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(words[:cut]), list(words[cut + 1 :])
 
 
+def _here(path: str) -> Path:
+    """Of the folder the user is in: the commands run in the repository."""
+    return Path(path).resolve()
+
+
+def _here_if_file(name: str) -> str:
+    return str(_here(name)) if Path(name).exists() else name
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="recipe of launch/recipes/")
+    parser.add_argument("--config", type=_here, required=True, help="recipe of launch/recipes/")
     parser.add_argument("--runs", nargs="+", required=True, type=Run.parse, metavar="METHOD:RATE[:STAGE]")
-    parser.add_argument("--heldout", help="hub name or file with rows like the recipe's, in place of its test split")
+    parser.add_argument(
+        "--heldout", type=_here_if_file, help="hub name or file with rows like the recipe's, in place of its test split"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="processes, one a GPU")
-    parser.add_argument("--output", default="runs/comparison", help="folder for the runs")
+    parser.add_argument("--output", type=_here, default="runs/comparison", help="folder for the runs")
     parser.add_argument("--generate", action="store_true", help="also measure exact match by greedy generation (slow)")
     return parser
 

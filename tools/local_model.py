@@ -307,8 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{MODEL_NAME}: already complete in {options.output}")
         else:
             build(options.output, options.dtype, options.gguf)
-    except (ValueError, zipfile.BadZipFile) as error:
-        sys.exit(f"local_model: {error}")
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        sys.exit(f"agsel: error: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from model_shapes import MODEL_SHAPES, model_config
 
+from agsel.policies import blocks_of_fraction, fraction_of_blocks
 from agsel.training.arguments import METHODS
 from agsel.training.memory import KINDS_OF_STEPS, Planner, meta_model
 from agsel.training.rehearsal import Workload, ZeroSettings
@@ -42,6 +43,10 @@ def describe(options: argparse.Namespace) -> str:
     """
     if not 0 < options.fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {options.fraction} (--fraction)")
+    for name in ("gpus", "gpus_per_host", "micro_batch", "sequence", "accumulation"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value} (--{name})")
     if options.compile and options.stage == 3:
         raise ValueError("compiled layers do not work at ZeRO-3: use --stage 1 or 2, or leave out --compile")
     planner = Planner(
@@ -53,14 +58,21 @@ def describe(options: argparse.Namespace) -> str:
     )
     kinds = KINDS_OF_STEPS[options.method]
     total = planner.number_of_blocks
-    count = total if options.method == "full" else max(1, int(options.fraction * total + 1e-9))
+    count = total if options.method == "full" else blocks_of_fraction(options.fraction, total)
     most = planner.most_blocks(options.gpu_gb * 1e9, kinds)
-    fitting = (
-        f"at most {most} of {total} blocks per step (--fraction {most / total:.2f})" if most else "not even one block"
-    )
+    fitting = describe_fitting(options.method, most, total)
     return "\n".join(
         [describe_memory(planner.plan(count, (*kinds, "full"))), f"fits      {options.gpu_gb:g} GB: {fitting}"]
     )
+
+
+def describe_fitting(method: str, most: int, total: int) -> str:
+    """What a GPU can hold, when `most` of all blocks fit."""
+    if method == "full":
+        return f"{'all' if most == total else 'not all'} {total} blocks"
+    if not most:
+        return "not even one block"
+    return f"at most {most} of {total} blocks per step (--fraction {fraction_of_blocks(most, total)})"
 
 
 def workload(options: argparse.Namespace) -> Workload:

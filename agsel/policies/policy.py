@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,18 @@ from typing import Any
 import numpy as np
 
 logger = logging.getLogger("agsel")
+
+
+def blocks_of_fraction(fraction: float, blocks: int) -> int:
+    """k = max(1, int(fraction * blocks)): the paper truncates."""
+    rounding_slack = 1e-9  # 0.29 * 100 is 28.999999999999996, and 29 is meant
+    return max(1, int(fraction * blocks + rounding_slack))
+
+
+def fraction_of_blocks(count: int, blocks: int) -> str:
+    """A short decimal that `blocks_of_fraction` turns into this count again, which must be 1 or more."""
+    digits = max(2, len(str(blocks - 1)))  # one digit less could stand for the next count
+    return f"{math.ceil(10**digits * count / blocks) / 10**digits:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -147,9 +160,8 @@ class FractionPolicy(Policy):
 
     @property
     def blocks_per_step(self) -> int:
-        """k = max(1, int(fraction * blocks)): the paper truncates."""
-        rounding_slack = 1e-9  # 0.29 * 100 is 28.999999999999996, and 29 is meant
-        return max(1, int(self.fraction * self.number_of_blocks + rounding_slack))
+        """k, the `blocks_of_fraction`."""
+        return blocks_of_fraction(self.fraction, self.number_of_blocks)
 
     def _largest(self, values: Sequence[float] | np.ndarray) -> tuple[int, ...]:
         """Indices of the `blocks_per_step` largest values, ascending; ties go to the earlier block."""

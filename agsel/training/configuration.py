@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
@@ -52,7 +52,7 @@ def parse_configuration(arguments: Sequence[str], defaults: dict[str, Any]) -> C
     parser.set_defaults(**defaults)
     try:
         script, training, model, selection, data, safety, *unknown = parser.parse_args_and_config(
-            list(arguments), return_remaining_strings=True, separate_remaining_strings=True
+            _with_config_apart(arguments), return_remaining_strings=True, separate_remaining_strings=True
         )
     except yaml.YAMLError as error:
         raise ValueError(f"the file of --config is no YAML: {error}") from error
@@ -73,6 +73,20 @@ def write_configuration(configuration: Configuration) -> Path:
     return path
 
 
+def _with_config_apart(arguments: Sequence[str]) -> list[str]:
+    """`--config=FILE` in two words: `TrlParser` looks for the word `--config` only."""
+    words = [word for argument in arguments for word in _words(argument)]
+    if "--config" in words:
+        file = words[words.index("--config") + 1 :][:1]
+        if not file or not file[0] or file[0].startswith("--"):
+            raise ValueError("no file after --config: name a YAML file")
+    return words
+
+
+def _words(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
 class _Parser(TrlParser):
     """`TrlParser` whose complaints are one-line `ValueError`s, and which keeps what it parsed."""
 
@@ -91,11 +105,23 @@ class _Parser(TrlParser):
         _require_possible(self.resolved)
         return parsed, remaining
 
+    def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        for name in sorted(_never_none() & settings.keys()):
+            if settings[name] is None and self.get_default(name) is not None:
+                raise ValueError(f"{name} has no value in the file of --config: give it one, or leave the line out")
+        return super().set_defaults_with_config(**settings)
+
     def refuse_unknown(self, names: Iterable[str], where: str) -> None:
         name = next((name for name in names if name.startswith("--")), next(iter(names), None))
         if name is not None:
             name = name.removeprefix("--").split("=")[0]
             raise ValueError(f"unknown setting {name!r} {where}{suggestion(name, self.resolved)}")
+
+
+def _never_none() -> set[str]:
+    """Names of the settings that cannot be None."""
+    types = {name: hint for group in GROUPS for name, hint in get_type_hints(group).items()}
+    return {name for name, hint in types.items() if type(None) not in get_args(hint)}
 
 
 def _require_possible(settings: dict[str, Any]) -> None:
@@ -106,13 +132,22 @@ def _require_possible(settings: dict[str, Any]) -> None:
         raise ValueError("no model: name a folder or a hub model (--model_name_or_path)")
     if settings["dataset_streaming"]:
         raise ValueError("agsel checks every row before it trains: streaming is not supported (--dataset_streaming)")
+    if settings["save_only_model"]:
+        raise ValueError(
+            "--save_only_model would make checkpoints that cannot be resumed: leave it out, the trained model is "
+            "written to model/ anyway"
+        )
     _require_zero(settings["deepspeed"])
 
 
-def _require_zero(deepspeed: str | dict[str, Any] | None) -> None:
+def _require_zero(deepspeed: Any) -> None:
     """The DeepSpeed configuration (a file or the settings themselves) has a stage that agsel can train and export."""
-    settings = _read_deepspeed(deepspeed) if isinstance(deepspeed, str) else deepspeed
-    zero = (settings or {}).get("zero_optimization", {})
+    settings = (_read_deepspeed(deepspeed) if isinstance(deepspeed, str) else deepspeed) or {}
+    if not isinstance(settings, dict):
+        raise ValueError("the DeepSpeed settings are no JSON object (--deepspeed): ds_configs/ has examples")
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError("zero_optimization is no JSON object (--deepspeed): ds_configs/ has one for each stage")
     if zero.get("stage") not in (1, 2, 3):
         raise ValueError("zero_optimization.stage is not 1, 2 or 3 (--deepspeed): ds_configs/ has one of each")
     for name in REFUSED_ZERO_SETTINGS:
@@ -128,13 +163,13 @@ def _require_zero(deepspeed: str | dict[str, Any] | None) -> None:
         )
 
 
-def _read_deepspeed(deepspeed: str) -> dict[str, Any]:
+def _read_deepspeed(deepspeed: str) -> Any:
     inline = deepspeed.startswith("{")
     if not inline and not Path(deepspeed).is_file():
         raise ValueError(f"no such file: {deepspeed} (--deepspeed)")
     try:
         return json.loads(deepspeed if inline else Path(deepspeed).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{deepspeed} is no JSON (--deepspeed): {error}") from error
 
 

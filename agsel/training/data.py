@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ def load_rows(name: str | None, split: str, config: str | None = None) -> Datase
             f"cannot load {name} (--dataset_name), split {split!r} (--dataset_train_split, --dataset_test_split; "
             f"train[90%:] is the end of train): {error}"
         ) from error
+    except OSError as error:
+        raise ValueError(
+            f"cannot find or reach the dataset {name} (--dataset_name): {error}; correct the name, or give a file"
+        ) from error
     if not len(rows):
         raise ValueError(f"{name} has no rows in split {split!r} (--dataset_name): give it at least one")
     return rows
@@ -56,9 +60,16 @@ def to_training_format(rows: Dataset, arguments: DataArguments) -> Dataset:
         ValueError: a field or template names a missing column, one of prompt and completion is not given, or a row
             has nothing to learn.
     """
-    templates = _templates(rows, arguments)
-    if templates:
-        rows = rows.map(_render, fn_kwargs=templates, remove_columns=rows.column_names, desc="Mapping columns")
+    sources = _sources(rows, arguments)
+    if sources:
+        rows = rows.map(
+            _render,
+            with_indices=True,
+            fn_kwargs={"sources": sources},
+            remove_columns=rows.column_names,
+            desc="Mapping columns",
+        )
+    _require_known_format(rows)
     _require_targets(rows)
     return rows.add_column(ROW_NUMBER, list(range(len(rows))))
 
@@ -93,8 +104,8 @@ def _require_packed_labels(prepared: Dataset, max_length: int | None) -> None:
             )
 
 
-def _templates(rows: Dataset, arguments: DataArguments) -> dict[str, str]:
-    """Format strings of prompt and completion, or nothing where the dataset's own format is used."""
+def _sources(rows: Dataset, arguments: DataArguments) -> dict[str, tuple[str, bool]]:
+    """For prompt and completion a template or a column, and whether it is a template; nothing where none is set."""
     columns = rows.column_names
     given = {
         side: (getattr(arguments, f"{side}_field"), getattr(arguments, f"{side}_template"))
@@ -107,24 +118,25 @@ def _templates(rows: Dataset, arguments: DataArguments) -> dict[str, str]:
                 "(--prompt_field, --completion_field), or bring prompt and completion, or messages"
             )
         return {}
-    templates = {}
+    sources = {}
     for side, (column, template) in given.items():
         if column is None and template is None:
             raise ValueError(f"the {side} is not given (--{side}_field): name one of the columns {', '.join(columns)}")
         if column is not None:
             _require_column(column, columns, f"--{side}_field")
-        templates[side] = _check_template(template, columns, f"--{side}_template") if template else f"{{{column}}}"
-    return templates
+        if template:
+            _check_template(template, columns, f"--{side}_template")
+        sources[side] = (template, True) if template else (column, False)
+    return sources
 
 
-def _check_template(template: str, columns: list[str], flag: str) -> str:
+def _check_template(template: str, columns: list[str], flag: str) -> None:
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ValueError(f"{flag} {template!r} is no Python format string: {error}") from error
     for name in names:
         _require_column(re.split(r"[.\[]", name)[0], columns, flag)
-    return template
 
 
 def _require_column(column: str, columns: list[str], flag: str) -> None:
@@ -134,9 +146,47 @@ def _require_column(column: str, columns: list[str], flag: str) -> None:
         )
 
 
-def _render(row: Mapping[str, Any], prompt: str, completion: str) -> dict[str, str]:
+def _render(row: Mapping[str, Any], number: int, sources: Mapping[str, tuple[str, bool]]) -> dict[str, str]:
     values = {column: "" if value is None else value for column, value in row.items()}
-    return {"prompt": prompt.format_map(values), "completion": completion.format_map(values)}
+    return {
+        side: _fill(source, values, f"--{side}_template", number) if is_template else str(values[source])
+        for side, (source, is_template) in sources.items()
+    }
+
+
+def _fill(template: str, values: Mapping[str, Any], flag: str, number: int) -> str:
+    try:
+        return template.format_map(values)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{flag} {template!r} does not fit row {number} of the dataset, {type(error).__name__}: {error}; "
+            "name only what every row has (an empty field counts as text)"
+        ) from error
+
+
+def _require_known_format(rows: Dataset) -> None:
+    """What is learnt is text, or messages as TRL reads them. A column has one type: its first value tells."""
+    columns = ("prompt", "completion") if "completion" in rows.column_names else ("messages",)
+    first = rows[0]
+    for column in columns:
+        value = first.get(column)
+        if isinstance(value, list):
+            _require_messages(value, column)
+        elif not isinstance(value, str | None):
+            raise ValueError(
+                f"the {column} column of the dataset holds {type(value).__name__}, not text: "
+                "--prompt_field prompt --completion_field completion make text of any column"
+            )
+
+
+def _require_messages(messages: Sequence[Any], column: str) -> None:
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            found = ", ".join(message) if isinstance(message, Mapping) else type(message).__name__
+            raise ValueError(
+                f"the {column} column of the dataset is no list of messages with role and content, it has {found}: "
+                "rename these, or name columns of text (--prompt_field, --completion_field)"
+            )
 
 
 def _require_targets(rows: Dataset) -> None:

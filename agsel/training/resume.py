@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import Trainer
+from trl import SFTTrainer
 
 from agsel.blocks import global_numel
 from agsel.training import checkpoints
+from agsel.training.arguments import SelectionArguments
 from agsel.training.configuration import Configuration
 
 ROWS_HASHED = 1000
@@ -29,6 +30,7 @@ REFUSED = {
         "it tells how many rows the run has seen",
     ),
     "seed": ("--seed, --data_seed", "the order of the rows follows from it"),
+    "order": ("--train_sampling_strategy", "the rows that the run has not seen yet follow from it"),
     "method": ("--method", "the saved state of the selection is of that method"),
     "blocks": ("--select_blocks", "the saved state of the selection is over them"),
     "learning rate": ("--learning_rate", "the saved schedule goes on"),
@@ -44,6 +46,7 @@ EFFECTS = {
     "steps": f"{TAKES_EFFECT}, and the learning rate falls towards the new end (--max_steps, --num_train_epochs)",
     "schedule": f"{TAKES_EFFECT} (--lr_scheduler_type, --warmup_steps)",
     "clipping": f"{TAKES_EFFECT} (--max_grad_norm)",
+    "loss": f"{TAKES_EFFECT} (--completion_only_loss, --assistant_only_loss)",
 }
 """What becomes of the others when they change."""
 
@@ -76,7 +79,7 @@ def find_checkpoint(wanted: str | None, run_folder: Path, group: Any) -> Path | 
     return newest
 
 
-def describe_for_resume(configuration: Configuration, trainer: Trainer) -> dict[str, Any]:
+def describe_for_resume(configuration: Configuration, trainer: SFTTrainer) -> dict[str, Any]:
     """What a resumed run is compared by: plain values."""
     training, selection = configuration.training, configuration.selection
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -87,18 +90,34 @@ def describe_for_resume(configuration: Configuration, trainer: Trainer) -> dict[
         "dataset": fingerprint_of_rows(trainer.train_dataset),
         "examples per step": per_step,
         "seed": training.seed if training.data_seed is None else training.data_seed,
+        "order": str(training.train_sampling_strategy),
         "method": selection.method,
         "blocks": selection.taking_part,
         "learning rate": training.learning_rate,
         "weight decay": training.weight_decay,
         "adam": f"betas {training.adam_beta1:g} {training.adam_beta2:g}, epsilon {training.adam_epsilon:g}",
         "ranks": training.world_size,
-        "fraction": selection.select_fraction,
         "steps": training.max_steps if training.max_steps > 0 else f"those of {training.num_train_epochs:g} epochs",
         "schedule": f"{training.lr_scheduler_type.value} after {training.warmup_steps:g} of warmup",
         "clipping": training.max_grad_norm,
-        "selection seed": selection.selection_seed if selection.selection_seed is not None else training.seed,
+        "loss": _learnt_tokens(trainer),
+        **_describe_choice(selection, training.seed),
     }
+
+
+def _describe_choice(selection: SelectionArguments, seed: int) -> dict[str, Any]:
+    """What `--method full` does not read."""
+    if selection.method == "full":
+        return {}
+    return {
+        "fraction": selection.select_fraction,
+        "selection seed": seed if selection.selection_seed is None else selection.selection_seed,
+    }
+
+
+def _learnt_tokens(trainer: SFTTrainer) -> str:
+    only = {"on completions": trainer.completion_only_loss, "on assistant messages": trainer.args.assistant_only_loss}
+    return " and ".join(name for name, chosen in only.items() if chosen) or "on all tokens"
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -126,7 +145,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def fingerprint_of_rows(rows: Dataset) -> str:
-    """Of their number and of the tokens of up to `ROWS_HASHED` of them, spread evenly."""
+    """Of their number and the tokens of some, spread evenly: `ROWS_HASHED` to just under twice as many, or all."""
     step = max(1, len(rows) // ROWS_HASHED)
     digest = hashlib.sha256(str(len(rows)).encode())
     for row in rows.select(range(0, len(rows), step)).select_columns("input_ids"):
@@ -134,7 +153,7 @@ def fingerprint_of_rows(rows: Dataset) -> str:
     return f"{len(rows)} rows ({digest.hexdigest()[:8]})"
 
 
-def _fingerprint_of_model(trainer: Trainer) -> str:
+def _fingerprint_of_model(trainer: SFTTrainer) -> str:
     parameters = trainer.model.named_parameters()
     shapes = [(name, tuple(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in parameters]
     numel = global_numel(trainer.model.parameters())

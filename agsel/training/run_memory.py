@@ -11,13 +11,17 @@ from torch import nn
 from transformers import Trainer
 from trl import SFTConfig
 
-from agsel.policies import Policy
+from agsel.policies import Policy, fraction_of_blocks
 from agsel.training.arguments import SelectionArguments
 from agsel.training.configuration import Configuration
 from agsel.training.memory import KINDS_OF_STEPS, MemoryPlan, Planner, StepKind, meta_copy
 from agsel.training.rehearsal import Workload, ZeroSettings
+from agsel.training.rehearsal.workload import Loss
 from agsel.training.summary import blocks_per_step, describe_memory
 from agsel.zero.host_memory import available_bytes
+
+LOCAL_RANKS_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+"""Of torchrun and `launch/train.sbatch`, the DeepSpeed launcher, Open MPI."""
 
 
 def plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy) -> tuple[str, str | None]:
@@ -48,10 +52,10 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
     plan = planner.plan(blocks_per_step(policy, planner.number_of_blocks), kinds)
     host = available_bytes() + _weights_on_host(trainer.model) * plan.ranks_per_host
     gpu = 0 if training.use_cpu else torch.cuda.get_device_properties(training.device).total_memory
-    return describe_memory(plan), shortage(planner, plan, gpu, host)
+    return describe_memory(plan), shortage(planner, plan, gpu, host, all_blocks=selection.method == "full")
 
 
-def shortage(planner: Planner, plan: MemoryPlan, gpu: int, host: int) -> str | None:
+def shortage(planner: Planner, plan: MemoryPlan, gpu: int, host: int, *, all_blocks: bool = False) -> str | None:
     """One line on what a run lacks and what would fit, None if it fits.
 
     Args:
@@ -59,6 +63,7 @@ def shortage(planner: Planner, plan: MemoryPlan, gpu: int, host: int) -> str | N
         plan: of the run.
         gpu: bytes of each GPU.
         host: bytes free on this host.
+        all_blocks: the method updates all of them, whatever the fraction.
     """
     if plan.host_needed > host:
         return (
@@ -67,8 +72,8 @@ def shortage(planner: Planner, plan: MemoryPlan, gpu: int, host: int) -> str | N
         )
     if not plan.steps or plan.gpu_needed <= gpu:
         return None
-    count = planner.most_blocks(gpu, tuple(plan.steps))
-    smaller = f"--select_fraction {math.floor(100 * count / planner.number_of_blocks) / 100:.2f}, a " if count else "a "
+    count = 0 if all_blocks else planner.most_blocks(gpu, tuple(plan.steps))
+    smaller = f"--select_fraction {fraction_of_blocks(count, planner.number_of_blocks)}, a " if count else "a "
     return (
         f"the run needs {plan.gpu_needed / 1e9:.1f} GB on each GPU, with CUDA, NCCL and gaps, which has "
         f"{gpu / 1e9:.1f} GB: use {smaller}smaller --per_device_train_batch_size or --max_length, "
@@ -98,7 +103,14 @@ def _workload(configuration: Configuration, trainer: Trainer) -> Workload:
         padded=not unpadded,
         compiled=configuration.selection.compile_layers,
         liger_layers=training.use_liger_kernel,
+        loss=_loss(training),
     )
+
+
+def _loss(training: SFTConfig) -> Loss:
+    """TRL smooths the labels of its default loss by the logits of all tokens; its others are fused."""
+    smoothed = training.label_smoothing_factor > 0 and training.loss_type == "nll"
+    return "transformers" if smoothed else "trl"
 
 
 def _longest_row(training: SFTConfig, rows: Dataset) -> int:
@@ -110,11 +122,12 @@ def _longest_row(training: SFTConfig, rows: Dataset) -> int:
 
 
 def _kinds_of_steps(selection: SelectionArguments) -> tuple[StepKind, ...]:
-    kinds = KINDS_OF_STEPS[selection.method]
-    return tuple(kind for kind in kinds if kind != "explore" or selection.explore_steps != 0)
+    if selection.method == "adagradselect" and selection.explore_steps == 0:
+        return ("exploit",)
+    return KINDS_OF_STEPS[selection.method]
 
 
 def _local_ranks() -> int | None:
-    """As torchrun or the DeepSpeed launcher tell it; unknown under MPI."""
-    told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    """Ranks on this host, where the launcher tells it."""
+    told = next(filter(None, map(os.environ.get, LOCAL_RANKS_VARIABLES)), None)
     return int(told) if told else None

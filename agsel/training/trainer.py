@@ -37,6 +37,7 @@ class ResumableTrainer(SFTTrainer):
 
     last_saved: Path | None = None
     last_good: Path | None = None
+    _requests: StopRequests | None = None
 
     def make_resumable(self, requests: StopRequests, run: dict[str, Any], group: Any) -> None:
         """Stop when the ranks agree to, and write checkpoints that tell what the run was like.
@@ -46,7 +47,7 @@ class ResumableTrainer(SFTTrainer):
             run: for the manifests.
             group: process group of all ranks, on the host.
         """
-        self._run, self._group = run, group
+        self._requests, self._run, self._group = requests, run, group
         self._staging: Path | None = None
         self.add_callback(_StepBorders(self, requests))
 
@@ -77,6 +78,15 @@ class ResumableTrainer(SFTTrainer):
             super()._run_epoch(**options)
         else:
             self.control.should_training_stop = True
+
+    def _finalize_training(self, *arguments: Any, **options: Any) -> TrainOutput:
+        """A stopped run goes on from its newest checkpoint, in whose place the Trainer would keep and load the best."""
+        best = self.state.best_model_checkpoint
+        if self._requests is not None and self._requests.agreed:
+            self.state.best_model_checkpoint = None
+        result = super()._finalize_training(*arguments, **options)
+        self.state.best_model_checkpoint = best
+        return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder, step = Path(self.args.output_dir), self.state.global_step

@@ -1,18 +1,22 @@
-"""What the ranks tell each other: one small all-reduce per step, and a comparison of settings at the start."""
+"""What the ranks tell each other: one small all-reduce per step, settings at the start, what one did for all."""
 
 from __future__ import annotations
 
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
 
 CHECKSUM_BITS = 20
 """Small enough that the sum of squared checksums stays an exact fp64 integer for 8192 ranks."""
+SECONDS_BETWEEN_MEETINGS = 10.0
+
+Result = TypeVar("Result")
 
 
 class RanksDisagreeError(RuntimeError):
@@ -81,3 +85,28 @@ def gather(value: Any, group: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def first_rank_does(work: Callable[[], Result], group: Any) -> Result:
+    """What `work` returns on the first rank, on every rank; or its error.
+
+    The ranks keep meeting while they wait, because work may take longer than a collective is allowed to.
+    """
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        future = executor.submit(work) if dist.get_rank(group) == 0 else None
+        while (outcome := gather(_outcome(future), group)[0]) is None:
+            pass
+    result, error = outcome
+    if future is not None:
+        return future.result()
+    if error is not None:
+        raise error
+    return result
+
+
+def _outcome(future: Future[Result] | None) -> tuple[Result | None, BaseException | None] | None:
+    """Result and error of work, None while it goes on."""
+    if future is None or not wait([future], timeout=SECONDS_BETWEEN_MEETINGS).done:
+        return None
+    error = future.exception()
+    return (future.result() if error is None else None, error)

@@ -12,13 +12,12 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -27,12 +26,11 @@ from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, FROZEN_PARAM_
 from deepspeed.runtime.utils import is_optimized_parameter
 
 from agsel.zero import guards
-from agsel.zero.consensus import gather
+from agsel.zero.consensus import first_rank_does
 
 logger = logging.getLogger("agsel")
 
 CLIENT_STATE_KEY = "agsel"
-SECONDS_BETWEEN_MEETINGS = 10.0
 RELIES_ON = {
     ds_to_universal: (
         "main",
@@ -50,8 +48,6 @@ RELIES_ON = {
     universal_checkpoint: ("load_hp_checkpoint_state",),
 }
 """Functions of DeepSpeed whose inner working this module depends on."""
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ def find(engine: Any, load_dir: str, tag: Any, load_optimizer_states: bool, load
         ValueError: files of it are missing, or it cannot be loaded by another number of ranks.
     """
     look = partial(_look_at, engine, load_dir, tag, load_optimizer_states, load_module_only)
-    return _on_first_rank(look, engine.optimizer.dp_process_group)
+    return first_rank_does(look, engine.optimizer.dp_process_group)
 
 
 def optimizer_state(engine: Any) -> dict[str, Any]:
@@ -189,7 +185,7 @@ def _converted(engine: Any, saved: Saved) -> Iterator[Path]:
     ranks, is_first = dist.get_world_size(group), dist.get_rank(group) == 0
     copy = saved.folder.parent / f".universal-{saved.folder.name}-{saved.tag}"
     try:
-        _on_first_rank(partial(_convert, saved, copy), group)
+        first_rank_does(partial(_convert, saved, copy), group)
         if is_first:
             logger.info("converted %s saved by %d ranks for %d", saved.path, saved.ranks, ranks)
         yield copy
@@ -280,28 +276,3 @@ def _first_model_file(engine: Any, folder: Path, tag: str) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """A file of a checkpoint, its tensors read from the disk as they are used."""
     return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-
-
-def _on_first_rank(work: Callable[[], Result], group: Any) -> Result:
-    """What `work` returns on the first rank, on every rank; or its error.
-
-    The ranks keep meeting while they wait, because work may take longer than a collective is allowed to.
-    """
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        future = executor.submit(work) if dist.get_rank(group) == 0 else None
-        while (outcome := gather(_outcome(future), group)[0]) is None:
-            pass
-    result, error = outcome
-    if future is not None:
-        return future.result()
-    if error is not None:
-        raise error
-    return result
-
-
-def _outcome(future: Future[Result] | None) -> tuple[Result | None, BaseException | None] | None:
-    """Result and error of work, None while it goes on."""
-    if future is None or not wait([future], timeout=SECONDS_BETWEEN_MEETINGS).done:
-        return None
-    error = future.exception()
-    return (future.result() if error is None else None, error)

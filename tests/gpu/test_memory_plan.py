@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from agsel.blocks import find_blocks
+from agsel.policies import blocks_of_fraction
 from agsel.training.memory import Planner, meta_model, spread_evenly
 from agsel.training.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from tests.distributed import REPOSITORY, environment
@@ -59,7 +60,7 @@ def predicted(row: dict[str, Any]) -> int:
     )
     model = meta_model(MODEL_SHAPES[row["model"]]())
     layers = [block.parameters for block in find_blocks(model) if block.is_layer]
-    count = max(1, int(row["fraction"] * len(layers) + 1e-9))
+    count = blocks_of_fraction(row["fraction"], len(layers))
     if row["method"] == "bound":
         always = frozenset(range(count))
         groups = [layers[index] for index in spread_evenly(len(layers), count)]

@@ -7,7 +7,6 @@ optimizer partition per block and per rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,11 +103,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """
     language_model = _language_model(model)
     return _layer_stacks(language_model, _decoder(language_model))[0]
-
-
-def global_numel(parameters: Iterable[nn.Parameter]) -> int:
-    """Number of elements of the whole parameters, also when ZeRO-3 has partitioned them."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
 
 
 def _language_model(model: nn.Module) -> nn.Module:

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
-from agsel.blocks import block_param_groups, find_blocks, global_numel
+from agsel.blocks import block_param_groups, find_blocks
+from agsel.zero.parameters import global_numel
 
 LAYERS = 3
 SIZES = {

@@ -19,6 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import agsel
+from agsel.zero.parameters import global_shape
 
 PROFILED_STEPS = 3
 COMPILED_WARMUP, QUIET_STEPS, LONGEST_WARMUP = 8, 4, 40
@@ -230,8 +231,8 @@ def flops_per_token(model: nn.Module, sequence: int) -> float:
     matrices are left out, so that all methods are measured against the same arithmetic.
     """
     config: Any = model.config
-    linear = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    weights = sum(int(getattr(w, "ds_numel", w.numel())) for name, w in linear if "lora_" not in name)
+    linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
+    weights = sum(global_shape(module.weight).numel() for module in linear)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 6.0 * (weights + config.num_hidden_layers * config.num_attention_heads * head_size * sequence)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +76,3 @@ class AdaGradSelect(FractionPolicy):
         if self.draw == "sample":
             log_weights += self._generator.gumbel(size=len(alpha))  # k draws without replacement from p
         return self._largest(log_weights)
-
-    def _select_by_norm(self, norms: Sequence[float]) -> tuple[int, ...]:
-        return self._largest(norms)

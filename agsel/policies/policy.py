@@ -163,6 +163,9 @@ class FractionPolicy(Policy):
         """k, the `blocks_of_fraction`."""
         return blocks_of_fraction(self.fraction, self.number_of_blocks)
 
+    def _select_by_norm(self, norms: Sequence[float]) -> tuple[int, ...]:
+        return self._largest(norms)
+
     def _largest(self, values: Sequence[float] | np.ndarray) -> tuple[int, ...]:
         """Indices of the `blocks_per_step` largest values, ascending; ties go to the earlier block."""
         order = sorted(range(len(values)), key=lambda block: (-values[block], block))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agsel.policies.policy import FractionPolicy, Plan
@@ -14,6 +13,3 @@ class TopK(FractionPolicy):
 
     def _draw_plan(self) -> Plan:
         return self._explore_all()
-
-    def _select_by_norm(self, norms: Sequence[float]) -> tuple[int, ...]:
-        return self._largest(norms)

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agsel.blocks import Block, find_blocks, global_numel
+from agsel.blocks import Block, find_blocks
 from agsel.training.rehearsal import Peak, Rehearsal, Step, Workload
+from agsel.zero.parameters import global_numel
 from agsel.zero.selection import early
 
 StepKind = Literal["explore", "exploit", "full"]

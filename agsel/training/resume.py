@@ -10,10 +10,10 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer
 
-from agsel.blocks import global_numel
 from agsel.training import checkpoints
 from agsel.training.arguments import SelectionArguments
 from agsel.training.configuration import Configuration
+from agsel.zero.parameters import global_numel, global_shape
 
 ROWS_HASHED = 1000
 REFUSED = {
@@ -154,7 +154,6 @@ def fingerprint_of_rows(rows: Dataset) -> str:
 
 
 def _fingerprint_of_model(trainer: SFTTrainer) -> str:
-    parameters = trainer.model.named_parameters()
-    shapes = [(name, tuple(getattr(parameter, "ds_shape", parameter.shape))) for name, parameter in parameters]
+    shapes = [(name, tuple(global_shape(parameter))) for name, parameter in trainer.model.named_parameters()]
     numel = global_numel(trainer.model.parameters())
     return f"{type(trainer.model).__name__} of {numel:,} parameters ({zlib.crc32(str(shapes).encode()):08x})"

@@ -9,11 +9,12 @@ from typing import NamedTuple
 from torch import nn
 from transformers import Trainer
 
-from agsel.blocks import Block, find_blocks, global_numel
+from agsel.blocks import Block, find_blocks
 from agsel.monitor import block_ranges
 from agsel.policies import Policy
 from agsel.training.configuration import Configuration
 from agsel.training.memory import MemoryPlan
+from agsel.zero.parameters import global_numel
 
 ROWS_MEASURED = 1000
 PARTS = ("weights", "states", "gradients", "buffers", "activations", "loss")

@@ -99,7 +99,7 @@ def attach(
     optimizer.prepare_selection()
     engine.__class__ = SelectiveEngine
     engine.selection = selection
-    residency.adopt(selection.wanted_in_forward())
+    selection.adopt_states()
     _move_states_while_computing(engine, selection, blocks)
     selection.plan_step()
     return selection

@@ -40,9 +40,10 @@ class SelectiveEngine(DeepSpeedEngine):
     hooks: list[RemovableHandle]
 
     def destroy(self) -> None:
-        """`DeepSpeedEngine.destroy`, without leaving hooks on the model that would keep the engine alive."""
+        """`DeepSpeedEngine.destroy`, which also takes agsel's hooks off the model and leaves every block trainable."""
         for hook in self.hooks:
             hook.remove()
+        self.selection.make_all_trainable()
         super().destroy()
 
     def save_checkpoint(
@@ -73,8 +74,8 @@ class SelectiveEngine(DeepSpeedEngine):
         """`DeepSpeedEngine.load_checkpoint` for any number of ranks, restoring the selection too.
 
         If another number of ranks saved the checkpoint, a converted copy is loaded, which needs room beside `load_dir`
-        while it exists. A checkpoint without a selection (of a run without agsel) starts it afresh, with a warning;
-        so does loading only the module.
+        while it exists. The selection goes on as it is when only the module is loaded, and, with a warning, when the
+        checkpoint holds none because it is of a run without agsel.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
@@ -99,7 +100,7 @@ class SelectiveEngine(DeepSpeedEngine):
                 load_module_only=load_module_only,
                 custom_load_fn=custom_load_fn,
             )
-        self.selection.residency.adopt(self.selection.wanted_in_forward())
+        self.selection.adopt_states()
         state = client_state.pop(universal.CLIENT_STATE_KEY, None)
         if not saved.convert and not load_module_only:
             self._restore_selection(path, state)
@@ -107,6 +108,6 @@ class SelectiveEngine(DeepSpeedEngine):
 
     def _restore_selection(self, path: str | Path, state: dict[str, Any] | None) -> None:
         if state is None:
-            logger.warning("%s holds no selection state: the selection starts afresh", path)
+            logger.warning("%s holds no selection state: the selection goes on as it is", path)
         else:
             self.selection.load_state_dict(state)

@@ -163,6 +163,7 @@ class Residency:
             partition.adopt(rows)
         self.mark_use()
 
+    @torch.inference_mode(False)  # an evaluation may come first, and Adam refuses tensors made in its inference mode
     def keep_only(self, wanted: Iterable[int]) -> None:
         """Start moving the partitions of the `wanted` blocks to the device, and all others off it if offloading."""
         if not self._offload:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.utils import is_zero_param
 
 from agsel.blocks import Block
 from agsel.zero.consensus import dissent, gather
+from agsel.zero.parameters import kept_by_rank
 from agsel.zero.residency import Partition, Residency
 
 LANES = 1 << 20
@@ -80,7 +82,7 @@ class SanityChecks:
         self._residency = residency
         self._names = names
         self._group = group
-        self._is_partitioned = any(hasattr(p, "ds_tensor") for block in blocks for p in block.parameters)
+        self._is_partitioned = any(is_zero_param(p) for block in blocks for p in block.parameters)
         self._fingerprints = Fingerprints(residency.device)
         self._weights: list[int] = []
         self._states: dict[Partition, int] = {}
@@ -166,7 +168,7 @@ class SanityChecks:
 
     def _fingerprints_of_weights(self) -> list[int]:
         """By block, of what this rank keeps of it: at stage 3 its partitions."""
-        return self._fingerprints_of([[getattr(p, "ds_tensor", p) for p in block.parameters] for block in self._blocks])
+        return self._fingerprints_of([map(kept_by_rank, block.parameters) for block in self._blocks])
 
     def _fingerprints_of_whole(self) -> list[int]:
         """By block, of the weights that ZeRO-3 keeps whole on every rank. The data of the others is empty."""
@@ -175,7 +177,7 @@ class SanityChecks:
     def _fingerprints_of_states(self, partitions: Sequence[Partition]) -> list[int]:
         return self._fingerprints_of([[partition.rows] for partition in partitions])
 
-    def _fingerprints_of(self, groups: Sequence[Sequence[Any]]) -> list[int]:
+    def _fingerprints_of(self, groups: Sequence[Iterable[Any]]) -> list[int]:
         return torch.stack([self._fingerprints.of(group) for group in groups]).tolist() if groups else []
 
 

@@ -118,8 +118,6 @@ class Selection:
                 f"the saved selection is over {len(state['blocks'])} blocks ({state['blocks'][0]} ...), this run's "
                 f"over {len(self.blocks)} ({self.blocks[0]} ...): use the model and blocks setting of the saved run"
             )
-        if self.sanity is not None:
-            self.sanity.forget()
         self.policy.load_state_dict(state["policy"])
         self.plan_step()
 
@@ -130,6 +128,12 @@ class Selection:
         """
         plan = self.policy.plan()
         return () if plan.explore else early(plan.blocks, self._resident_blocks())
+
+    def adopt_states(self) -> None:
+        """Take over the optimizer states that DeepSpeed holds, at the start and after a checkpoint load."""
+        if self.sanity is not None:
+            self.sanity.forget()
+        self.residency.adopt(self.wanted_in_forward())
 
     def plan_step(self) -> None:
         """Before the forward: freeze what the plan leaves out."""
@@ -192,12 +196,16 @@ class Selection:
         )
         return selected
 
-    @contextmanager
-    def everything_trainable(self) -> Iterator[None]:
-        """Undo the freezing for a while: DeepSpeed's checkpoints must not depend on the blocks selected just now."""
+    def make_all_trainable(self) -> None:
+        """Undo the freezing."""
         for parameters in self._parameters:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+    @contextmanager
+    def everything_trainable(self) -> Iterator[None]:
+        """For a while: DeepSpeed's checkpoints must not depend on the blocks selected just now."""
+        self.make_all_trainable()
         try:
             yield
         finally:

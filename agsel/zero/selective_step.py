@@ -6,6 +6,7 @@ The two subclasses say where DeepSpeed keeps gradients and weights; everything t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -27,6 +28,17 @@ class SelectiveStep:
         """Called by the engine when the loss is known, whether `engine.backward` or `loss.backward` follows."""
         super().backward_prologue()  # type: ignore[misc]
         self.selection.move_states(Moment.BACKWARD)
+
+    def offload_states(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: DeepSpeed would replace the tensors that agsel moves, and updates would be lost.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "engine.offload_states is not supported: remove the call, agsel moves the optimizer states of inactive "
+            "blocks to the host itself (offload_states=True of agsel.attach)"
+        )
 
     def step(self, closure: None = None) -> None:
         """Update the selected blocks, or nothing at all if any rank holds a non-finite gradient."""

@@ -26,6 +26,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         DeepSpeedZeroOptimizer: (
             "initialize_optimizer_states",
             "backward_prologue",
+            "offload_states",
             "step",
             "_optimizer_step",
             "_lazy_init_hp_params_optimizer_state",
@@ -75,7 +76,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         self._being_reduced: torch.Tensor | None = None
         for group in self.bit16_groups:
             for parameter in group:
-                parameter._hp_mapping = None
+                del parameter._hp_mapping  # without it, DeepSpeed's `safe_get_full_...` return None
 
     def get_all_grad_tensors(self, tensor_list: Sequence[torch.nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
         """Stock allocates zeros for parameters without a gradient; a frozen block gets nothing."""

@@ -9,9 +9,10 @@ import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.utils import set_z3_leaf_module
+from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 
-from agsel.blocks import decoder_layers, global_numel
+from agsel.blocks import decoder_layers
+from agsel.zero.parameters import global_numel
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
 
@@ -59,6 +60,8 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     stock = DeepSpeedZeroOptimizer_Stage3
     relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
         DeepSpeedZeroOptimizer_Stage3: (
+            "destroy",
+            "offload_states",
             "backward_prologue",
             "step",
             "_optimizer_step",
@@ -71,7 +74,6 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             "reduce_ready_partitions_and_remove_grads",
             "independent_gradient_partition_epilogue",
             "partition_grads",
-            "has_overflow",
             "_get_param_coordinator",
             "_load_universal_checkpoint",
             "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
@@ -121,7 +123,8 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         Not before `deepspeed.initialize`: the hooks that reduce gradients would then make some for frozen weights.
         """
         layers = decoder_layers(self.module)
-        for layer in layers:
+        self._made_leaves = [layer for layer in layers if not z3_leaf_module(layer)]
+        for layer in self._made_leaves:
             set_z3_leaf_module(layer, True)
         self.parameter_offload._remove_module_hooks()
         self.parameter_offload.setup_zero_stage3_hooks()
@@ -129,6 +132,14 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         if bucket := getattr(coordinator, PREFETCH_BUCKET):  # 0 turns it off
             largest = max(global_numel(layer.parameters()) for layer in layers)
             setattr(coordinator, PREFETCH_BUCKET, max(bucket, largest))
+
+    def destroy(self) -> None:
+        """Give the model back without leaf modules: another `deepspeed.initialize` would make gradients for them."""
+        super().destroy()
+        for layer in self._made_leaves:
+            set_z3_leaf_module(layer, False)
+            for parameter in layer.parameters():
+                vars(parameter).pop("ds_z3_leaf_module", None)
 
     def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
         """Stock's leaf modules, as mixtures of experts are, make zero gradients for frozen weights, too; drop those."""

@@ -87,11 +87,15 @@ def other_blocks(stage: int) -> str:
     return ""
 
 
-def warm_start(stage: int) -> dict[str, int]:
-    """Counts after loading the weights alone."""
-    engine, selection = start_engine(SCENARIOS[stage])
+def warm_start(stage: int) -> dict[str, Any]:
+    """Counts before and after loading the weights alone, in the middle of a run that checks itself."""
+    engine, selection = start_engine(SCENARIOS[stage], sanity_checks=1)
+    run_engine(engine, selection, replace(SCENARIOS[stage], steps=3))
+    before = selection.counts
     engine.load_checkpoint(folder(stage), load_module_only=True)
-    return selection.counts
+    after = selection.counts
+    run_engine(engine, selection, replace(SCENARIOS[stage], steps=5), first=3)
+    return {"before": before, "after": after, "steps": selection.policy.step}
 
 
 CASES = {

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import safe_get_full_fp32_param
 
 import agsel
 from tests.distributed import RANKS
@@ -79,7 +80,10 @@ def final_states(stage: int) -> dict[str, Any]:
     scenario = Scenario(stage=stage, accumulation=1, blocks="layers", zero={"stage3_max_live_parameters": 0})
     engine, selection = start_engine(scenario)
     record = run_engine(engine, selection, scenario)
-    return {"selected": record.selected, "states": optimizer_states(engine, selection)}
+    outcome = {"selected": record.selected, "states": optimizer_states(engine, selection)}
+    if stage < 3:
+        outcome["seen by DeepSpeed"] = [safe_get_full_fp32_param(parameter) for parameter in engine.module.parameters()]
+    return outcome
 
 
 def twice(stage: int) -> list[dict[str, torch.Tensor]]:

@@ -122,6 +122,11 @@ def attached_twice() -> str | None:
     return message_of(ValueError, lambda: agsel.attach(engine, agsel.FullFineTuning()))
 
 
+def offloaded_by_deepspeed(stage: int) -> str | None:
+    engine, _ = start_engine(Scenario(stage=stage))
+    return message_of(ValueError, engine.offload_states)
+
+
 def sgd(model: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(agsel.block_param_groups(model, "all"), lr=0.1)
 
@@ -159,6 +164,8 @@ CASES: dict[str, Callable[[], str | None]] = {
     "super_offload": super_offload,
     "moe": moe,
     "pipeline": pipeline,
+    "offload_states 2": partial(offloaded_by_deepspeed, 2),
+    "offload_states 3": partial(offloaded_by_deepspeed, 3),
     "sgd": partial(attached_to, sgd),
     "one group": partial(attached_to, one_group),
     "head left out": partial(attached_to, head_left_out),

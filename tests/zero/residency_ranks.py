@@ -11,6 +11,7 @@ import torch
 import agsel
 from agsel.zero.residency import POISON, SideStream
 from tests.ranks import run_cases
+from tests.tiny import tiny_model
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late
 
@@ -71,11 +72,30 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
     return results
 
 
+def trained_again(stage: int) -> dict[str, Any]:
+    """Final weights of a model whose first engine was destroyed, and of a fresh one that starts from its weights."""
+    run = Scenario(stage=stage, steps=4, policy=MIXED, blocks="layers")
+    engine, selection = start_engine(run)
+    run_engine(engine, selection, run)
+    halfway, used = whole_weights(engine), engine.module
+    engine.destroy()
+    fresh = tiny_model(intermediate=run.intermediate)
+    fresh.load_state_dict(halfway)
+    finals = {}
+    for name, model in {"used": used, "fresh": fresh}.items():
+        engine, selection = start_engine(run, model=model)
+        run_engine(engine, selection, run)
+        finals[name] = whole_weights(engine)
+    return finals | {"halfway": halfway}
+
+
 CASES: dict[str, partial[Any]] = {
     f"stage{stage}-{name}": partial(poisoned_and_kept, stage, policy)
     for stage in (1, 2, 3)
     for name, policy in {"mixed": MIXED, "new-set-every-step": NEW_SET_EVERY_STEP}.items()
 }
 
+AGAIN = {f"again-{stage}": partial(trained_again, stage) for stage in (1, 2, 3)}
+
 if __name__ == "__main__":
-    run_cases(CASES)
+    run_cases(CASES | AGAIN)

@@ -62,15 +62,15 @@ class Record:
     grad_norms: list[float] = field(default_factory=list)
 
 
-def start_engine(scenario: Scenario, *, attach: bool = True, **options: Any) -> tuple[Any, Any]:
-    """A DeepSpeed engine over the tiny model, and agsel's selection on it (None without `attach`).
+def start_engine(scenario: Scenario, *, attach: bool = True, model: Any = None, **options: Any) -> tuple[Any, Any]:
+    """A DeepSpeed engine over the tiny model, or a given one, and agsel's selection on it (None without `attach`).
 
     At stage 3 agsel gathers whole decoder layers, and autograd then adds up gradients in another order than with
     DeepSpeed's hooks on all modules inside. For bits to be comparable stock must be told to gather whole layers, too.
     """
     import deepspeed
 
-    model = tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
+    model = model or tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
     if scenario.compiled:
         agsel.compile_layers(model, backend="inductor" if torch.cuda.is_available() else "aot_eager")
     if scenario.stage == 3 and not attach:

@@ -62,5 +62,9 @@ def test_a_checkpoint_over_other_blocks_is_refused(ranks: list[dict[str, Any]], 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_loading_the_weights_alone_starts_the_selection_afresh(ranks: list[dict[str, Any]], stage: int) -> None:
-    assert set(ranks[0][f"warm_start-{stage}"].values()) == {0}
+def test_loading_the_weights_alone_leaves_the_selection_as_it_is(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        run = rank[f"warm_start-{stage}"]
+        assert any(run["before"].values())
+        assert run["after"] == run["before"]
+        assert run["steps"] == 5

@@ -21,6 +21,8 @@ REFUSED = {
     "super_offload": ("offload_optimizer.super_offload is not supported", "remove offload_optimizer"),
     "moe": ("MoE layers (expert parallelism) are not supported", "use a model without"),
     "pipeline": ("PipelineEngine is not supported", "without pipeline parallelism"),
+    "offload_states 2": ("engine.offload_states is not supported", "remove the call"),
+    "offload_states 3": ("engine.offload_states is not supported", "remove the call"),
     "sgd": ("optimizer SGD is not supported", "pass torch.optim.AdamW"),
     "one group": ("param group 0 holds embed, final_norm, head", "agsel.block_param_groups"),
     "head left out": ("in no optimizer param group (lm_head.weight", "agsel.block_param_groups"),

@@ -95,6 +95,19 @@ def test_an_exploring_step_leaves_the_forward_nothing_and_guesses_in_the_backwar
         assert history[Moment.LATE_BACKWARD] == best
 
 
+def test_states_moved_in_an_evaluation_can_be_stepped(masters: list[torch.Tensor]) -> None:
+    selection = selection_of(masters, RandomBlocks(fraction=0.3, seed=2))
+    with torch.inference_mode():
+        for moment in Moment:
+            selection.move_states(moment)
+    arrived = [masters[layer] for layer in selection.policy.plan().blocks]
+    optimizer = torch.optim.AdamW(arrived)
+    for master in arrived:
+        assert not master.is_inference()
+        master.grad = torch.ones_like(master)
+    optimizer.step()
+
+
 def test_an_exchange_uses_the_memory_that_is_left(masters: list[torch.Tensor]) -> None:
     selection = selection_of(masters, RandomBlocks(fraction=0.3, seed=2))
     one_step(selection)

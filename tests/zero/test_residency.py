@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ranks import launch_cases
-from tests.zero.residency_ranks import CASES
+from tests.zero.residency_ranks import AGAIN, CASES
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,14 @@ def assert_equal_to_kept(ranks: list[dict], name: str, moving: str) -> None:
 def test_a_destroyed_engine_leaves_no_hooks(ranks: list[dict], name: str) -> None:
     for rank in ranks:
         assert rank[name]["moved"]["hooks left"] == 0
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_the_model_of_a_destroyed_engine_trains_on(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        run = rank[name]
+        assert any(not torch.equal(run["halfway"][key], weight) for key, weight in run["fresh"].items())
+        assert all(torch.equal(run["used"][key], weight) for key, weight in run["fresh"].items())
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("new-set-every-step")])

@@ -64,7 +64,8 @@ def train(configuration: Configuration, signals: SignalWatch) -> ResumableTraine
     if requests.agreed:
         say_goodbye(trainer, requests)
     else:
-        export_model(trainer, Path(configuration.training.output_dir, "model"))
+        with mistakes_in_one_line(only_of_agsel=True):
+            export_model(trainer, Path(configuration.training.output_dir, "model"), group)
         on_first_rank(
             f"done      {configuration.training.output_dir}: model/, tensorboard/, selection.json, config.yaml"
         )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.distributed import REPOSITORY, environment
 from tests.tiny_run import save_model, save_rows
+
+sys.path.insert(0, str(REPOSITORY / "tools"))
+import compare_quality  # type: ignore[import-not-found]
 
 RECIPE = """
 model_name_or_path: {folder}/model
@@ -31,6 +35,20 @@ def compare(*arguments: object, folder: Path = REPOSITORY) -> subprocess.Complet
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What the command prints last when it refuses these arguments, in this process: imports take seconds."""
+
+    def of(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["compare_quality.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            compare_quality.main()
+        assert end.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -43,10 +61,11 @@ def compare(*arguments: object, folder: Path = REPOSITORY) -> subprocess.Complet
         (("--runs", "full:1e-4"), "names no held-out rows (dataset_test_split): give a file of them (--heldout)"),
     ],
 )
-def test_mistakes_are_named_in_one_line(arguments: tuple[str, ...], message: str) -> None:
-    result = compare("--config", "launch/recipes/demo.yaml", *arguments)
-    assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
+def test_mistakes_are_named_in_one_line(
+    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    last = refusal("--config", "launch/recipes/demo.yaml", *arguments)
     assert last.startswith("compare_quality.py: error: ")
     assert message in last
 
@@ -60,11 +79,11 @@ def test_mistakes_are_named_in_one_line(arguments: tuple[str, ...], message: str
         ("a: b: c", "recipe.yaml is no YAML"),
     ],
 )
-def test_recipes_without_a_needed_setting_are_refused(tmp_path: Path, recipe: str, message: str) -> None:
+def test_recipes_without_a_needed_setting_are_refused(
+    refusal: Callable[..., str], tmp_path: Path, recipe: str, message: str
+) -> None:
     (tmp_path / "recipe.yaml").write_text(recipe)
-    result = compare("--config", tmp_path / "recipe.yaml", "--runs", "full:1e-4")
-    assert result.returncode == 2
-    assert message in result.stderr.strip().splitlines()[-1]
+    assert message in refusal("--config", tmp_path / "recipe.yaml", "--runs", "full:1e-4")
 
 
 def test_paths_are_of_the_callers_folder_and_a_failed_command_is_named_in_one_line(tmp_path: Path) -> None:

@@ -168,6 +168,12 @@ def recover(run_folder: Path) -> None:
     shutil.rmtree(run_folder / STAGING, ignore_errors=True)
 
 
+def fault_of_disk(folder: Path, error: Exception) -> str | None:
+    """What a disk has to do with a failed write into a folder, and the room that is left; None for nothing."""
+    reason = complaint_of_disk(folder) or (str(error) if isinstance(error, OSError) else None)
+    return reason and f"{reason}; {shutil.disk_usage(folder).free / 1e9:.2f} GB free there"
+
+
 def complaint_of_disk(folder: Path) -> str | None:
     """What prevents writing into a folder, None if nothing does. torch calls a full disk an unexpected position."""
     try:

@@ -53,7 +53,11 @@ class SignalWatch:
 def _deepspeed_launchers() -> list[psutil.Process]:
     """The two processes that the `deepspeed` command puts above a rank, as far as they are there."""
     ancestors = psutil.Process().parents()[:2]
-    return [process for process in ancestors if any("deepspeed" in word for word in process.cmdline()[:4])]
+    return [process for process in ancestors if any(map(_names_launcher, process.cmdline()[:4]))]
+
+
+def _names_launcher(word: str) -> bool:
+    return word.startswith("deepspeed.launcher.") or Path(word).name in ("deepspeed", "ds")
 
 
 def _is_gone(process: psutil.Process) -> bool:

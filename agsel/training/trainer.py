@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -97,10 +96,13 @@ class ResumableTrainer(SFTTrainer):
             if _is_of_collective(error):
                 logger.warning("the checkpoint of step %d is not complete: another rank has ended", step)
                 sys.exit(1)
-            reason = checkpoints.complaint_of_disk(folder) or (str(error) if isinstance(error, OSError) else None)
+            reason = checkpoints.fault_of_disk(folder, error)
             if reason is None:
                 raise
-            raise RuntimeError(self._could_not_save(step, reason)) from error
+            raise RuntimeError(
+                f"the checkpoint of step {step} could not be written to {folder} ({reason}), "
+                f"{describe(self.last_saved)}: make room or choose another folder (--output_dir), then resume"
+            ) from error
         self.last_saved = folder / f"{checkpoints.PREFIX}{step}"
 
     def note_finite_step(self) -> None:
@@ -131,14 +133,6 @@ class ResumableTrainer(SFTTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _could_not_save(self, step: int, reason: str) -> str:
-        folder = self.args.output_dir
-        free = shutil.disk_usage(folder).free / 1e9
-        return (
-            f"the checkpoint of step {step} could not be written to {folder} ({reason}; {free:.2f} GB free there), "
-            f"{describe(self.last_saved)}: make room or choose another folder (--output_dir), then resume"
-        )
 
     def _evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         try:

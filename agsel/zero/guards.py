@@ -75,6 +75,7 @@ TESTED = {
     "DeepSpeedZeroOptimizer_Stage3.independent_gradient_partition_epilogue": 0x0A9EB0D8,
     "DeepSpeedZeroOptimizer_Stage3.partition_grads": 0xE5111B90,
     "DeepSpeedZeroOptimizer_Stage3._get_param_coordinator": 0xB35D8F68,
+    "DeepSpeedZeroOptimizer_Stage3._get_fp32_opt_state_partition": 0xEBB30447,
     "DeepSpeedZeroOptimizer_Stage3._load_universal_checkpoint": 0xABF9D6B3,
     "DeepSpeedZeroOptimizer_Stage3.load_hp_checkpoint_state_from_checkpoint_dir_stage3": 0xCCE89D9C,
     "DeepSpeedZeroOptimizer_Stage3.load_module_checkpoint_state_from_checkpoint_dir_stage3": 0x6F7C3126,

@@ -75,6 +75,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             "independent_gradient_partition_epilogue",
             "partition_grads",
             "_get_param_coordinator",
+            "_get_fp32_opt_state_partition",
             "_load_universal_checkpoint",
             "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
             "load_module_checkpoint_state_from_checkpoint_dir_stage3",
@@ -140,6 +141,11 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             set_z3_leaf_module(layer, False)
             for parameter in layer.parameters():
                 vars(parameter).pop("ds_z3_leaf_module", None)
+
+    def _get_fp32_opt_state_partition(self, *args: Any, **kwargs: Any) -> Any:
+        """DeepSpeed's `safe_get_full_...` and `safe_set_full_...` start here; states may be on their way."""
+        self.selection.residency.synchronize()
+        return super()._get_fp32_opt_state_partition(*args, **kwargs)
 
     def reduce_ready_partitions_and_remove_grads(self, param: Any) -> None:
         """Stock's leaf modules, as mixtures of experts are, make zero gradients for frozen weights, too; drop those."""

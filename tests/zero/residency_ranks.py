@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed.utils import safe_get_full_fp32_param
 
 import agsel
 from agsel.zero.residency import POISON, SideStream
@@ -46,6 +47,15 @@ def start_copies_late(stream: SideStream) -> None:
     stream.active = active_late  # type: ignore[method-assign]
 
 
+def equal_reads(engine: Any, selection: Any) -> bool:
+    """Whether DeepSpeed reads the same masters while states are on their way and after that; at stage 3 it reads."""
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+    at_once = [safe_get_full_fp32_param(parameter) for parameter in parameters]
+    selection.residency.synchronize()
+    after = [safe_get_full_fp32_param(parameter) for parameter in parameters]
+    return at_once == after if engine.zero_optimization_stage() < 3 else all(map(torch.equal, at_once, after))
+
+
 def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, Any]:
     """Final weights of a run whose stale copies are NaN, and of one whose states stay on the device."""
     run = scenario(stage, policy)
@@ -62,8 +72,9 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
         if name.startswith("late "):
             start_copies_late(getattr(selection.residency, name.replace("late ", "_")))
         record = run_engine(engine, selection, run)
+        results[name] = {"reads equal": equal_reads(engine, selection)}
         weights = {key: weight.cpu() for key, weight in whole_weights(engine).items()}
-        results[name] = {"weights": weights, "losses": record.losses, "selected": record.selected}
+        results[name] |= {"weights": weights, "losses": record.losses, "selected": record.selected}
         results[name]["moved_bytes"] = selection.residency.moved_bytes
         results["bytes"] = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
         hooks = engine.hooks

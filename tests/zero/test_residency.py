@@ -29,6 +29,7 @@ def assert_equal_to_kept(ranks: list[dict], name: str, moving: str) -> None:
     for rank in ranks:
         kept, moved = rank[name]["kept"], rank[name][moving]
         assert all(map(math.isfinite, kept["losses"]))
+        assert moved["reads equal"]
         assert moved["losses"] == kept["losses"]
         assert moved["selected"] == kept["selected"]
         assert all(torch.equal(kept["weights"][key], moved["weights"][key]) for key in kept["weights"])

@@ -40,6 +40,11 @@ class SelectiveStep:
             "blocks to the host itself (offload_states=True of agsel.attach)"
         )
 
+    def refresh_fp32_params(self) -> None:
+        """Stock copies the weights over the masters, which may be on their way."""
+        self.selection.residency.synchronize()
+        super().refresh_fp32_params()  # type: ignore[misc]
+
     def step(self, closure: None = None) -> None:
         """Update the selected blocks, or nothing at all if any rank holds a non-finite gradient."""
         sanity, number = self.selection.sanity, self.selection.policy.step + 1

@@ -27,6 +27,8 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
             "initialize_optimizer_states",
             "backward_prologue",
             "offload_states",
+            "refresh_fp32_params",
+            "_restore_from_bit16_weights",
             "step",
             "_optimizer_step",
             "_lazy_init_hp_params_optimizer_state",

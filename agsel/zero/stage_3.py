@@ -62,6 +62,8 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         DeepSpeedZeroOptimizer_Stage3: (
             "destroy",
             "offload_states",
+            "refresh_fp32_params",
+            "_restore_from_bit16_weights",
             "backward_prologue",
             "step",
             "_optimizer_step",

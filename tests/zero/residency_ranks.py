@@ -48,12 +48,21 @@ def start_copies_late(stream: SideStream) -> None:
 
 
 def equal_reads(engine: Any, selection: Any) -> bool:
-    """Whether DeepSpeed reads the same masters while states are on their way and after that; at stage 3 it reads."""
+    """Whether DeepSpeed reads the same masters while they are on their way to the host and after that, at stage 3."""
+    selection.residency.keep_only(())
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     at_once = [safe_get_full_fp32_param(parameter) for parameter in parameters]
     selection.residency.synchronize()
     after = [safe_get_full_fp32_param(parameter) for parameter in parameters]
     return at_once == after if engine.zero_optimization_stage() < 3 else all(map(torch.equal, at_once, after))
+
+
+def refreshed(engine: Any, selection: Any) -> bool:
+    """Whether all masters are bf16 numbers after DeepSpeed copies the weights over them while they are on their way."""
+    selection.residency.keep_only(range(len(selection.blocks)))
+    engine.optimizer.refresh_fp32_params()
+    selection.residency.synchronize()
+    return all(torch.equal(p.master, p.master.bfloat16().float()) for p in selection.residency.partitions)
 
 
 def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, Any]:
@@ -72,10 +81,11 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
         if name.startswith("late "):
             start_copies_late(getattr(selection.residency, name.replace("late ", "_")))
         record = run_engine(engine, selection, run)
-        results[name] = {"reads equal": equal_reads(engine, selection)}
         weights = {key: weight.cpu() for key, weight in whole_weights(engine).items()}
-        results[name] |= {"weights": weights, "losses": record.losses, "selected": record.selected}
+        results[name] = {"weights": weights, "losses": record.losses, "selected": record.selected}
         results[name]["moved_bytes"] = selection.residency.moved_bytes
+        results[name]["reads equal"] = equal_reads(engine, selection)
+        results[name]["refreshed"] = refreshed(engine, selection)
         results["bytes"] = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
         hooks = engine.hooks
         engine.destroy()

@@ -343,6 +343,7 @@ def scaling(rows: dict[tuple[str, int], dict[str, Any]], tmp_path: Path) -> Path
     with (tmp_path / "rows.jsonl").open("w") as file:
         for (method, ranks, micro_batch), time in MILLISECONDS.items():
             changed = {"ranks": ranks, "micro_batch": micro_batch, "ms_per_step": time}
+            changed |= {"forward_ms": time / 2, "backward_ms": None if micro_batch == 16 else 10.0}
             changed |= {"fraction": 0.2} if method.endswith("20%") else {}
             changed["tokens_per_second"] = 1000 * micro_batch * 16 / time
             file.write(json.dumps(rows[method.removesuffix(" 20%"), 2] | changed) + "\n")
@@ -355,7 +356,9 @@ def test_efficiency_is_against_the_fewest_gpus(scaling: Path) -> None:
     assert (full.configuration.method, list(full.rows)) == ("full", [1, 2, 4])
     assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 100 / 125, 100 / 160])
     assert [exploit.efficiency(ranks) for ranks in (1, 4)] == pytest.approx([1, 50 / 40])
+    assert [full.efficiency_of_gradients(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 60 / 72.5, 60 / 90])
     full, exploit = bench_scaling.strong_scaling(measured)
+    assert full.efficiency_of_gradients(2) is None
     assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 300 / (2 * 200), 300 / (4 * 160)])
     assert exploit.efficiency(4) == pytest.approx(120 / (4 * 40))
 
@@ -369,9 +372,9 @@ def test_scaling_is_shown_in_tables_and_a_picture(scaling: Path, monkeypatch: py
         if line.startswith("| tiny")
     ]
     full, exploit, smaller, *lines = cells
-    assert full[2:4] + full[6:] == ["full", "100 / 125 / 160", "80% / 62%", "75% / 47%"]
-    assert exploit[2:4] + exploit[6:] == ["exploit", "50 / - / 40", "- / 125%", "- / 75%"]
-    assert smaller[2:4] + smaller[6:] == ["exploit 20%", "40 / - / 32", "- / 125%", "- / -"]
+    assert full[2:4] + full[6:] == ["full", "100 / 125 / 160", "80% / 62%", "83% / 67%", "75% / 47%"]
+    assert exploit[2:4] + exploit[6:] == ["exploit", "50 / - / 40", "- / 125%", "- / 117%", "- / 75%"]
+    assert smaller[2:4] + smaller[6:] == ["exploit 20%", "40 / - / 32", "- / 125%", "- / 115%", "- / -"]
     behind = {(row[2], row[3], row[-2]): row[-1] for row in lines}
     assert behind["full", "4", "62.5%"] == "-"
     assert behind["exploit", "4", "125.0%"] == "+62.5"

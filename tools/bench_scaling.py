@@ -22,7 +22,7 @@ COLUMNS = (
     *("model", "ZeRO", "method", "GPUs", "ms/step (10-90 %)", "tokens/s/GPU", "peak GB", "moved GB", "exposed"),
     *("efficiency", "minus full's"),
 )
-SUMMARY = ("model", "ZeRO", "method", "ms/step", "peak GB", "exposed", "weak", "strong")
+SUMMARY = ("model", "ZeRO", "method", "ms/step", "peak GB", "exposed", "weak", "weak, gradients", "strong")
 FULL = "full"
 MARKERS = {1: "o", 2: "s", 3: "^"}
 IDEAL = "ideal: in proportion\nto the GPUs"
@@ -44,6 +44,16 @@ class Series:
         """Tokens per second and GPU on so many GPUs, as a share of those on the fewest."""
         alone = next(iter(self.rows.values()))
         return float(self.rows[ranks]["tokens_per_second"] / alone["tokens_per_second"])
+
+    def efficiency_of_gradients(self, ranks: int) -> float | None:
+        """The same of forward and backward alone, for equal rows per GPU; None where phases are not told apart.
+
+        The optimizer step does not get the same work on more GPUs, because ZeRO divides it among them.
+        """
+        alone, together = (
+            [row["forward_ms"], row["backward_ms"]] for row in (next(iter(self.rows.values())), self.rows[ranks])
+        )
+        return None if None in alone + together else float(sum(alone) / sum(together))
 
 
 def main() -> None:
@@ -90,7 +100,8 @@ def _place(series: Series) -> tuple[Any, ...]:
 def summary(kinds: dict[str, list[Series]]) -> list[str]:
     """One line for each series of weak scaling, in Markdown: what it takes on each number of GPUs, and efficiencies.
 
-    Efficiencies, and exposed transfer time as a share of the step, are those of all numbers of GPUs but the smallest.
+    Efficiencies, and exposed transfer time as a share of the step, are those of all numbers of GPUs but the smallest;
+    `gradients` leaves the optimizer step out.
     """
     counts = sorted({ranks for one in kinds["weak"] for ranks in one.rows})
     strong = {_without_size(one): one for one in kinds["strong"]}
@@ -98,8 +109,9 @@ def summary(kinds: dict[str, list[Series]]) -> list[str]:
     def on(wanted: Sequence[int], series: Series | None, show: Any) -> str:
         return " / ".join("-" if series is None or n not in series.rows else show(series, n) for n in wanted)
 
+    all_counts, more_than_fewest = (" / ".join(map(str, some)) for some in (counts, counts[1:]))
     head = [
-        f"GPUs: {' / '.join(map(str, counts))}; exposed, weak, strong: {' / '.join(map(str, counts[1:]))}",
+        f"GPUs: {all_counts}; exposed, weak and strong efficiency: {more_than_fewest}",
         "",
         "| " + " | ".join(SUMMARY) + " |",
         "|---|---:|---" + "|---:" * (len(SUMMARY) - 3) + "|",
@@ -114,6 +126,7 @@ def summary(kinds: dict[str, list[Series]]) -> list[str]:
             on(counts, one, lambda series, n: f"{series.rows[n]['peak_bytes'] / 1e9:.1f}"),
             on(counts[1:], one, lambda series, n: _exposed(series.rows[n])),
             on(counts[1:], one, lambda series, n: f"{series.efficiency(n):.0%}"),
+            on(counts[1:], one, lambda series, n: _percent(series.efficiency_of_gradients(n))),
             on(counts[1:], strong.get(_without_size(one)), lambda series, n: f"{series.efficiency(n):.0%}"),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -127,6 +140,10 @@ def _without_size(series: Series) -> Configuration:
 
 def _exposed(row: dict[str, Any]) -> str:
     return "-" if row["exposed_ms"] is None else f"{row['exposed_ms'] / row['ms_per_step']:.2%}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def section(name: str, series: Sequence[Series]) -> list[str]:

@@ -228,9 +228,10 @@ def check_memory(trainer: ResumableTrainer, configuration: Configuration, policy
 
 
 def on_first_rank(text: str) -> None:
-    """Print from one rank only."""
+    """Print from one rank only, in one piece: others may log at the same time."""
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -191,6 +192,16 @@ def test_the_exported_model_reloads_to_equal_logits(stage: int, tmp_path: Path) 
         torch.testing.assert_close(logits, torch.load(tmp_path / f"run-{name}" / "logits.pt"), rtol=0, atol=0)
         assert not torch.allclose(logits.float(), untrained.float(), atol=1e-2), "the run has trained something"
         assert AutoTokenizer.from_pretrained(folder).eos_token == "<eos>"
+
+
+def test_an_error_is_written_in_one_piece() -> None:
+    """Ranks share a terminal, and the launchers start them unbuffered: what comes in pieces gets mixed up."""
+    reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # one datagram is one write
+    with reader, writer:
+        code = f"import os; from agsel.training.ranks import say_error; os.dup2({writer.fileno()}, 2); say_error('why')"
+        command = [sys.executable, "-u", "-c", code]
+        subprocess.run(command, cwd=REPOSITORY, env=environment(), pass_fds=[writer.fileno()], check=True, timeout=200)
+        assert reader.recv(4096) == b"agsel: error: why\n"
 
 
 def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -77,8 +77,14 @@ def mistakes_in_one_line(*, only_of_agsel: bool = False) -> Iterator[None]:
         if not (_raised_by_agsel(error) if only_of_agsel else isinstance(error, (ValueError, OSError))):
             raise
         if _speaks_for_all():
-            print(f"agsel: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            say_error(" ".join(str(error).split()))
         sys.exit(1)
+
+
+def say_error(text: str) -> None:
+    """Print one line in one piece: unbuffered, `print` writes the end of the line apart, and ranks share a terminal."""
+    sys.stderr.write(f"agsel: error: {text}\n")
+    sys.stderr.flush()
 
 
 def _raised_by_agsel(error: BaseException) -> bool:

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from agsel.training.ranks import is_first_to_fail, remove_shared_memory
+from agsel.training.ranks import is_first_to_fail, remove_shared_memory, say_error
 
 TICKS = 20
 """Beats of a rank in one `rank_timeout`."""
@@ -169,11 +168,9 @@ class Watchdog:
         return f"rank {rank} ({f'host {address.host}, pid {address.pid}' if address else 'host unknown'})"
 
     def _accuse(self, silent: str) -> None:
-        print(
-            f"agsel: error: {silent} has not answered for {self._timeout:g} s (--rank_timeout): its process is stopped "
-            "or frozen, or its host is gone; all ranks end",
-            file=sys.stderr,
-            flush=True,
+        say_error(
+            f"{silent} has not answered for {self._timeout:g} s (--rank_timeout): its process is stopped or frozen, or "
+            "its host is gone; all ranks end"
         )
 
     def _end(self, silent: int) -> NoReturn:

@@ -90,7 +90,12 @@ TESTED = {
     "DeepSpeedZeRoOffload._remove_module_hooks": 0x99A8356C,
     "DeepSpeedZeRoOffload._register_deepspeed_module": 0x4830E99F,
     "PartitionedParameterCoordinator._fetch_sub_module_impl": 0xFD5C020F,
+    "PartitionedParameterCoordinator.__all_gather_params_": 0xBFA8CF20,
     "PartitionedParameterCoordinator.release_sub_module": 0xD2801082,
+    "PartitionedParameterCoordinator.release_and_reset_all": 0xA725F5AA,
+    "InflightParamRegistry.__setitem__": 0x966EC535,
+    "Init._convert_to_deepspeed_param": 0x5C13F253,
+    "Init._all_gather": 0x20324242,
     "deepspeed.checkpoint.ds_to_universal.main": 0xD18BC37C,
     "deepspeed.checkpoint.ds_to_universal.extract_zero_shards": 0x72705BEB,
     "deepspeed.checkpoint.ds_to_universal.extract_zero_shards_stage3": 0xC29A736A,
@@ -157,6 +162,11 @@ def _refused_settings(engine: Any) -> list[str]:
             engine.zero_optimization_stage() == 3 and zero.module_granularity_threshold > 0,
             "zero_optimization.stage3_module_granularity_threshold is not supported: remove it, agsel gathers whole "
             "decoder layers itself",
+        ),
+        (
+            engine.zero_allgather_sequential(),
+            "zero_optimization.stage3_allgather_sequential is not supported: remove it, agsel gathers the weights of a "
+            "decoder layer in one piece",
         ),
         (
             zero.elastic_checkpoint,

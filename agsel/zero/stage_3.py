@@ -7,11 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry, PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 
 from agsel.blocks import decoder_layers
+from agsel.zero.gathering import gather_as_stock, gather_jointly
 from agsel.zero.parameters import global_numel
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
@@ -86,7 +88,14 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             "checkpoint_event_epilogue",
         ),
         DeepSpeedZeRoOffload: ("setup_zero_stage3_hooks", "_remove_module_hooks", "_register_deepspeed_module"),
-        PartitionedParameterCoordinator: ("_fetch_sub_module_impl", "release_sub_module"),
+        PartitionedParameterCoordinator: (
+            "_fetch_sub_module_impl",
+            "__all_gather_params_",
+            "release_sub_module",
+            "release_and_reset_all",
+        ),
+        InflightParamRegistry: ("__setitem__",),
+        Init: ("_convert_to_deepspeed_param", "_all_gather"),
     }
     """Methods of the stock classes that this class replaces or whose inner working it depends on."""
 
@@ -118,6 +127,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         setattr(self, GRADIENT_MAP, self._gradients)
         self._gather_stream: Any = getattr(self.parameter_offload, GATHER_STREAM)
         self._gather_whole_layers()
+        gather_jointly(self.module)
 
     def _gather_whole_layers(self) -> None:
         """For small layers, DeepSpeed's hooks on each module inside take the host longer than the GPU computes.
@@ -139,6 +149,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     def destroy(self) -> None:
         """Give the model back without leaf modules: another `deepspeed.initialize` would make gradients for them."""
         super().destroy()
+        gather_as_stock(self.module)
         for layer in self._made_leaves:
             set_z3_leaf_module(layer, False)
             for parameter in layer.parameters():
@@ -187,4 +198,6 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             self._reassign_or_swap_out_partitioned_parameters(partition.index)
         if self._gather_stream is not None:  # stock may gather weights for the next forward before they are written
             self._gather_stream.wait_stream(torch.cuda.current_stream())
+        if persistent := self.persistent_parameters:  # `_post_step` would gather them one by one
+            persistent[0].all_gather_coalesced(persistent).wait()
         self._post_step(set())

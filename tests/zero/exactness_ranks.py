@@ -5,15 +5,19 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
 from deepspeed.utils import safe_get_full_fp32_param
 
 import agsel
+from agsel.zero.gathering import JointGather, gather_as_stock, gather_jointly
 from tests.distributed import RANKS
 from tests.ranks import run_cases
 from tests.tiny import tiny_batch
@@ -255,7 +259,7 @@ def gathering() -> dict[str, int]:
     """How ZeRO-3 gathers weights, with another lowest layer at each step and room for less than a layer ahead.
 
     How often it forgot the order; how often it gathered those of a module inside a decoder layer; and how often those
-    of a layer, and from the sixth step on, those of a layer of which some were not on their way.
+    of a layer, and from the sixth step on, those of a layer of which some were not on their way, or not in one piece.
     """
     zero = {"stage3_prefetch_bucket_size": 100, "stage3_max_reuse_distance": 0}
     policy = partial(agsel.RandomBlocks, fraction=0.3, seed=1)
@@ -263,7 +267,8 @@ def gathering() -> dict[str, int]:
     coordinator = engine.optimizer._get_param_coordinator()
     layers = set(engine.module.model.layers)
     inside = {module for layer in layers for module in layer.modules()} - layers
-    counts = dict.fromkeys(("layers", "inside", "late"), 0)
+    in_flight = engine.module.ds_inflight_param_registry
+    counts = dict.fromkeys(("layers", "inside", "late", "pieces"), 0)
     lowest: list[str] = []
     fetch = coordinator.fetch_sub_module
 
@@ -273,6 +278,8 @@ def gathering() -> dict[str, int]:
             missing = [p for p in module.parameters() if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
             counts["layers"] += 1
             counts["late"] += bool(missing) and len(lowest) >= 5
+            handles = {in_flight[p] for p in module.parameters() if p in in_flight}
+            counts["pieces"] += not all(isinstance(handle, JointGather) for handle in handles) or len(handles) > 1
         fetch(module, forward)
 
     with (
@@ -285,6 +292,59 @@ def gathering() -> dict[str, int]:
     assert len(set(lowest)) > 2
     assert coordinator.is_complete_trace()
     return counts | {"forgotten": invalidate.call_count}
+
+
+def persistent_weights() -> list[bool]:
+    """Per step: whether all small weights, which ZeRO-3 keeps on every rank, were back before DeepSpeed asks for them.
+
+    It would gather them one by one.
+    """
+    engine, _ = start_engine(Scenario(stage=3, zero={"stage3_param_persistence_threshold": 100}))
+    optimizer = engine.optimizer
+    post_step, steps = optimizer._post_step, []
+
+    def watched(timers: Any) -> None:
+        steps.append({parameter.ds_status for parameter in optimizer.persistent_parameters})
+        post_step(timers)
+
+    with mock.patch.object(optimizer, "_post_step", watched):
+        for step in range(3):
+            train_step(engine, step, accumulation=1)
+    return [statuses == {ZeroParamStatus.AVAILABLE} for statuses in steps]
+
+
+def gathered_weights() -> dict[str, Any]:
+    """Weights that do not divide among the ranks, gathered by agsel, by stock again, and by agsel in two types.
+
+    For each: the handle's type, whether every weight is back bit for bit, and how many handles DeepSpeed still holds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator) for shape in ((3, 5), (1,), (4, 6), (2, 1, 7))]
+    module: Any = torch.nn.ParameterList(torch.nn.Parameter(weight.clone()) for weight in weights)
+    deepspeed.zero.Init(module=module, config_dict_or_path=Scenario(stage=3).deepspeed_config())
+    module.ds_inflight_param_registry = in_flight = InflightParamRegistry()
+    parameters = list(module)
+    results: dict[str, Any] = {}
+
+    def gather(name: str) -> None:
+        order = parameters[:: (-1) ** torch.distributed.get_rank()]  # DeepSpeed passes them as sets
+        handle = order[0].all_gather_coalesced(order)
+        in_flight.update(dict.fromkeys(parameters, handle))
+        in_flight.pop(parameters[1]).wait()
+        handle.wait()
+        equal = all(torch.equal(p.cpu(), weight.to(p.dtype)) for p, weight in zip(parameters, weights, strict=True))
+        results[name] = {"type": type(handle).__name__, "equal": equal, "in flight": len(in_flight)}
+        in_flight.clear()
+        parameters[0].partition(parameters)
+
+    gather_jointly(module)
+    gather("jointly")
+    gather_as_stock(module)
+    gather("as stock")
+    gather_jointly(module)
+    parameters[2].ds_tensor.data = parameters[2].ds_tensor.bfloat16()
+    gather("in two types")
+    return results
 
 
 def kept_states(stage: int) -> list[bool]:
@@ -312,7 +372,7 @@ GRADIENTS = {
     "bf16-fp32-accumulation": ("bf16", FP32_ACCUMULATION),
 }
 
-CASES: dict[str, partial[Any]] = {}
+CASES: dict[str, Callable[[], Any]] = {}
 for stage in STAGES:
     CASES |= {f"weights-{stage}-{dtype}": partial(changed_weights, stage, dtype) for dtype in ("fp32", "bf16")}
     CASES[f"masters-{stage}"] = partial(master_changes, stage)
@@ -332,6 +392,8 @@ for stage in STAGES:
 CASES["gradients-3-leaf-modules"] = partial(gradient_elements, 3, "fp32", zero=LEAF_MODULES)
 CASES["foreign-2"] = partial(foreign_gradients, 2)
 CASES["gathering"] = gathering
+CASES["persistent"] = persistent_weights
+CASES["gathered"] = gathered_weights
 
 if __name__ == "__main__":
     run_cases(CASES)

@@ -48,6 +48,10 @@ def module_granularity() -> str | None:
     return refused(stage=3, zero={"stage3_module_granularity_threshold": 2000})
 
 
+def sequential_gather() -> str | None:
+    return refused(stage=3, zero={"stage3_allgather_sequential": True})
+
+
 def elastic_checkpoint() -> str | None:
     return refused(stage=2, zero={"elastic_checkpoint": True})
 
@@ -159,6 +163,7 @@ CASES: dict[str, Callable[[], str | None]] = {
     "offload_optimizer 3": partial(offload_optimizer, 3),
     "offload_param": offload_param,
     "module granularity": module_granularity,
+    "sequential gather": sequential_gather,
     "elastic_checkpoint": elastic_checkpoint,
     "zenflow": zenflow,
     "super_offload": super_offload,

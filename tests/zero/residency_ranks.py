@@ -100,6 +100,7 @@ def trained_again(stage: int) -> dict[str, Any]:
     run_engine(engine, selection, run)
     halfway, used = whole_weights(engine), engine.module
     engine.destroy()
+    assert not any(isinstance(getattr(p, "all_gather_coalesced", None), partial) for p in used.parameters())
     fresh = tiny_model(intermediate=run.intermediate)
     fresh.load_state_dict(halfway)
     finals = {}

@@ -124,6 +124,21 @@ def test_layers_are_gathered_whole(ranks: list[dict]) -> None:
         assert rank["gathering"]["layers"] > 0
         assert rank["gathering"]["inside"] == 0
         assert rank["gathering"]["late"] == 0, "all of a layer is gathered while the one before computes"
+        assert rank["gathering"]["pieces"] == 0, "all of a layer is gathered at once"
+
+
+def test_small_weights_are_gathered_together_after_a_step(ranks: list[dict]) -> None:
+    for rank in ranks:
+        assert rank["persistent"] == [True] * 3
+
+
+def test_weights_gathered_jointly_are_those_of_stock(ranks: list[dict]) -> None:
+    for rank in ranks:
+        gathers = rank["gathered"]
+        assert all(gather["equal"] for gather in gathers.values())
+        assert gathers["jointly"]["type"] == "JointGather"
+        assert gathers["jointly"]["in flight"] == 0
+        assert "JointGather" not in (gathers["as stock"]["type"], gathers["in two types"]["type"])
 
 
 @pytest.mark.parametrize("name", cases("gradients"))

@@ -16,6 +16,7 @@ REFUSED = {
     "offload_optimizer 3": ("zero_optimization.offload_optimizer is not supported", "remove it"),
     "offload_param": ("zero_optimization.offload_param is not supported", "remove it"),
     "module granularity": ("stage3_module_granularity_threshold is not supported", "remove it"),
+    "sequential gather": ("stage3_allgather_sequential is not supported", "remove it"),
     "elastic_checkpoint": ("zero_optimization.elastic_checkpoint is not supported", "remove it"),
     "zenflow": ("zero_optimization.zenflow is not supported", "remove it"),
     "super_offload": ("offload_optimizer.super_offload is not supported", "remove offload_optimizer"),

@@ -1,0 +1,91 @@
+"""ZeRO-3: weights that are needed together are gathered in one piece, and one kernel takes the piece apart.
+
+DeepSpeed's own gather is one piece, too, but takes it apart weight by weight and rank by rank, which keeps the host
+longer than the GPU needs for a small layer; and the host may run ahead by three weights, which is less than a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, MutableMapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+
+class JointGather:
+    """Weights on their way to this rank; `wait` makes all of them available.
+
+    Takes the place of DeepSpeed's handle of an all-gather. Memory is taken on the current stream, which `wait` expects
+    again.
+
+    Args:
+        parameters: partitioned, none available; of one type, on the same ranks.
+        in_flight: DeepSpeed's handles by parameter. All of these leave it in `wait`, so that DeepSpeed asks once, not
+            for every parameter, how far the GPU is.
+    """
+
+    def __init__(self, parameters: Iterable[Any], in_flight: MutableMapping[Any, Any]) -> None:
+        self._parameters = sorted(parameters, key=lambda parameter: parameter.ds_id)  # in one order on all ranks
+        self._in_flight = in_flight
+        pieces = [parameter.ds_tensor for parameter in self._parameters]
+        self._sizes = [piece.ds_numel for piece in pieces]
+        group = self._parameters[0].ds_process_group
+        self._gathered = pieces[0].new_empty(dist.get_world_size(group), sum(self._sizes))
+        own = self._gathered[dist.get_rank(group)]
+        torch.cat(pieces, out=own)
+        self._work = dist.allgather_fn(self._gathered.view(-1), own, group=group, async_op=True)
+        for parameter in self._parameters:
+            parameter.ds_status = ZeroParamStatus.INFLIGHT
+
+    def wait(self, **_: Any) -> None:
+        """Let the current stream wait, and point the parameters to their weights. A second call does nothing."""
+        if self._work is None:
+            return
+        self._work.wait()
+        ranks = len(self._gathered)
+        wholes = [self._gathered.new_empty(ranks, size) for size in self._sizes]
+        torch.split_with_sizes_copy(self._gathered, self._sizes, dim=1, out=wholes)
+        for parameter, whole in zip(self._parameters, wholes, strict=True):
+            parameter.data = whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)  # without the padding
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+            self._in_flight.pop(parameter, None)
+        self._work = self._gathered = None
+
+
+def gather_jointly(module: Any) -> None:
+    """Let DeepSpeed gather the weights of a ZeRO-3 module by `JointGather`, wherever it can."""
+    for parameter in module.parameters():
+        stock = parameter.all_gather_coalesced
+        parameter.all_gather_coalesced = partial(_gather, stock, module.ds_inflight_param_registry)
+
+
+def gather_as_stock(module: Any) -> None:
+    """Undo `gather_jointly`."""
+    for parameter in module.parameters():
+        parameter.all_gather_coalesced = parameter.all_gather_coalesced.args[0]
+
+
+def _gather(stock: Any, in_flight: Any, parameters: Iterable[Any], quantize: bool = False, **options: Any) -> Any:
+    """What a parameter's `all_gather_coalesced` does."""
+    parameters = list(parameters)
+    if not parameters or quantize or not _fit_together(parameters):
+        return stock(parameters, quantize=quantize, **options)
+    return JointGather(parameters, in_flight)
+
+
+def _fit_together(parameters: Sequence[Any]) -> bool:
+    """Whether these are plain partitions of one type, on the same ranks of which there are several.
+
+    They are not if they are quantized (qwZ), have a second copy on each host (hpZ), or if one is an adapter in fp32.
+    """
+    group, dtype = parameters[0].ds_process_group, parameters[0].ds_tensor.dtype
+    return dist.get_world_size(group) > 1 and all(
+        parameter.ds_process_group is group
+        and parameter.ds_tensor.dtype == dtype
+        and parameter.ds_secondary_tensor is None
+        and not hasattr(parameter.ds_tensor, "ds_quant_scale")
+        for parameter in parameters
+    )

@@ -18,8 +18,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 class JointGather:
     """Weights on their way to this rank; `wait` makes all of them available.
 
-    Takes the place of DeepSpeed's handle of an all-gather. Memory is taken on the current stream, which `wait` expects
-    again.
+    Takes the place of DeepSpeed's handle of an all-gather.
 
     Args:
         parameters: partitioned, none available; of one type, on the same ranks.
@@ -45,6 +44,8 @@ class JointGather:
         if self._work is None:
             return
         self._work.wait()
+        if self._gathered.is_cuda:  # DeepSpeed may wait on another stream than it gathered on
+            self._gathered.record_stream(torch.cuda.current_stream(self._gathered.device))
         ranks = len(self._gathered)
         wholes = [self._gathered.new_empty(ranks, size) for size in self._sizes]
         torch.split_with_sizes_copy(self._gathered, self._sizes, dim=1, out=wholes)

@@ -95,7 +95,7 @@ class SanityChecks:
         return f"sanity checks: {self._checks} of {self._steps} steps, {each:.0f} ms each"
 
     def forget(self) -> None:
-        """Expect other states than before: a checkpoint is loaded."""
+        """Expect other states than before: a checkpoint is loaded, or the masters are made from the weights again."""
         self._states.clear()
 
     def before_step(self, number: int) -> None:

@@ -44,6 +44,8 @@ class SelectiveStep:
         """Stock copies the weights over the masters, which may be on their way."""
         self.selection.residency.synchronize()
         super().refresh_fp32_params()  # type: ignore[misc]
+        if self.selection.sanity is not None:
+            self.selection.sanity.forget()
 
     def step(self, closure: None = None) -> None:
         """Update the selected blocks, or nothing at all if any rank holds a non-finite gradient."""

@@ -95,9 +95,20 @@ def lost_in_host_memory(stage: int) -> tuple[str, str | None]:
     return name, message_of(SanityError, lambda: train_step(engine, EVERY, 1))
 
 
+def refreshed(stage: int) -> str | None:
+    """What the step after a check says of masters that were made from the bf16 weights again."""
+    engine, _ = start_engine(scenario(stage), sanity_checks=EVERY)
+    for step in range(EVERY):
+        train_step(engine, step, 1)
+    engine.optimizer.refresh_fp32_params()
+    return message_of(SanityError, lambda: train_step(engine, EVERY, 1))
+
+
 KINDS = {"frozen": changed_while_frozen, "different": different_on_a_rank, "lost": lost_in_host_memory}
 CASES = {f"clean-{stage}": partial(clean, stage) for stage in (1, 2, 3)} | {
-    f"{name}-{stage}": partial(kind, stage) for name, kind in KINDS.items() for stage in (1, 2, 3)
+    f"{name}-{stage}": partial(kind, stage)
+    for name, kind in (KINDS | {"refreshed": refreshed}).items()
+    for stage in (1, 2, 3)
 }
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def test_one_flipped_bit_ends_all_ranks_by_name(ranks: list[dict[str, Any]], kin
         assert message.startswith(FOUND[kind].format(block=block))
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_masters_made_from_the_weights_again_are_no_fault(ranks: list[dict[str, Any]], stage: int) -> None:
+    assert [rank[f"refreshed-{stage}"] for rank in ranks] == [None] * len(ranks)
+
+
 @pytest.fixture(scope="module")
 def fingerprint() -> Callable[..., int]:
     fingerprints = Fingerprints(torch.device("cpu"))

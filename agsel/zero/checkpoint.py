@@ -40,10 +40,15 @@ class SelectiveEngine(DeepSpeedEngine):
     hooks: list[RemovableHandle]
 
     def destroy(self) -> None:
-        """`DeepSpeedEngine.destroy`, which also takes agsel's hooks off the model and leaves every block trainable."""
-        for hook in self.hooks:
+        """`DeepSpeedEngine.destroy`, which also takes agsel's hooks off the model and leaves every block trainable.
+
+        A second call, as Python's when the engine is collected, leaves the model alone: another may train it by then.
+        """
+        hooks, self.hooks = self.hooks, []
+        for hook in hooks:
             hook.remove()
-        self.selection.make_all_trainable()
+        if hooks:
+            self.selection.make_all_trainable()
         super().destroy()
 
     def save_checkpoint(

@@ -7,12 +7,15 @@ longer than the GPU needs for a small layer; and the host may run ahead by three
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableMapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
 
 
 class JointGather:
@@ -56,17 +59,34 @@ class JointGather:
         self._work = self._gathered = None
 
 
-def gather_jointly(module: Any) -> None:
-    """Let DeepSpeed gather the weights of a ZeRO-3 module by `JointGather`, wherever it can."""
+class Registry(InflightParamRegistry):
+    """DeepSpeed's handles of weights in flight, which it waits for in turn; the first lets all of its gather leave."""
+
+    def items(self) -> Any:
+        """A copy."""
+        return list(super().items())
+
+
+def gather_jointly(module: Any) -> ExitStack:
+    """Let DeepSpeed gather the weights of a ZeRO-3 module by `JointGather`, wherever it can.
+
+    Closing what is returned undoes it; once, because another engine may train the module then.
+    """
+    in_flight = module.ds_inflight_param_registry
+    undo = ExitStack()
+    undo.callback(setattr, in_flight, "__class__", type(in_flight))
+    in_flight.__class__ = Registry
     for parameter in module.parameters():
         stock = parameter.all_gather_coalesced
-        parameter.all_gather_coalesced = partial(_gather, stock, module.ds_inflight_param_registry)
+        undo.callback(setattr, parameter, "all_gather_coalesced", stock)
+        parameter.all_gather_coalesced = partial(_gather, stock, in_flight)
+    return undo
 
 
-def gather_as_stock(module: Any) -> None:
-    """Undo `gather_jointly`."""
-    for parameter in module.parameters():
-        parameter.all_gather_coalesced = parameter.all_gather_coalesced.args[0]
+def gather_now(parameters: Sequence[Any]) -> None:
+    """Make partitioned weights available by a `JointGather`, if they fit together; else leave them to DeepSpeed."""
+    if parameters and _fit_together(parameters):
+        JointGather(parameters, {}).wait()
 
 
 def _gather(stock: Any, in_flight: Any, parameters: Iterable[Any], quantize: bool = False, **options: Any) -> Any:
@@ -78,14 +98,16 @@ def _gather(stock: Any, in_flight: Any, parameters: Iterable[Any], quantize: boo
 
 
 def _fit_together(parameters: Sequence[Any]) -> bool:
-    """Whether these are plain partitions of one type, on the same ranks of which there are several.
+    """Whether these are plain partitions of one type on the accelerator, on the same ranks of which there are several.
 
     They are not if they are quantized (qwZ), have a second copy on each host (hpZ), or if one is an adapter in fp32.
     """
     group, dtype = parameters[0].ds_process_group, parameters[0].ds_tensor.dtype
+    device = get_accelerator().device_name()
     return dist.get_world_size(group) > 1 and all(
         parameter.ds_process_group is group
         and parameter.ds_tensor.dtype == dtype
+        and parameter.ds_tensor.device.type == device
         and parameter.ds_secondary_tensor is None
         and not hasattr(parameter.ds_tensor, "ds_quant_scale")
         for parameter in parameters

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
 
 from agsel.blocks import decoder_layers
-from agsel.zero.gathering import gather_as_stock, gather_jointly
+from agsel.zero.gathering import gather_jointly, gather_now
 from agsel.zero.parameters import global_numel
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
@@ -89,13 +89,17 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         ),
         DeepSpeedZeRoOffload: ("setup_zero_stage3_hooks", "_remove_module_hooks", "_register_deepspeed_module"),
         PartitionedParameterCoordinator: (
+            "reset_step",
+            "_invalidate_trace",
+            "_clean_inflight_param_registry",
             "_fetch_sub_module_impl",
+            "__all_gather_params",
             "__all_gather_params_",
             "release_sub_module",
             "release_and_reset_all",
         ),
         InflightParamRegistry: ("__setitem__",),
-        Init: ("_convert_to_deepspeed_param", "_all_gather"),
+        Init: ("_convert_to_deepspeed_param", "_all_gather", "_partition_param"),
     }
     """Methods of the stock classes that this class replaces or whose inner working it depends on."""
 
@@ -126,8 +130,8 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         self.grad_partitions_flat_buffer = stock_buffer.new_empty(0)
         setattr(self, GRADIENT_MAP, self._gradients)
         self._gather_stream: Any = getattr(self.parameter_offload, GATHER_STREAM)
+        self._undo = gather_jointly(self.module)
         self._gather_whole_layers()
-        gather_jointly(self.module)
 
     def _gather_whole_layers(self) -> None:
         """For small layers, DeepSpeed's hooks on each module inside take the host longer than the GPU computes.
@@ -136,9 +140,10 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         Not before `deepspeed.initialize`: the hooks that reduce gradients would then make some for frozen weights.
         """
         layers = decoder_layers(self.module)
-        self._made_leaves = [layer for layer in layers if not z3_leaf_module(layer)]
-        for layer in self._made_leaves:
-            set_z3_leaf_module(layer, True)
+        for layer in layers:
+            if not z3_leaf_module(layer):
+                set_z3_leaf_module(layer, True)
+                self._undo.callback(_unmake_leaf, layer)
         self.parameter_offload._remove_module_hooks()
         self.parameter_offload.setup_zero_stage3_hooks()
         coordinator = self._get_param_coordinator()
@@ -149,11 +154,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     def destroy(self) -> None:
         """Give the model back without leaf modules: another `deepspeed.initialize` would make gradients for them."""
         super().destroy()
-        gather_as_stock(self.module)
-        for layer in self._made_leaves:
-            set_z3_leaf_module(layer, False)
-            for parameter in layer.parameters():
-                vars(parameter).pop("ds_z3_leaf_module", None)
+        self._undo.close()
 
     def _get_fp32_opt_state_partition(self, *args: Any, **kwargs: Any) -> Any:
         """DeepSpeed's `safe_get_full_...` and `safe_set_full_...` start here; states may be on their way."""
@@ -198,6 +199,11 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
             self._reassign_or_swap_out_partitioned_parameters(partition.index)
         if self._gather_stream is not None:  # stock may gather weights for the next forward before they are written
             self._gather_stream.wait_stream(torch.cuda.current_stream())
-        if persistent := self.persistent_parameters:  # `_post_step` would gather them one by one
-            persistent[0].all_gather_coalesced(persistent).wait()
+        gather_now(self.persistent_parameters)  # `_post_step` would gather them one by one
         self._post_step(set())
+
+
+def _unmake_leaf(layer: torch.nn.Module) -> None:
+    set_z3_leaf_module(layer, False)
+    for parameter in layer.parameters():
+        vars(parameter).pop("ds_z3_leaf_module", None)

@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRe
 from deepspeed.utils import safe_get_full_fp32_param
 
 import agsel
-from agsel.zero.gathering import JointGather, gather_as_stock, gather_jointly
+from agsel.zero.gathering import JointGather, gather_jointly
 from tests.distributed import RANKS
 from tests.ranks import run_cases
 from tests.tiny import tiny_batch
@@ -337,14 +337,41 @@ def gathered_weights() -> dict[str, Any]:
         in_flight.clear()
         parameters[0].partition(parameters)
 
-    gather_jointly(module)
-    gather("jointly")
-    gather_as_stock(module)
+    with gather_jointly(module):
+        gather("jointly")
     gather("as stock")
     gather_jointly(module)
     parameters[2].ds_tensor.data = parameters[2].ds_tensor.bfloat16()
     gather("in two types")
     return results
+
+
+def evaluated() -> dict[str, Any]:
+    """Final weights of runs with and without evaluations between steps, when DeepSpeed knows the order of the modules.
+
+    Each evaluation ends with weights on their way: DeepSpeed expects a backward after it.
+    """
+    zero = {"stage3_max_live_parameters": 12000, "stage3_max_reuse_distance": 0}  # room for two of four layers
+
+    def run(evaluations: int) -> dict[str, torch.Tensor]:
+        engine, _ = start_engine(Scenario(stage=3, policy=MIXED, zero=zero))
+        in_flight = engine.module.ds_inflight_param_registry
+        on_their_way: list[int] = []
+        losses: list[float] = []
+        engine.module.lm_head.register_forward_hook(lambda *_: on_their_way.append(len(in_flight)))
+        for step in range(6):
+            for _ in range(evaluations if step >= 3 else 0):
+                ids = tiny_batch(step, 1, torch.distributed.get_rank()).to(engine.device)
+                engine.eval()
+                with torch.no_grad():
+                    losses.append(float(engine(input_ids=ids, labels=ids).loss))
+                assert on_their_way[-1], "the evaluation gathered nothing ahead of a backward"
+                engine.train()
+            train_step(engine, step, accumulation=1)
+        assert losses[::2] == losses[1::2], "two evaluations of the same weights differ"
+        return whole_weights(engine)
+
+    return {"with": run(evaluations=2), "without": run(evaluations=0)}
 
 
 def kept_states(stage: int) -> list[bool]:
@@ -394,6 +421,7 @@ CASES["foreign-2"] = partial(foreign_gradients, 2)
 CASES["gathering"] = gathering
 CASES["persistent"] = persistent_weights
 CASES["gathered"] = gathered_weights
+CASES["evaluated"] = evaluated
 
 if __name__ == "__main__":
     run_cases(CASES)

@@ -47,6 +47,13 @@ FULL = {
     )
     if not (stage == 1 and suffix)  # DeepSpeed builds BF16_Optimizer there, which agsel refuses
 }
+FULL["full-stage3-hpz"] = Scenario(
+    stage=3,
+    policy=agsel.FullFineTuning,
+    steps=6,
+    zero={"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 100},
+)
+"""Every host, here every two ranks, holds all weights once more, and gathers those of a step before if told so."""
 
 
 def selective_run(scenario: Scenario) -> Record:

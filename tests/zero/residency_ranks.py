@@ -7,14 +7,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
 
 import agsel
 from agsel.zero.residency import POISON, SideStream
 from tests.ranks import run_cases
 from tests.tiny import tiny_model
 from tests.zero.parity_ranks import whole_weights
-from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late
+from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
 MIXED = partial(agsel.AdaGradSelect, fraction=0.5, explore_steps=500, epsilon_end=0.3, seed=4)
@@ -95,7 +95,7 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
 
 def trained_again(stage: int) -> dict[str, Any]:
     """Final weights of a model whose first engine was destroyed, and of a fresh one that starts from its weights."""
-    run = Scenario(stage=stage, steps=4, policy=MIXED, blocks="layers")
+    run = Scenario(stage=stage, steps=4, policy=NEW_SET_EVERY_STEP, blocks="layers")
     engine, selection = start_engine(run)
     run_engine(engine, selection, run)
     halfway, used = whole_weights(engine), engine.module
@@ -104,11 +104,22 @@ def trained_again(stage: int) -> dict[str, Any]:
     fresh = tiny_model(intermediate=run.intermediate)
     fresh.load_state_dict(halfway)
     finals = {}
+    first = engine
     for name, model in {"used": used, "fresh": fresh}.items():
         engine, selection = start_engine(run, model=model)
+        train_step(engine, run.steps, run.accumulation)
+        before = what_an_engine_sets(model)
+        first.destroy()  # as Python does when it collects the engine
+        assert what_an_engine_sets(model) == before, "a destroyed engine changed the model of another"
         run_engine(engine, selection, run)
         finals[name] = whole_weights(engine)
     return finals | {"halfway": halfway}
+
+
+def what_an_engine_sets(model: torch.nn.Module) -> list[Any]:
+    """What agsel sets on a model, for as long as it trains it."""
+    parameters = [(p.requires_grad, getattr(p, "all_gather_coalesced", None)) for p in model.parameters()]
+    return [*parameters, *map(z3_leaf_module, model.modules())]
 
 
 CASES: dict[str, partial[Any]] = {

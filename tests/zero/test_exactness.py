@@ -132,6 +132,12 @@ def test_small_weights_are_gathered_together_after_a_step(ranks: list[dict]) -> 
         assert rank["persistent"] == [True] * 3
 
 
+def test_evaluations_between_steps_change_nothing(ranks: list[dict]) -> None:
+    for rank in ranks:
+        runs = rank["evaluated"]
+        assert all(torch.equal(runs["with"][name], weight) for name, weight in runs["without"].items())
+
+
 def test_weights_gathered_jointly_are_those_of_stock(ranks: list[dict]) -> None:
     for rank in ranks:
         gathers = rank["gathered"]

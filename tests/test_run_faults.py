@@ -208,11 +208,11 @@ def test_a_run_killed_twenty_times_ends_as_the_unbroken_one(parts: tuple[Path, P
     seed = random.randrange(10**6)
     print("seed", seed)
     draw = random.Random(seed)
-    moments = [Moment(draw.randint(1, 4), draw.uniform(0, 0.1)) for _ in range(8)]
+    moments = [Moment(draw.randint(1, 4), draw.uniform(0, 0.03)) for _ in range(8)]
     moments += [Moment(draw.randint(1, 4), draw.uniform(0, 2)) for _ in range(6)]
     moments += [Moment(0, draw.uniform(0, 12)) for _ in range(6)]
     draw.shuffle(moments)
-    run, length = tmp_path / "run", {"steps": 600, "every": 5, "save_total_limit": 3}
+    run, length = tmp_path / "run", {"steps": 1500, "every": 5, "save_total_limit": 3}
     arguments, during_a_save = saving_run(parts, run, **length, **AUTO), 0
     for moment in moments:
         newest, rank = newest_step(run), draw.randrange(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -105,7 +106,11 @@ def processes_of(leader: int) -> list[str]:
 
 def interrupted_save(run: Path) -> list[str]:
     """The checkpoint that is being written, or was when the ranks ended."""
-    return [folder.name for folder in (run / checkpoints.STAGING).glob(f"{checkpoints.PREFIX}*")]
+    try:
+        names = os.listdir(run / checkpoints.STAGING)
+    except FileNotFoundError:  # between two saves
+        return []
+    return [name for name in names if name.startswith(checkpoints.PREFIX)]
 
 
 def flip(path: Path) -> None:

@@ -106,11 +106,11 @@ def attach(
 
 
 def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequence[Block]) -> None:
-    """Start the copies of a step at its first layer, and those it left for later after a third of the backward.
+    """Tell the selection how far a step has come, so that states travel beside it.
 
-    Not earlier: models read a value from the device while they make the attention mask, which would queue behind the
-    copies. By the third of the backward, freed activations leave room for the states that are still missing. Between
-    the two, at the start of the backward, `SelectiveStep.backward_prologue` starts more.
+    It begins at the first layer: models read a value from the device while they make the attention mask, which would
+    queue behind the copies. At the start of the backward `SelectiveStep.backward_prologue` comes in, and after a third
+    of it freed activations leave room for the states that are still missing.
     """
 
     def on_gradient(_: nn.Parameter) -> None:
@@ -118,10 +118,14 @@ def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequ
             selection.move_states(Moment.LATE_BACKWARD)
 
     lower_blocks = blocks[: len(blocks) * 2 // 3 + 1]  # which of them get a gradient differs from step to step
-    engine.hooks = [
-        decoder_layers(engine.module)[0].register_forward_pre_hook(lambda *_: selection.move_states(Moment.FORWARD)),
-        *(block.trainable[0].register_post_accumulate_grad_hook(on_gradient) for block in lower_blocks),
-    ]
+    engine.hooks = [block.trainable[0].register_post_accumulate_grad_hook(on_gradient) for block in lower_blocks]
+    layers = decoder_layers(engine.module)
+    for index, layer in enumerate(layers):
+
+        def on_entry(_: nn.Module, arguments: tuple[Any, ...], remaining: int = len(layers) - index) -> None:
+            selection.enter_layer(arguments, remaining)
+
+        engine.hooks.append(layer.register_forward_pre_hook(on_entry))
     if isinstance(engine.optimizer, SelectiveZeroOptimizerStage3):
         engine.hooks.append(_reach_first_layer_while_recording(engine))
 

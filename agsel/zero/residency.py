@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ import torch
 from agsel.zero.host_memory import Arena
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SMALLEST_PART = 2**27
+"""Bytes that leave the device at a time, at least: with smaller parts the host loses more than a read has to wait."""
+
 POISON = "AGSEL_POISON"
 """Debug switch (environment, 1): overwrite every copy that must not be read any more, or not yet, with NaN."""
 
@@ -63,17 +68,10 @@ class Partition:
             elif source.data_ptr() != row.data_ptr():
                 row.copy_(source)
         state["step"] = self._placed_step(state.get("step", 0))
-        self._point_to(rows)
+        self.point_to(rows)
 
-    def move_to(self, rows: torch.Tensor) -> torch.Tensor:
-        """Start copying to `rows` on the current stream, keep master and moments there, and return the rows left."""
-        left = self.rows
-        assert left is not None, "only an adopted partition can be moved"
-        rows.copy_(left, non_blocking=True)
-        self._point_to(rows)
-        return left
-
-    def _point_to(self, rows: torch.Tensor) -> None:
+    def point_to(self, rows: torch.Tensor) -> None:
+        """Keep master and moments in `rows` from now on; their values are somebody else's business."""
         self.rows = rows
         self.master.data = rows[0]
         state = self._optimizer.state[self.master]
@@ -119,16 +117,43 @@ class SideStream:
             self._stream.synchronize()
 
 
+@dataclass(eq=False)
+class Move:
+    """A partition on its way: it belongs to `target` already, and so many of its elements have been sent there.
+
+    Attributes:
+        stream: whose copies these are; evictions and fetches have one each.
+        room: the eviction that leaves `target` free, None if nobody is there.
+        landed: the event after the last copy, once that is started; None on the CPU.
+    """
+
+    partition: Partition
+    source: torch.Tensor
+    target: torch.Tensor
+    stream: SideStream
+    room: Move | None = None
+    sent: int = 0
+    landed: Any = None
+
+    @property
+    def remaining_bytes(self) -> int:
+        """Not yet sent."""
+        return self.source.nbytes - self.sent * self.source.itemsize
+
+
 class Residency:
     """Moves partitions so that the wanted blocks are on the device and, when offloading, no others are.
 
-    An eviction waits for the last use of states (`mark_use`), a fetch for the room it goes to, both for the same
-    partition's copy before; the compute stream waits for a fetch only where it steps that partition (`wait_for`).
-    Evictions and fetches have a stream each, because both directions of the bus can be busy at once.
+    What is to be moved (`keep_only`) is sent in parts (`send`): a read from the device, as losses and attention masks
+    do, waits for every copy to the host that was started before it. Copies wait for all that the compute stream was
+    given before the decision, evictions also for what it was given before they were sent, fetches for the room they go
+    to, and both for the same partition's copy before. The compute stream waits for a fetch only where it steps that
+    partition (`wait_for`). Evictions and fetches have a stream each, because both directions of the bus can be busy at
+    once.
 
     Attributes:
         partitions: all of this rank.
-        moved_bytes: copied so far between device and host, both ways.
+        moved_bytes: sent so far between device and host or about to be, both ways.
     """
 
     def __init__(
@@ -140,8 +165,8 @@ class Residency:
         self._offload = offload_states
         self._poison = os.environ.get(POISON) == "1"
         self._evictions, self._fetches = SideStream(device), SideStream(device)
+        self._waiting: deque[Move] = deque()
         self._under_way: dict[Partition, Any] = {}
-        self._used: Any = None
         if offload_states:
             pin = pin_memory and device.type == "cuda"
             self._arena = Arena([partition.shape for partition in partitions], partitions[0].master.dtype, pin)
@@ -161,26 +186,58 @@ class Residency:
             rows = partition.home if at_home else partition.rows if partition.is_resident else self._new_rows(partition)
             assert rows is not None
             partition.adopt(rows)
-        self.mark_use()
 
     @torch.inference_mode(False)  # an evaluation may come first, and Adam refuses tensors made in its inference mode
     def keep_only(self, wanted: Iterable[int]) -> None:
-        """Start moving the partitions of the `wanted` blocks to the device, and all others off it if offloading."""
+        """Give the `wanted` blocks their place on the device, and when offloading all others theirs on the host.
+
+        Fetches that find room begin at once; evictions, and fetches into the rows that they leave, with `send`.
+        """
         if not self._offload:
             return
         wanted = set(wanted)
-        vacated = self._evict([p for p in self.partitions if p.is_resident and p.block not in wanted])
-        self._fetch([p for p in self.partitions if not p.is_resident and p.block in wanted], vacated)
+        leaving = [p for p in self.partitions if p.is_resident and p.block not in wanted]
+        arriving = [p for p in self.partitions if not p.is_resident and p.block in wanted]
+        if not leaving and not arriving:
+            return
+        if not {move.partition for move in self._waiting}.isdisjoint([*leaving, *arriving]):
+            self.send()
+        now = self._now()
+        for stream in (self._evictions, self._fetches):
+            stream.wait_for(now)
+        evictions = [self._move(partition, partition.home, self._evictions) for partition in leaving]
+        successors: dict[Move, Move] = {}
+        for partition in arriving:
+            room = next((e for e in evictions if e.source.shape == partition.shape and e not in successors), None)
+            if room is not None:
+                successors[room] = self._move(partition, room.source, self._fetches, room)
+            else:
+                fetch = self._move(partition, self._new_rows(partition), self._fetches)
+                self._send_part(fetch, fetch.remaining_bytes)
+        self._waiting += [eviction for eviction in evictions if eviction not in successors]
+        self._waiting += [move for exchange in successors.items() for move in exchange]
+
+    def send(self, share: float = 1.0) -> None:
+        """Start copying this share of the bytes that wait to leave the device, and what comes into their room."""
+        if not self._waiting:
+            return
+        self._evictions.wait_for(self._now())
+        leaving = sum(move.remaining_bytes for move in self._waiting if move.stream is self._evictions)
+        budget = max(math.ceil(share * leaving), SMALLEST_PART)
+        while self._waiting and (budget > 0 or self._waiting[0].stream is self._fetches):
+            move = self._waiting[0]
+            if move.stream is self._fetches:
+                self._send_part(move, move.remaining_bytes)
+            else:
+                budget -= self._send_part(move, budget)
+            if not move.remaining_bytes:
+                self._waiting.popleft()
 
     def wait_for(self, partition: Partition) -> None:
-        """Make the compute stream wait until a fetched partition has arrived."""
+        """Make the compute stream wait until a fetched partition, which has been sent, is there."""
         arrival = self._under_way.pop(partition, None)
         if arrival is not None:
             torch.cuda.current_stream(self.device).wait_event(arrival)
-
-    def mark_use(self) -> None:
-        """Until this point of its work the compute stream may use any states; later only those it waits for."""
-        self._used = self._now()
 
     def in_order_of_arrival(self, partitions: Iterable[Partition]) -> list[Partition]:
         """Resident partitions first, then those under way: work on the former hides the copies of the latter."""
@@ -192,41 +249,41 @@ class Residency:
         return all(partition.is_resident for partition in self.partitions if partition.block == block)
 
     def synchronize(self) -> None:
-        """Wait, on the host, until every copy has landed."""
+        """Wait, on the host, until everything is where it belongs."""
+        self.send()
         self._evictions.synchronize()
         self._fetches.synchronize()
 
-    def _evict(self, partitions: Sequence[Partition]) -> list[tuple[torch.Tensor, Any]]:
-        """Returns the rows that they leave, each with the event after which it may be written."""
-        vacated = []
-        with self._evictions.active():
-            self._evictions.wait_for(self._used)
-            for partition in partitions:
-                assert partition.home is not None
-                rows = self._move(partition, partition.home, self._evictions)
-                self._evictions.keep(rows)
-                vacated.append((rows, self._under_way[partition]))
-        return vacated
+    def _move(
+        self, partition: Partition, target: torch.Tensor | None, stream: SideStream, room: Move | None = None
+    ) -> Move:
+        """Decide on a move, without a copy."""
+        source = partition.rows
+        assert source is not None, "only an adopted partition can be moved"
+        assert target is not None, "only an offloading one has a home"
+        partition.point_to(target)
+        self.moved_bytes += target.nbytes
+        return Move(partition, source, target, stream, room)
 
-    def _fetch(self, partitions: Sequence[Partition], vacated: list[tuple[torch.Tensor, Any]]) -> None:
-        """Into rows that others leave, where the shape is right: so an exchange needs no memory."""
-        rooms = [_take_room(vacated, partition.shape) for partition in partitions]
-        vacated.clear()  # what nobody takes is free for those who found nothing
-        for partition, room in zip(partitions, rooms, strict=True):
-            rows, vacancy = room or (self._new_rows(partition), self._now())
-            with self._fetches.active():
-                self._fetches.wait_for(vacancy)
-                self._fetches.keep(rows)
-                self._move(partition, rows, self._fetches)
+    def _send_part(self, move: Move, most: int) -> int:
+        """Start copying the next part of a move, at most so many bytes and an element; returns how many."""
+        begin, end = move.sent, min(move.source.numel(), move.sent + math.ceil(most / move.source.itemsize))
+        with move.stream.active():
+            if begin == 0:
+                move.stream.wait_for(self._under_way.pop(move.partition, None))
+                move.stream.wait_for(move.room and move.room.landed)
+            move.target.view(-1)[begin:end].copy_(move.source.view(-1)[begin:end], non_blocking=True)
+            move.sent = end
+            if not move.remaining_bytes:
+                self._land(move)
+        return (end - begin) * move.source.itemsize
 
-    def _move(self, partition: Partition, rows: torch.Tensor, stream: SideStream) -> torch.Tensor:
-        stream.wait_for(self._under_way.pop(partition, None))
-        left = partition.move_to(rows)
-        self.moved_bytes += rows.nbytes
+    def _land(self, move: Move) -> None:
+        """The last copy of a move has been started, on the current stream."""
         if self._poison:
-            left.copy_(torch.full_like(left, math.nan, device=self.device), non_blocking=True)
-        self._under_way[partition] = stream.record()
-        return left
+            move.source.copy_(torch.full_like(move.source, math.nan, device=self.device), non_blocking=True)
+        move.stream.keep(move.source if move.stream is self._evictions else move.target)
+        move.landed = self._under_way[move.partition] = move.stream.record()
 
     def _new_rows(self, partition: Partition) -> torch.Tensor:
         rows = torch.empty(partition.shape, dtype=partition.master.dtype, device=self.device)
@@ -235,10 +292,3 @@ class Residency:
     def _now(self) -> Any:
         """An event at this point of the compute stream, None on the CPU."""
         return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-
-
-def _take_room(vacated: list[tuple[torch.Tensor, Any]], shape: torch.Size) -> tuple[torch.Tensor, Any] | None:
-    for index, (rows, _) in enumerate(vacated):
-        if rows.shape == shape:
-            return vacated.pop(index)
-    return None

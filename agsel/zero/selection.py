@@ -25,9 +25,8 @@ SHARE_IN_FORWARD = 0.8
 peak. The others come in its backward, when activations are freed. With fewer, memory would only fall further below what
 exploring steps need."""
 
-LEAVING_IN_FORWARD = 1 / 3
-"""Of the optimizer states that a step sends to the host: the forward's part of the time. A read from the device, as
-losses do, waits for all copies to the host that were started before it."""
+LEAVING_IN_FORWARD = 1 / 2
+"""Of the optimizer states that a step sends to the host: the forward's part of the time, if some layers are frozen."""
 
 
 class Moment(IntEnum):
@@ -90,6 +89,7 @@ class Selection:
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
         self._moved: Moment | None = None
+        self._layers_to_leave = 1
         self._last_explored: tuple[int, ...] = ()
         policy.start(len(blocks))
 
@@ -138,18 +138,42 @@ class Selection:
     def plan_step(self) -> None:
         """Before the forward: freeze what the plan leaves out."""
         self._moved = None
+        self._layers_to_leave = 1
         planned = set(self.policy.plan().blocks)
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
                 parameter.requires_grad_(index in planned)
 
     def move_states(self, moment: Moment) -> None:
-        """Start moving optimizer partitions to where the plan wants them from this moment on, once per step."""
-        if self._moved is None:
-            self.residency.mark_use()  # between two steps anyone may have read or changed states
+        """Decide, once per step, where the plan wants optimizer partitions to be from this moment on.
+
+        They travel while the step computes, a part with each layer that it enters or leaves.
+        """
         if self._moved is None or moment > self._moved:
             self.residency.keep_only(self._wanted(moment))
             self._moved = moment
+            if moment is Moment.BACKWARD:
+                self._leave_layer()
+
+    def enter_layer(self, arguments: tuple[Any, ...], remaining: int) -> None:
+        """A forward reaches a decoder layer.
+
+        Args:
+            arguments: the layer's positional ones; the first are hidden states.
+            remaining: layers from here to the last, this one included.
+        """
+        self.move_states(Moment.FORWARD)
+        if self._moved is not Moment.FORWARD:
+            return  # another micro-batch, or a backward that computes the layer again
+        self.residency.send(1 / remaining)
+        if arguments and arguments[0].requires_grad:
+            self._layers_to_leave += 1
+            arguments[0].register_hook(lambda _: self._leave_layer())
+
+    def _leave_layer(self) -> None:
+        """The backward begins, or is through with a layer."""
+        self.residency.send(1 / max(1, self._layers_to_leave))
+        self._layers_to_leave -= 1
 
     def _wanted(self, moment: Moment) -> Collection[int]:
         """On an exploring plan the last moment's guess is the last exploring step's choice; most will be right."""
@@ -187,6 +211,7 @@ class Selection:
         if plan.explore:
             self._last_explored = selected
         self.residency.keep_only(selected)
+        self.residency.send()
         self.last = StepReport(
             step=self.policy.step,
             mode="explore" if plan.explore else "exploit",

@@ -10,7 +10,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
 
 import agsel
-from agsel.zero.residency import POISON, SideStream
+from agsel.zero import residency
+from agsel.zero.residency import POISON, SMALLEST_PART, SideStream
+from agsel.zero.selection import Moment
 from tests.ranks import run_cases
 from tests.tiny import tiny_model
 from tests.zero.parity_ranks import whole_weights
@@ -22,6 +24,7 @@ NEW_SET_EVERY_STEP = partial(agsel.RandomBlocks, fraction=0.5, seed=4)
 VARIANTS: dict[str, dict[str, bool]] = {
     "kept": {"offload_states": False},
     "moved": {},
+    "in parts": {},
     "not pinned": {"pin_memory": False},
 }
 LATE = ("fetches", "evictions")
@@ -45,6 +48,27 @@ def start_copies_late(stream: SideStream) -> None:
         return active()
 
     stream.active = active_late  # type: ignore[method-assign]
+
+
+def watch_waiting(selection: Any) -> dict[str, list[int]]:
+    """Filled with the bytes that wait to be sent at the end of every forward, and of every backward."""
+    waiting: dict[str, list[int]] = {"forward": [], "backward": []}
+    move_states, resolve = selection.move_states, selection.resolve
+
+    def note(phase: str) -> None:
+        waiting[phase].append(sum(move.remaining_bytes for move in selection.residency._waiting))
+
+    def watched_move(moment: Moment) -> None:
+        if moment is Moment.BACKWARD:
+            note("forward")
+        move_states(moment)
+
+    def watched_resolve(*arguments: Any) -> Any:
+        note("backward")
+        return resolve(*arguments)
+
+    selection.move_states, selection.resolve = watched_move, watched_resolve
+    return waiting
 
 
 def equal_reads(engine: Any, selection: Any) -> bool:
@@ -75,14 +99,17 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
     elif ON_GPU:
         variants |= {f"late {copies}": {} for copies in LATE}
     for name, options in variants.items():
+        residency.SMALLEST_PART = SMALLEST_PART if name == "moved" else 4
         with mock.patch.dict("os.environ", {POISON: "1"}):
             engine, selection = start_engine(run, **options)
         start_steps_late(engine)
         if name.startswith("late "):
             start_copies_late(getattr(selection.residency, name.replace("late ", "_")))
+        waiting = watch_waiting(selection)
         record = run_engine(engine, selection, run)
+        results[name] = {"waiting": waiting}
         weights = {key: weight.cpu() for key, weight in whole_weights(engine).items()}
-        results[name] = {"weights": weights, "losses": record.losses, "selected": record.selected}
+        results[name] |= {"weights": weights, "losses": record.losses, "selected": record.selected}
         results[name]["moved_bytes"] = selection.residency.moved_bytes
         results[name]["reads equal"] = equal_reads(engine, selection)
         results[name]["refreshed"] = refreshed(engine, selection)

@@ -11,12 +11,13 @@ import torch
 from agsel import AdaGradSelect, RandomBlocks
 from agsel.blocks import find_blocks
 from agsel.policies import Policy
-from agsel.zero.residency import Partition, Residency
+from agsel.zero import residency
+from agsel.zero.residency import POISON, Partition, Residency
 from agsel.zero.selection import LEAVING_IN_FORWARD, SHARE_IN_FORWARD, Moment, Selection
 from tests.tiny import tiny_model
 
 LAYERS = 20
-ELEMENTS = 5
+ELEMENTS = 1000
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -51,10 +52,37 @@ def one_step(selection: Selection) -> dict[Any, set[int]]:
         history[moment] = resident(selection)
     selected = selection.resolve(torch.arange(1.0, LAYERS + 1, dtype=torch.float64), loss_scale=1.0)
     assert resident(selection) == set(selected)
+    assert waiting_bytes(selection) == 0
+    assert_own_states(selection)
+    return history
+
+
+def assert_own_states(selection: Selection) -> None:
     for layer, partition in enumerate(selection.residency.partitions):
         assert (partition.rows[0] == layer).all()
-        assert partition.is_resident == (layer in selected)
-    return history
+
+
+def waiting_bytes(selection: Selection) -> int:
+    """Of all states that have a place elsewhere and have not been sent there."""
+    return sum(move.remaining_bytes for move in selection.residency._waiting)
+
+
+def leaving_bytes(selection: Selection) -> int:
+    """Of the waiting states those on the device, which travel in parts; a fetch follows its room as a whole."""
+    moving = selection.residency
+    return sum(move.remaining_bytes for move in moving._waiting if move.stream is moving._evictions)
+
+
+def evenly(partitions: int, parts: int) -> Any:
+    """Bytes that are left of so many partitions after each of equal parts, rounded to elements."""
+    return pytest.approx([partitions * 12 * ELEMENTS * (parts - part) / parts for part in range(1, parts + 1)], abs=40)
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States this small would be sent as a whole; what is read before it has arrived is NaN."""
+    monkeypatch.setattr(residency, "SMALLEST_PART", 1)
+    monkeypatch.setenv(POISON, "1")
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.3, 0.5, 0.9, 1.0])
@@ -117,3 +145,49 @@ def test_an_exchange_uses_the_memory_that_is_left(masters: list[torch.Tensor]) -
         selection.move_states(moment)
         now = [partition.rows for partition in selection.residency.partitions if partition.is_resident]
         assert {id(own) for own in now} < {id(own) for own in rows}
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("lowest", [0, 8, LAYERS])
+def test_states_travel_with_the_layers_of_forward_and_backward(masters: list[torch.Tensor], lowest: int) -> None:
+    """Of which the backward reaches those above `lowest`."""
+    selection = selection_of(masters, RandomBlocks(fraction=0.5, seed=2))
+    one_step(selection)
+    before = resident(selection)
+    selection.plan_step()
+    hidden = torch.ones(1)
+    forward, backward = [], []
+    for layer in range(LAYERS):
+        hidden = (hidden * 1).requires_grad_(layer >= lowest)
+        selection.enter_layer((hidden,), LAYERS - layer)
+        forward.append(leaving_bytes(selection))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: backward.append(leaving_bytes(selection)))
+    assert waiting_bytes(selection) == 0
+    between = resident(selection)
+    selection.move_states(Moment.BACKWARD)
+    backward.append(leaving_bytes(selection))
+    selection.enter_layer((hidden,), 1)  # computed again, for its gradients
+    assert leaving_bytes(selection) == backward[0]
+    if hidden.requires_grad:
+        hidden.sum().backward()
+    assert waiting_bytes(selection) == 0
+    assert forward == evenly(len(before - between), LAYERS)
+    assert backward == evenly(len(between - resident(selection)), LAYERS - lowest + 1)
+    assert_own_states(selection)
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_states_that_have_not_left_yet_can_be_called_back(masters: list[torch.Tensor], share: float) -> None:
+    selection = selection_of(masters, RandomBlocks(fraction=0.3, seed=2))
+    moving = selection.residency
+    for wanted in (range(10), range(5, 15), range(10), (), range(LAYERS), range(3), range(2, 5)):
+        moving.keep_only(wanted)
+        assert resident(selection) == set(wanted)
+        if share:
+            moving.send(share)
+    assert (waiting_bytes(selection) == 0) == (share == 1)
+    moving.synchronize()
+    assert waiting_bytes(selection) == 0
+    assert_own_states(selection)

@@ -19,7 +19,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("name", "moving"),
-    [(name, "moved") for name in CASES] + [(name, "not pinned") for name in CASES if name.endswith("mixed")],
+    [(name, moving) for name in CASES for moving in ("moved", "in parts")]
+    + [(name, "not pinned") for name in CASES if name.endswith("mixed")],
 )
 def test_moving_states_changes_nothing(ranks: list[dict], name: str, moving: str) -> None:
     assert_equal_to_kept(ranks, name, moving)
@@ -32,6 +33,14 @@ def assert_equal_to_kept(ranks: list[dict], name: str, moving: str) -> None:
         assert moved["losses"] == kept["losses"]
         assert moved["selected"] == kept["selected"]
         assert all(torch.equal(kept["weights"][key], moved["weights"][key]) for key in kept["weights"])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("new-set-every-step")])
+def test_all_states_are_sent_while_the_step_computes(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        run = rank[name]["in parts"]
+        assert len(run["waiting"]["backward"]) == len(run["selected"])
+        assert not any(run["waiting"]["forward"] + run["waiting"]["backward"])
 
 
 @pytest.mark.parametrize("name", CASES)

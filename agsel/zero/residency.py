@@ -19,7 +19,7 @@ import torch
 from agsel.zero.host_memory import Arena
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SMALLEST_PART = 2**27
+SMALLEST_PART = 2**28
 """Bytes that leave the device at a time, at least: with smaller parts the host loses more than a read has to wait."""
 
 POISON = "AGSEL_POISON"
@@ -202,9 +202,7 @@ class Residency:
             return
         if not {move.partition for move in self._waiting}.isdisjoint([*leaving, *arriving]):
             self.send()
-        now = self._now()
-        for stream in (self._evictions, self._fetches):
-            stream.wait_for(now)
+        self._evictions.wait_for(self._now())
         evictions = [self._move(partition, partition.home, self._evictions) for partition in leaving]
         successors: dict[Move, Move] = {}
         for partition in arriving:
@@ -213,6 +211,7 @@ class Residency:
                 successors[room] = self._move(partition, room.source, self._fetches, room)
             else:
                 fetch = self._move(partition, self._new_rows(partition), self._fetches)
+                self._fetches.wait_for(self._now())  # after whatever fills new memory, as deterministic algorithms do
                 self._send_part(fetch, fetch.remaining_bytes)
         self._waiting += [eviction for eviction in evictions if eviction not in successors]
         self._waiting += [move for exchange in successors.items() for move in exchange]

@@ -89,7 +89,7 @@ class Selection:
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
         self._moved: Moment | None = None
-        self._layers_to_leave = 1
+        self._layers_to_leave = 0
         self._last_explored: tuple[int, ...] = ()
         policy.start(len(blocks))
 
@@ -138,7 +138,7 @@ class Selection:
     def plan_step(self) -> None:
         """Before the forward: freeze what the plan leaves out."""
         self._moved = None
-        self._layers_to_leave = 1
+        self._layers_to_leave = 0
         planned = set(self.policy.plan().blocks)
         for index, parameters in enumerate(self._parameters):
             for parameter in parameters:
@@ -152,8 +152,8 @@ class Selection:
         if self._moved is None or moment > self._moved:
             self.residency.keep_only(self._wanted(moment))
             self._moved = moment
-            if moment is Moment.BACKWARD:
-                self._leave_layer()
+            if moment is Moment.BACKWARD and not self._layers_to_leave:
+                self.residency.send()
 
     def enter_layer(self, arguments: tuple[Any, ...], remaining: int) -> None:
         """A forward reaches a decoder layer.
@@ -171,7 +171,7 @@ class Selection:
             arguments[0].register_hook(lambda _: self._leave_layer())
 
     def _leave_layer(self) -> None:
-        """The backward begins, or is through with a layer."""
+        """The backward is through with a layer."""
         self.residency.send(1 / max(1, self._layers_to_leave))
         self._layers_to_leave -= 1
 

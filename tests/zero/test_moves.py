@@ -166,14 +166,17 @@ def test_states_travel_with_the_layers_of_forward_and_backward(masters: list[tor
     assert waiting_bytes(selection) == 0
     between = resident(selection)
     selection.move_states(Moment.BACKWARD)
-    backward.append(leaving_bytes(selection))
+    at_once = leaving_bytes(selection)
     selection.enter_layer((hidden,), 1)  # computed again, for its gradients
-    assert leaving_bytes(selection) == backward[0]
+    assert leaving_bytes(selection) == at_once
     if hidden.requires_grad:
         hidden.sum().backward()
     assert waiting_bytes(selection) == 0
+    leaving = len(between - resident(selection))
+    assert leaving > 0
     assert forward == evenly(len(before - between), LAYERS)
-    assert backward == evenly(len(between - resident(selection)), LAYERS - lowest + 1)
+    assert backward == evenly(leaving, LAYERS - lowest)
+    assert at_once == (leaving * 12 * ELEMENTS if backward else 0)
     assert_own_states(selection)
 
 

@@ -1,4 +1,4 @@
-"""ZeRO-3: weights that are needed together are gathered in one piece, and one kernel takes the piece apart.
+"""ZeRO-3: weights that are needed together are gathered in one piece, and taken apart together.
 
 DeepSpeed's own gather is one piece, too, but takes it apart weight by weight and rank by rank, which keeps the host
 longer than the GPU needs for a small layer; and the host may run ahead by three weights, which is less than a layer.
@@ -51,7 +51,9 @@ class JointGather:
             self._gathered.record_stream(torch.cuda.current_stream(self._gathered.device))
         ranks = len(self._gathered)
         wholes = [self._gathered.new_empty(ranks, size) for size in self._sizes]
-        torch.split_with_sizes_copy(self._gathered, self._sizes, dim=1, out=wholes)
+        pieces = self._gathered.split(self._sizes, dim=1)
+        # Not split_with_sizes_copy: it sends a table to the device, behind all optimizer states on their way there.
+        torch._foreach_copy_([row for whole in wholes for row in whole], [row for piece in pieces for row in piece])
         for parameter, whole in zip(self._parameters, wholes, strict=True):
             parameter.data = whole.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)  # without the padding
             parameter.ds_status = ZeroParamStatus.AVAILABLE

@@ -334,6 +334,8 @@ MILLISECONDS = {  # label, ranks, rows of a micro-batch
     ("exploit", 1, 32): 120.0,
     ("exploit 20%", 1, 8): 40.0,
     ("exploit 20%", 4, 8): 32.0,
+    ("exploit, no offload", 1, 8): 40.0,
+    ("exploit, no offload", 4, 8): 50.0,
 }
 
 
@@ -345,14 +347,15 @@ def scaling(rows: dict[tuple[str, int], dict[str, Any]], tmp_path: Path) -> Path
             changed = {"ranks": ranks, "micro_batch": micro_batch, "ms_per_step": time}
             changed |= {"forward_ms": time / 2, "backward_ms": None if micro_batch == 16 else 10.0}
             changed |= {"fraction": 0.2} if method.endswith("20%") else {}
+            changed |= {"offload_states": False} if method.endswith("no offload") else {}
             changed["tokens_per_second"] = 1000 * micro_batch * 16 / time
-            file.write(json.dumps(rows[method.removesuffix(" 20%"), 2] | changed) + "\n")
+            file.write(json.dumps(rows[method.removesuffix(" 20%").removesuffix(", no offload"), 2] | changed) + "\n")
     return tmp_path
 
 
 def test_efficiency_is_against_the_fewest_gpus(scaling: Path) -> None:
     measured = bench.read_rows(scaling / "rows.jsonl")
-    full, exploit, _ = bench_scaling.weak_scaling(measured)
+    full, exploit, *_ = bench_scaling.weak_scaling(measured)
     assert (full.configuration.method, list(full.rows)) == ("full", [1, 2, 4])
     assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 100 / 125, 100 / 160])
     assert [exploit.efficiency(ranks) for ranks in (1, 4)] == pytest.approx([1, 50 / 40])
@@ -371,11 +374,20 @@ def test_scaling_is_shown_in_tables_and_a_picture(scaling: Path, monkeypatch: py
         for line in (scaling / "scaling.md").read_text().splitlines()
         if line.startswith("| tiny")
     ]
-    full, exploit, smaller, *lines = cells
-    assert full[2:4] + full[6:] == ["full", "100 / 125 / 160", "80% / 62%", "83% / 67%", "75% / 47%"]
-    assert exploit[2:4] + exploit[6:] == ["exploit", "50 / - / 40", "- / 125%", "- / 117%", "- / 75%"]
-    assert smaller[2:4] + smaller[6:] == ["exploit 20%", "40 / - / 32", "- / 125%", "- / 115%", "- / -"]
+    full, exploit, smaller, staying, *lines = cells
+    assert full[2:4] + full[5:] == ["full", "100 / 125 / 160", "- / - / -", "80% / 62%", "83% / 67%", "75% / 47%"]
+    assert exploit[2:4] + exploit[5:] == [
+        "exploit",
+        "50 / - / 40",
+        "+25% / - / -20%",
+        "- / 125%",
+        "- / 117%",
+        "- / 75%",
+    ]
+    assert smaller[2:4] + smaller[5:] == ["exploit 20%", "40 / - / 32", "- / - / -", "- / 125%", "- / 115%", "- / -"]
+    assert staying[2:4] + staying[5:7] == ["exploit, no offload", "40 / - / 50", "- / - / -", "- / 80%"]
     behind = {(row[2], row[3], row[-2]): row[-1] for row in lines}
+    assert [row[8] for row in lines if row[2] == "exploit"] == ["+25%", "-20%", "-", "-"]
     assert behind["full", "4", "62.5%"] == "-"
     assert behind["exploit", "4", "125.0%"] == "+62.5"
     assert behind["exploit", "4", "75.0%"] == "+28.1"
@@ -384,7 +396,7 @@ def test_scaling_is_shown_in_tables_and_a_picture(scaling: Path, monkeypatch: py
 
 def test_the_plan_of_the_scaling_table_is_one() -> None:
     configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench_scaling.yaml").read_text()))
-    assert len(configurations) == 3 * 3 * 2 * 5
+    assert len(configurations) == 3 * 3 * (3 * 3 + 2 * 2)
     assert {one.ranks * one.micro_batch for one in configurations if one.micro_batch != 8} == {32}
 
 

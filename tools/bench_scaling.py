@@ -4,7 +4,8 @@ python tools/bench.py --plan tools/bench_scaling.yaml --output runs/scaling
 python tools/bench_scaling.py runs/scaling     # writes scaling.md and scaling.png there
 
 Weak scaling keeps the micro-batch of each GPU, strong scaling the rows of all GPUs together. Efficiency is tokens per
-second and GPU against those of the fewest GPUs measured.
+second and GPU against those of the fewest GPUs measured. Moving: how much longer a step takes than one whose optimizer
+states all stay on the GPU (`--offload_states off`), be it the GPU or the host that waits for the copies.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from typing import Any
 from bench import Configuration, configuration_of, gigabytes, measured_rows, origins
 
 COLUMNS = (
-    *("model", "ZeRO", "method", "GPUs", "ms/step (10-90 %)", "tokens/s/GPU", "peak GB", "moved GB", "exposed"),
+    *("model", "ZeRO", "method", "GPUs", "ms/step (10-90 %)", "tokens/s/GPU", "peak GB", "moved GB", "moving"),
     *("efficiency", "minus full's"),
 )
-SUMMARY = ("model", "ZeRO", "method", "ms/step", "peak GB", "exposed", "weak", "weak, gradients", "strong")
+SUMMARY = ("model", "ZeRO", "method", "ms/step", "peak GB", "moving", "weak", "weak, gradients", "strong")
 FULL = "full"
 MARKERS = {1: "o", 2: "s", 3: "^"}
 IDEAL = "ideal: in proportion\nto the GPUs"
@@ -100,8 +101,7 @@ def _place(series: Series) -> tuple[Any, ...]:
 def summary(kinds: dict[str, list[Series]]) -> list[str]:
     """One line for each series of weak scaling, in Markdown: what it takes on each number of GPUs, and efficiencies.
 
-    Efficiencies, and exposed transfer time as a share of the step, are those of all numbers of GPUs but the smallest;
-    `gradients` leaves the optimizer step out.
+    Efficiencies are those of all numbers of GPUs but the smallest; `gradients` leaves the optimizer step out.
     """
     counts = sorted({ranks for one in kinds["weak"] for ranks in one.rows})
     strong = {_without_size(one): one for one in kinds["strong"]}
@@ -111,7 +111,7 @@ def summary(kinds: dict[str, list[Series]]) -> list[str]:
 
     all_counts, more_than_fewest = (" / ".join(map(str, some)) for some in (counts, counts[1:]))
     head = [
-        f"GPUs: {all_counts}; exposed, weak and strong efficiency: {more_than_fewest}",
+        f"GPUs: {all_counts}; weak and strong efficiency: {more_than_fewest}",
         "",
         "| " + " | ".join(SUMMARY) + " |",
         "|---|---:|---" + "|---:" * (len(SUMMARY) - 3) + "|",
@@ -124,7 +124,7 @@ def summary(kinds: dict[str, list[Series]]) -> list[str]:
             one.configuration.label,
             on(counts, one, lambda series, n: f"{series.rows[n]['ms_per_step']:.0f}"),
             on(counts, one, lambda series, n: f"{series.rows[n]['peak_bytes'] / 1e9:.1f}"),
-            on(counts[1:], one, lambda series, n: _exposed(series.rows[n])),
+            on(counts, one, lambda series, n: _moving(series, n, kinds["weak"])),
             on(counts[1:], one, lambda series, n: f"{series.efficiency(n):.0%}"),
             on(counts[1:], one, lambda series, n: _percent(series.efficiency_of_gradients(n))),
             on(counts[1:], strong.get(_without_size(one)), lambda series, n: f"{series.efficiency(n):.0%}"),
@@ -138,8 +138,12 @@ def _without_size(series: Series) -> Configuration:
     return replace(series.configuration, micro_batch=1, ranks=1)
 
 
-def _exposed(row: dict[str, Any]) -> str:
-    return "-" if row["exposed_ms"] is None else f"{row['exposed_ms'] / row['ms_per_step']:.2%}"
+def _moving(series: Series, ranks: int, others: Iterable[Series]) -> str:
+    staying = replace(series.configuration, offload_states=False)
+    beside = next((other for other in others if other.configuration == staying and other is not series), None)
+    if beside is None or ranks not in beside.rows:
+        return "-"
+    return f"{series.rows[ranks]['ms_per_step'] / beside.rows[ranks]['ms_per_step'] - 1:+.0%}"
 
 
 def _percent(share: float | None) -> str:
@@ -170,7 +174,7 @@ def _title(name: str, series: Iterable[Series]) -> str:
     return f"{name}: {rows} {'per GPU' if name == 'weak' else 'in all'}"
 
 
-def _cells(series: Series, ranks: int, others: Iterable[Series]) -> list[str]:
+def _cells(series: Series, ranks: int, others: Sequence[Series]) -> list[str]:
     configuration, row = series.configuration, series.rows[ranks]
     efficiency = series.efficiency(ranks)
     full = full_beside(series, others)
@@ -184,7 +188,7 @@ def _cells(series: Series, ranks: int, others: Iterable[Series]) -> list[str]:
         f"{row['tokens_per_second']:.0f}",
         gigabytes(row["peak_bytes"]),
         f"{row['moved_bytes_per_step'] / 1e9:.2f}",
-        _exposed(row),
+        _moving(series, ranks, others),
         f"{efficiency:.1%}",
         f"{100 * (efficiency - full.efficiency(ranks)):+.1f}" if behind and full else "-",
     ]

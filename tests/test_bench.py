@@ -316,6 +316,22 @@ def test_stages_differ_in_their_markers_and_the_ideal_grows_with_the_gpus() -> N
     assert len({line.get_marker() for line in measured}) == 2
 
 
+def test_lines_tell_full_fine_tuning_and_states_that_stay_apart() -> None:
+    from matplotlib.figure import Figure
+
+    shared = {"model": "tiny", "stage": 2, "ranks": 1}
+    drawn = [
+        bench.Configuration(method="full", **shared),
+        bench.Configuration(method="exploit", **shared),
+        bench.Configuration(method="exploit", offload_states=False, **shared),
+    ]
+    rows = {1: {"tokens_per_second": 1000}, 2: {"tokens_per_second": 900}}
+    axis = Figure().subplots()
+    bench_scaling._draw_model(axis, [bench_scaling.Series(one, rows) for one in drawn])
+    measured = [line for line in axis.lines if line.get_label() != bench_scaling.IDEAL]
+    assert [line.get_linestyle() for line in measured] == ["--", "-", ":"]
+
+
 def test_ranks_multiply_too_and_are_compared_in_groups_of_their_own() -> None:
     one, four = bench.expand([{"models": "tiny", "stages": 2, "methods": "full", "ranks": [1, 4]}])
     assert (one.ranks, four.ranks) == (1, 4)

@@ -311,9 +311,9 @@ def _notes(peak_tflops: float) -> list[str]:
         "ms/step: median over the measured steps, of the slowest rank; 10-90 %: its percentiles. Memory: what PyTorch "
         "allocated (GB = 10^9 bytes), of the fullest rank. init: peak from before the model is built until training "
         "can begin. moved: optimizer states copied per step and GPU, both directions. exposed: time per step that the "
-        "compute stream waited for them. MFU: the arithmetic of full fine-tuning, 6 x (weights of all matrix products) "
-        "+ 6 x layers x heads x head size x sequence (attention, causal half) per token, per "
-        f"{peak_tflops:g} TFLOP/s; recomputation is not counted.",
+        "compute stream waited for them, without what the host waited. MFU: the arithmetic of full fine-tuning, 6 x "
+        "(weights of all matrix products) + 6 x layers x heads x head size x sequence (attention, causal half) per "
+        f"token, per {peak_tflops:g} TFLOP/s; recomputation is not counted.",
     ]
 
 

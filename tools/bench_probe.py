@@ -49,7 +49,8 @@ class Measurement:
         steady_bytes: allocated after the last step.
         pinned_bytes: page-locked host memory in use.
         moved_bytes_per_step: optimizer states copied, both directions.
-        exposed_ms: mean time per step that the compute stream waited for optimizer states; None without agsel.
+        exposed_ms: mean time per step that the compute stream waited for optimizer states; None without agsel. What
+            the host waits is not in it: compare with a run whose states stay, as tools/bench_scaling.py does.
         flops_per_token: arithmetic of full fine-tuning.
         graphs: compiled by dynamo; `recompilations`, those of them in the measured steps.
     """

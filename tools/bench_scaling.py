@@ -139,9 +139,8 @@ def _without_size(series: Series) -> Configuration:
 
 
 def _moving(series: Series, ranks: int, others: Iterable[Series]) -> str:
-    staying = replace(series.configuration, offload_states=False)
-    beside = next((other for other in others if other.configuration == staying and other is not series), None)
-    if beside is None or ranks not in beside.rows:
+    beside = _series_of(replace(series.configuration, offload_states=False), others)
+    if beside is None or beside is series or ranks not in beside.rows:
         return "-"
     return f"{series.rows[ranks]['ms_per_step'] / beside.rows[ranks]['ms_per_step'] - 1:+.0%}"
 
@@ -196,8 +195,11 @@ def _cells(series: Series, ranks: int, others: Sequence[Series]) -> list[str]:
 
 def full_beside(series: Series, others: Iterable[Series]) -> Series | None:
     """The series of full fine-tuning with the same model, stage, shape and kernels."""
-    wanted = replace(series.configuration, method=FULL).canonical()
-    return next((other for other in others if other.configuration == wanted), None)
+    return _series_of(replace(series.configuration, method=FULL).canonical(), others)
+
+
+def _series_of(configuration: Configuration, series: Iterable[Series]) -> Series | None:
+    return next((one for one in series if one.configuration == configuration), None)
 
 
 def draw(kinds: dict[str, list[Series]], path: Path) -> None:
@@ -230,7 +232,8 @@ def draw(kinds: dict[str, list[Series]], path: Path) -> None:
 def _draw_model(axis: Any, series: Sequence[Series]) -> None:
     for one in series:
         configuration = one.configuration
-        style = {"linestyle": "--" if configuration.method == FULL else "-", "color": f"C{configuration.stage - 1}"}
+        line = "--" if configuration.method == FULL else "-" if configuration.offload_states else ":"
+        style = {"linestyle": line, "color": f"C{configuration.stage - 1}"}
         marker = {"marker": MARKERS[configuration.stage], "markerfacecolor": "none", "markersize": 6}
         speeds = [ranks * row["tokens_per_second"] / 1000 for ranks, row in one.rows.items()]
         axis.axline((0, 0), (min(one.rows), speeds[0]), color="0.75", linewidth=0.7, zorder=1, label=IDEAL)

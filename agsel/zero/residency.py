@@ -1,8 +1,8 @@
 """Where each block's optimizer partition lives: on the accelerator while the block is selected, else in host memory.
 
 A partition is the fp32 master weights and the two Adam moments of one block on this rank. The three are rows of one
-buffer, so moving a partition is one copy. On CUDA the host memory is page-locked and the copies run on side streams,
-hidden behind the next forward and backward.
+buffer, so a partition moves in one copy, or in consecutive parts. On CUDA the host memory is page-locked and the copies
+run on side streams, beside the next forward and backward.
 """
 
 from __future__ import annotations

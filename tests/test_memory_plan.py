@@ -342,7 +342,7 @@ def test_a_model_that_cannot_be_planned_may_train() -> None:
 def test_the_command_plans_every_built_in_shape(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     plan_memory.main(["--model", shape, "--gpus", "2", "--stage", "2", "--fraction", "0.3", "--loss", "liger"])
     printed = capsys.readouterr().out
-    for row in ("explore", "exploit", "full fine-tuning", "while starting", "host ", "fits "):
+    for row in ("explore", "exploit", "full fine-tuning", "while starting", "host ", "ms of arithmetic", "fits "):
         assert row in printed
 
 

@@ -38,7 +38,7 @@ FRAGMENTATION = 1.05
 COPY_SPEED = 50e9
 """Bytes per second each way between a GPU and page-locked host memory (PCIe 5)."""
 ARITHMETIC_SPEED = 0.5 * 989e12
-"""Floating point operations per second: half the dense bf16 peak of H100 and H200. On other GPUs copies hide better."""
+"""Floating point operations per second: half the dense bf16 peak of H100 and H200."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ class MemoryPlan:
 
     @property
     def copy_seconds(self) -> float:
-        """Time a step's copies take, both ways at once."""
+        """Time a step's copies take, both ways at once, at the least.
+
+        They run beside the step's arithmetic and slow it down: shorter than it is not free.
+        """
         return self.moved / COPY_SPEED
 
     @property

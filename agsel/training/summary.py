@@ -108,8 +108,7 @@ def _describe_host(plan: MemoryPlan) -> str:
     needed = f"{plan.host / 1e9:.2f} GB per rank, {plan.host_needed / 1e9:.2f} GB per host for optimizer states"
     if not plan.steps:
         return needed
-    hidden = "hidden behind" if plan.copy_seconds <= plan.compute_seconds else "NOT hidden behind"
     return (
-        f"{needed}; {plan.moved / 1e9:.2f} GB in and out per step take {1000 * plan.copy_seconds:.1f} ms, {hidden} "
+        f"{needed}; {plan.moved / 1e9:.2f} GB in and out per step take {1000 * plan.copy_seconds:.1f} ms, beside "
         f"at least {1000 * plan.compute_seconds:.1f} ms of arithmetic"
     )

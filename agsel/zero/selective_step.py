@@ -92,11 +92,7 @@ class SelectiveStep:
         pieces: list[list[torch.Tensor]] = [[] for _ in self.selection.blocks]
         for partition in self.selection.residency.partitions:
             pieces[partition.block] += self._gradient_pieces(partition)
-        flat = [piece for of_block in pieces for piece in of_block]
-        if not flat:
-            return torch.zeros(len(pieces), dtype=torch.float64, device=self.selection.residency.device)
-        squares = torch.stack(torch._foreach_norm(flat, 2, torch.float32)).double().square()
-        return torch.stack([own.sum() for own in squares.split([len(of_block) for of_block in pieces])])
+        return sums_of_squares(pieces, self.selection.residency.device)
 
     def _take_gradient(self, partition: Partition) -> torch.Tensor:
         """The partition's gradient as one flat tensor of the master's type; the reduced pieces are released."""
@@ -120,3 +116,14 @@ class SelectiveStep:
     def _publish(self, partitions: Sequence[Partition]) -> None:
         """Copy updated master weights to the model's own, on all ranks."""
         raise NotImplementedError
+
+
+def sums_of_squares(groups: Sequence[Sequence[torch.Tensor]], device: torch.device) -> torch.Tensor:
+    """fp64 [groups]: of the tensors of each group together."""
+    flat = [tensor for group in groups for tensor in group]
+    if not flat:
+        return torch.zeros(len(groups), dtype=torch.float64, device=device)
+    # On the CPU, PyTorch adds one after another: in fp32 the norm of 50 million numbers is wrong by 0.4 %.
+    precision = torch.float64 if device.type == "cpu" else torch.float32
+    squares = torch.stack(torch._foreach_norm(flat, 2, precision)).double().square()
+    return torch.stack([own.sum() for own in squares.split([len(group) for group in groups])])

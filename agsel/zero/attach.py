@@ -122,12 +122,19 @@ def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequ
     layers = decoder_layers(engine.module)
     for index, layer in enumerate(layers):
 
-        def on_entry(_: nn.Module, arguments: tuple[Any, ...], remaining: int = len(layers) - index) -> None:
-            selection.enter_layer(arguments, remaining)
+        def on_entry(
+            _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], remaining: int = len(layers) - index
+        ) -> None:
+            selection.enter_layer(hidden_states(*arguments, *keywords.values()), remaining)
 
-        engine.hooks.append(layer.register_forward_pre_hook(on_entry))
+        engine.hooks.append(layer.register_forward_pre_hook(on_entry, with_kwargs=True))
     if isinstance(engine.optimizer, SelectiveZeroOptimizerStage3):
         engine.hooks.append(_reach_first_layer_while_recording(engine))
+
+
+def hidden_states(*arguments: Any) -> torch.Tensor | None:
+    """Among what a layer is called with, the first tensor of floating-point numbers."""
+    return next((value for value in arguments if torch.is_tensor(value) and value.is_floating_point()), None)
 
 
 def _reach_first_layer_while_recording(engine: Any) -> RemovableHandle:
@@ -135,11 +142,18 @@ def _reach_first_layer_while_recording(engine: Any) -> RemovableHandle:
 
     DeepSpeed accepts a shorter backward than the recorded one, but forgets the record at a longer one: with frozen
     layers at the bottom, prefetching would stop for two steps whenever a lower layer is selected than ever before.
+    DeepSpeed gives back the weights of a layer by the gradients of its positional arguments.
     """
 
-    def on_forward(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+    def on_forward(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        hidden = hidden_states(*arguments)
+        if hidden is None:
+            raise ValueError(
+                "a model that calls its layers by keyword is not supported at zero_optimization.stage 3: use stage 2, "
+                "or let it call layer(hidden_states, ...)"
+            )
         if torch.is_grad_enabled() and engine.optimizer.is_recording_modules:
-            arguments[0].requires_grad_()
+            hidden.requires_grad_()
 
     return decoder_layers(engine.module)[0].register_forward_pre_hook(on_forward)
 

@@ -174,6 +174,11 @@ def _refused_settings(engine: Any) -> list[str]:
             "decoder layer in one piece",
         ),
         (
+            zero.round_robin_gradients,
+            "zero_optimization.round_robin_gradients is not supported: remove it, it is for offload_optimizer, and "
+            "another number of ranks would misread DeepSpeed's checkpoints",
+        ),
+        (
             zero.elastic_checkpoint,
             "zero_optimization.elastic_checkpoint is not supported: remove it, blocks have step counts of their own",
         ),

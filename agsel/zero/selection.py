@@ -155,20 +155,20 @@ class Selection:
             if moment is Moment.BACKWARD and not self._layers_to_leave:
                 self.residency.send()
 
-    def enter_layer(self, arguments: tuple[Any, ...], remaining: int) -> None:
+    def enter_layer(self, hidden: torch.Tensor | None, remaining: int) -> None:
         """A forward reaches a decoder layer.
 
         Args:
-            arguments: the layer's positional ones; the first are hidden states.
+            hidden: the layer's input, whose gradient tells that the backward is through with the layer.
             remaining: layers from here to the last, this one included.
         """
         self.move_states(Moment.FORWARD)
         if self._moved is not Moment.FORWARD:
             return  # another micro-batch, or a backward that computes the layer again
         self.residency.send(1 / remaining)
-        if arguments and arguments[0].requires_grad:
+        if hidden is not None and hidden.requires_grad:
             self._layers_to_leave += 1
-            arguments[0].register_hook(lambda _: self._leave_layer())
+            hidden.register_hook(lambda _: self._leave_layer())
 
     def _leave_layer(self) -> None:
         """The backward is through with a layer."""

@@ -72,7 +72,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def prepare_selection(self) -> None:
         """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory.
 
-        And let it all-reduce whole buckets in place, not slices of them: the same numbers with less Python.
+        And let it all-reduce whole buckets in place, not slices of them: the same sums with less Python.
         """
         self.reduce_scatter = self.postscale_gradients = False
         self._being_reduced: torch.Tensor | None = None

@@ -52,6 +52,29 @@ def sequential_gather() -> str | None:
     return refused(stage=3, zero={"stage3_allgather_sequential": True})
 
 
+def round_robin_gradients() -> str | None:
+    return refused(stage=2, zero={"round_robin_gradients": True})
+
+
+def layers_by_keyword() -> str | None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                hidden = layer(input=hidden)
+            return hidden
+
+    model = Model()
+    optimizer = torch.optim.AdamW(agsel.block_param_groups(model), **ADAM)  # type: ignore[arg-type]
+    config = Scenario(stage=3).deepspeed_config()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    agsel.attach(engine, agsel.FullFineTuning())
+    return message_of(ValueError, lambda: engine(torch.ones(2, 8, device=engine.device)))
+
+
 def elastic_checkpoint() -> str | None:
     return refused(stage=2, zero={"elastic_checkpoint": True})
 
@@ -164,6 +187,8 @@ CASES: dict[str, Callable[[], str | None]] = {
     "offload_param": offload_param,
     "module granularity": module_granularity,
     "sequential gather": sequential_gather,
+    "round_robin_gradients": round_robin_gradients,
+    "layers by keyword": layers_by_keyword,
     "elastic_checkpoint": elastic_checkpoint,
     "zenflow": zenflow,
     "super_offload": super_offload,

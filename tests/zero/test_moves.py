@@ -12,6 +12,7 @@ from agsel import AdaGradSelect, RandomBlocks
 from agsel.blocks import find_blocks
 from agsel.policies import Policy
 from agsel.zero import residency
+from agsel.zero.attach import hidden_states
 from agsel.zero.residency import POISON, Partition, Residency
 from agsel.zero.selection import LEAVING_IN_FORWARD, SHARE_IN_FORWARD, Moment, Selection
 from tests.tiny import tiny_model
@@ -159,7 +160,7 @@ def test_states_travel_with_the_layers_of_forward_and_backward(masters: list[tor
     forward, backward = [], []
     for layer in range(LAYERS):
         hidden = (hidden * 1).requires_grad_(layer >= lowest)
-        selection.enter_layer((hidden,), LAYERS - layer)
+        selection.enter_layer(hidden, LAYERS - layer)
         forward.append(leaving_bytes(selection))
         if hidden.requires_grad:
             hidden.register_hook(lambda _: backward.append(leaving_bytes(selection)))
@@ -167,7 +168,7 @@ def test_states_travel_with_the_layers_of_forward_and_backward(masters: list[tor
     between = resident(selection)
     selection.move_states(Moment.BACKWARD)
     at_once = leaving_bytes(selection)
-    selection.enter_layer((hidden,), 1)  # computed again, for its gradients
+    selection.enter_layer(hidden, 1)  # computed again, for its gradients
     assert leaving_bytes(selection) == at_once
     if hidden.requires_grad:
         hidden.sum().backward()
@@ -178,6 +179,13 @@ def test_states_travel_with_the_layers_of_forward_and_backward(masters: list[tor
     assert backward == evenly(leaving, LAYERS - lowest)
     assert at_once == (leaving * 12 * ELEMENTS if backward else 0)
     assert_own_states(selection)
+
+
+def test_hidden_states_are_found_by_position_and_by_name() -> None:
+    hidden, mask = torch.ones(1), torch.ones(1, dtype=torch.bool)
+    assert hidden_states(hidden, mask) is hidden
+    assert hidden_states(None, mask, hidden) is hidden
+    assert hidden_states(None, mask) is None
 
 
 @pytest.mark.usefixtures("in_parts")

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-import deepspeed
 import torch.distributed as dist
 from deepspeed.comm.comm import mpi_discovery
 from deepspeed.utils.groups import _get_data_parallel_group
-from torch.distributed import Store
+from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -69,12 +68,12 @@ def mistakes_in_one_line(*, only_of_agsel: bool = False) -> Iterator[None]:
 
     Args:
         only_of_agsel: take for mistakes only what agsel itself raises. While training, any other error is a fault,
-            and keeps its traceback.
+            and keeps its traceback. Before, a package that is missing is a mistake, too.
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        if not (_raised_by_agsel(error) if only_of_agsel else isinstance(error, (ValueError, OSError))):
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if not (_raised_by_agsel(error) if only_of_agsel else not isinstance(error, RuntimeError)):
             raise
         if _speaks_for_all():
             say_error(" ".join(str(error).split()))
@@ -100,9 +99,18 @@ def is_first_to_fail(store: Store) -> bool:
 def _speaks_for_all() -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
-    if not dist.is_initialized():
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     try:
-        return is_first_to_fail(_get_default_store())
+        return is_first_to_fail(_store())
     except RuntimeError:  # its rank has ended, and has spoken
         return False
+
+
+def _store() -> Store:
+    """That of the run's first process group, without making the group.
+
+    On the CPU, a rank that leaves DeepSpeed's group while another still joins makes that one wait for ever.
+    """
+    if dist.is_initialized():
+        return _get_default_store()
+    store, *_ = next(dist.rendezvous("env://"))
+    return PrefixStore("default_pg", store)

@@ -168,11 +168,11 @@ def _require_convertible(engine: Any, path: Path, saved: dict[str, Any], load_op
 def _latest(folder: Path) -> str:
     try:
         return (folder / "latest").read_text().strip()
-    except OSError as error:
+    except OSError:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint: it has no file named latest; name the folder that was given to "
             "save_checkpoint, or a tag"
-        ) from error
+        ) from None
 
 
 @contextmanager

@@ -201,7 +201,15 @@ def load_prompts(arguments: EvaluationArguments, data: DataArguments) -> list[di
 
 
 def load_model(arguments: EvaluationArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, on the GPU if there is one, and tokenizer, padding on the left."""
+    """Model, on the GPU if there is one, and tokenizer, padding on the left.
+
+    Raises:
+        ValueError: `--model` is not the folder of a model, but of a run.
+        OSError: no such model.
+    """
+    folder = Path(arguments.model)
+    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} (--model) is the folder of a run: name its model, {folder / 'model'}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
     if tokenizer.pad_token is None:

@@ -6,6 +6,7 @@ Settings: defaults, then the YAML file, then the command line (`python launch/tr
 `--output_dir` receives `config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
 """
 
+import os
 import sys
 from functools import cache, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import deepspeed
 import torch.distributed as dist
 from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoConfig, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers.integrations import TensorBoardCallback
 from trl import get_peft_config, get_quantization_config
 
@@ -24,6 +25,7 @@ from agsel.training import add_selection, build_policy, checkpoints, resume
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model
+from agsel.training.model import require_chat_template, require_model
 from agsel.training.preemption import SignalWatch, StopRequests, host_group
 from agsel.training.ranks import join_ranks, limit_waiting, mistakes_in_one_line
 from agsel.training.run_memory import plan_of_run
@@ -66,9 +68,9 @@ def train(configuration: Configuration, signals: SignalWatch) -> ResumableTraine
     else:
         with mistakes_in_one_line(only_of_agsel=True):
             export_model(trainer, Path(configuration.training.output_dir, "model"), group)
-        on_first_rank(
-            f"done      {configuration.training.output_dir}: model/, tensorboard/, selection.json, config.yaml"
-        )
+        shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
+        written = ", ".join(["model/", *shown, "selection.json", "config.yaml"])
+        on_first_rank(f"done      {configuration.training.output_dir}: {written}")
     return trainer
 
 
@@ -86,7 +88,7 @@ def default_settings() -> dict[str, Any]:
 def build_trainer(configuration: Configuration) -> ResumableTrainer:
     """TRL's trainer with the dataset mapped and checked, and with block selection added."""
     training, model = configuration.training, configuration.model
-    require_model(configuration)
+    require_model(model, training)
     rows = load(configuration, configuration.script.dataset_train_split)
     held_out = None
     if training.eval_strategy != "no":
@@ -98,6 +100,7 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
     }
+    require_chat_template(model, training, rows)
     trainer = ResumableTrainer(
         model.model_name_or_path,
         args=training,
@@ -122,9 +125,10 @@ def find_checkpoint(configuration: Configuration, group: Any) -> str | None:
     """The checkpoint to resume from, verified, and said."""
     training = configuration.training
     run_folder = Path(training.output_dir)
+    first_rank_does(partial(make_run_folder, run_folder), group)
     first_rank_does(partial(checkpoints.recover, run_folder), group)
     if training.resume_from_checkpoint is None:
-        first_rank_does(partial(require_no_checkpoints, run_folder), group)
+        first_rank_does(partial(require_no_earlier_run, run_folder), group)
     found = resume.find_checkpoint(training.resume_from_checkpoint, run_folder, group)
     if found is not None:
         on_first_rank(f"resume    {found}, every file verified")
@@ -133,13 +137,27 @@ def find_checkpoint(configuration: Configuration, group: Any) -> str | None:
     return str(found) if found else None
 
 
-def require_no_checkpoints(run_folder: Path) -> None:
-    """Refuse a new run in the folder of another, whose checkpoints would be resumed from or deleted as its own."""
+def make_run_folder(run_folder: Path) -> None:
+    """Refuse a folder that cannot be written before anything is loaded."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the run folder (--output_dir), {error}: choose another") from error
+    if not os.access(run_folder, os.W_OK):
+        raise ValueError(f"cannot write to the run folder {run_folder} (--output_dir): choose another")
+
+
+def require_no_earlier_run(run_folder: Path) -> None:
+    """Refuse a new run in the folder of another: it would resume from its checkpoints, delete them or its model."""
     earlier = checkpoints.checkpoints_in(run_folder)
     if earlier:
         raise ValueError(
             f"{run_folder} (--output_dir) holds {earlier[-1].name} of an earlier run: go on with that "
             "(--resume_from_checkpoint auto), or choose another folder"
+        )
+    if (run_folder / "model").exists():
+        raise ValueError(
+            f"{run_folder} (--output_dir) holds the model of an earlier run: choose another folder, or move model/ away"
         )
 
 
@@ -160,19 +178,6 @@ def say_goodbye(trainer: ResumableTrainer, requests: StopRequests) -> None:
         f"stopped   {requests.agreed} after step {trainer.state.global_step}; go on with the same command and "
         "--resume_from_checkpoint auto"
     )
-
-
-def require_model(configuration: Configuration) -> None:
-    """Refuse a model that is not there by its name, and before the ranks load it together."""
-    model = configuration.model
-    try:
-        AutoConfig.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            trust_remote_code=configuration.training.trust_remote_code,
-        )
-    except OSError as error:
-        raise ValueError(f"cannot load {model.model_name_or_path} (--model_name_or_path): {error}") from error
 
 
 class ProgressBar(ProgressCallback):

@@ -238,6 +238,13 @@ def test_command_names_a_misspelt_field_in_one_line(folder: Path, tmp_path: Path
     assert "Traceback" not in result.stderr
 
 
+def test_the_folder_of_a_run_is_refused_by_the_name_of_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(ValueError, match=rf"name its model, {tmp_path / 'model'}"):
+        evaluate.load_model(EvaluationArguments(model=str(tmp_path), dataset_name="rows.jsonl"))
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "file" / "results.json"):

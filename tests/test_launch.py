@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
 from tests.distributed import REPOSITORY, environment, free_port, launch
 from tests.tiny import tiny_batch
@@ -204,6 +204,24 @@ def test_an_error_is_written_in_one_piece() -> None:
         assert reader.recv(4096) == b"agsel: error: why\n"
 
 
+def earlier_run(folder: Path) -> Path:
+    (folder / "earlier run" / "model").mkdir(parents=True)
+    return folder / "earlier run"
+
+
+def encoder(folder: Path) -> Path:
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(folder)
+    return folder
+
+
+def with_chat_template(folder: Path, template: str | None) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[Path, Path], tmp_path: Path) -> None:
     """One process for all of them: what matters here is that nothing but the line comes out, and exit code 1."""
     empty = save_rows(tmp_path / "empty.jsonl", 0)
@@ -237,8 +255,18 @@ def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[P
         "optimizer": ({"deepspeed": tmp_path / "optimizer.json"}, "has an `optimizer` section: remove it"),
         "optim": ({"optim": "sgd"}, "(--optim)"),
         "reentrant": ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "--gradient_checkpointing_kwargs"),
-        "yaml": ({"config": tmp_path / "nowhere.yaml"}, "nowhere.yaml"),
+        "yaml": ({"config": tmp_path / "nowhere.yaml"}, "nowhere.yaml (--config)"),
+        "output": ({"output_dir": empty / "run"}, "cannot make the run folder (--output_dir)"),
+        "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds the model of an earlier run"),
+        "encoder": ({"model_name_or_path": encoder(tmp_path / "encoder")}, "is a BertForMaskedLM, which generates no"),
+        "bitsandbytes": ({"load_in_4bit": True}, "bitsandbytes"),
     }
+    for name, (template, words) in {
+        "no template": (None, "has no chat template: name one (--chat_template_path)"),
+        "no markers": ("{{ messages }}", "which words are the assistant's: name one with generation markers"),
+    }.items():
+        model = with_chat_template(save_model(tmp_path / f"{name} model"), template)
+        expected[name] = (messages | {"model_name_or_path": model, "max_length": 64}, words)
     cases = {name: settings(*parts, tmp_path / name, **changed) for name, (changed, _) in expected.items()}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     worker = alone(REPOSITORY / "tests" / "bad_input_worker.py", tmp_path / "cases.json")

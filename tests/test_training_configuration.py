@@ -89,6 +89,9 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
         (["--rank_timeout", "1"], "--rank_timeout"),
         (["--rank_timeout", "300.5", "--ddp_timeout", "300"], "--ddp_timeout 300 is less than --rank_timeout 300.5"),
         (["--fp16", "true", "--bf16", "true"], "fp16 and bf16"),
+        (["--per_device_train_batch_size", "0"], "must be 1 or more, got 0.*--per_device_train_batch_size"),
+        (["--gradient_accumulation_steps", "0"], "must be 1 or more, got 0.*--gradient_accumulation_steps"),
+        (["--report_to", "wandb"], "wandb is not installed.*--report_to"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(recipe: Path, arguments: list[str], words: str) -> None:
@@ -111,6 +114,12 @@ def test_what_would_end_in_a_traceback_or_a_useless_checkpoint_is_refused(
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match=words):
         parse("--config", recipe, *(word.replace("LIST", str(tmp_path / "list.json")) for word in arguments))
+
+
+def test_a_deepspeed_configuration_that_contradicts_the_settings_is_refused(recipe: Path) -> None:
+    zero = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text()) | {"train_micro_batch_size_per_gpu": 3}
+    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu=3 vs .*per_device_train_batch_size=.*auto"):
+        parse("--config", recipe, "--deepspeed", json.dumps(zero))
 
 
 def test_config_may_be_given_in_one_word(recipe: Path) -> None:
@@ -141,7 +150,7 @@ def test_an_unknown_key_of_the_file_is_refused_by_name(recipe: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_refused(recipe: Path) -> None:
-    with pytest.raises(OSError, match=r"nothing\.yaml"):
+    with pytest.raises(ValueError, match=r"no such file: nothing\.yaml \(--config\)"):
         parse("--config", "nothing.yaml")
     recipe.write_text("a: [1\nb: 2")
     with pytest.raises(ValueError, match="--config is no YAML"):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -67,6 +68,8 @@ def train(folder: Path) -> Trainer:
     rows = [{"input_ids": row, "labels": row} for row in tiny_batch(0, 0, 0, rows=24)]
     trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
     add_selection(trainer, agsel.AdaGradSelect(fraction=0.5, explore_steps=3))
+    with pytest.raises(ValueError, match="add_selection was called twice"):
+        add_selection(trainer, agsel.FullFineTuning())
     return trainer
 
 

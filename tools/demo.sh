@@ -20,6 +20,7 @@ demo() {
   fi
   if [ ! $run/after.json -nt $recipe ] || [ ! $run/after.json -nt $run/pretrained/complete ]; then
     evaluate before $run/pretrained/model
+    rm -rf $run/model # of an earlier recipe
     train finetune "Fine-tuning on two-step problems" --config $recipe
     evaluate after $run/model
   fi
@@ -28,6 +29,7 @@ demo() {
 }
 
 pretrain() {
+  rm -rf $run/pretrained # of a demo that was interrupted
   train pretrain "Pre-training on one-step problems" --method full --output_dir $run/pretrained \
     --model_name_or_path $run/base --dataset_name $run/data/one_step_train.jsonl "${columns[@]}" \
     --max_steps 500 --per_device_train_batch_size 32 --learning_rate 7e-3 --warmup_steps 50 --adam_beta2 0.98 \

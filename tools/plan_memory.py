@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
         print(describe(options))
     except ImportError as error:
         sys.exit(f"agsel: error: {error}, which --liger needs: pip install 'agsel[liger]', or use --loss liger")
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         sys.exit(f"agsel: error: {' '.join(str(error).split())}")
 
 
@@ -38,8 +38,7 @@ def describe(options: argparse.Namespace) -> str:
     """The plan of the options, as text.
 
     Raises:
-        OSError: no such model.
-        ValueError: an option is out of its range, or agsel does not support the model.
+        ValueError: an option is out of its range, there is no such model, or agsel does not support it.
     """
     if not 0 < options.fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {options.fraction} (--fraction)")
@@ -49,8 +48,15 @@ def describe(options: argparse.Namespace) -> str:
             raise ValueError(f"{name} must be at least 1, got {value} (--{name})")
     if options.compile and options.stage == 3:
         raise ValueError("compiled layers do not work at ZeRO-3: use --stage 1 or 2, or leave out --compile")
+    try:
+        config = model_config(options.model)
+    except OSError as error:
+        raise ValueError(
+            f"no model {options.model!r} (--model): neither {', '.join(MODEL_SHAPES)} nor a folder here, and from the "
+            f"hub: {error}"
+        ) from error
     planner = Planner(
-        meta_model(model_config(options.model)),
+        meta_model(config),
         workload(options),
         blocks="all" if options.method == "full" else options.blocks,
         offload_states=options.offload,

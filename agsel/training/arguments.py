@@ -20,6 +20,8 @@ class SelectionArguments:
         ValueError: a setting is unknown or out of its range; the message names the flag.
     """
 
+    _argument_group_name = "block selection"
+
     method: str = field(
         default="adagradselect",
         metadata={
@@ -154,6 +156,8 @@ def build_policy(arguments: SelectionArguments, *, explore_steps: int, seed: int
 class DataArguments:
     """Which columns of the dataset are the prompt and the completion. The loss is on the completion only."""
 
+    _argument_group_name = "columns of the dataset"
+
     prompt_field: str | None = field(
         default=None,
         metadata={
@@ -186,6 +190,8 @@ class SafetyArguments:
     Raises:
         ValueError: a setting is out of its range; the message names the flag.
     """
+
+    _argument_group_name = "safety"
 
     rank_timeout: float = field(
         default=600,

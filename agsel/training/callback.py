@@ -52,8 +52,8 @@ def add_selection(
         The callback; its `selection` is set from the first moment of training.
 
     Raises:
-        ValueError: no DeepSpeed, an optimizer in the DeepSpeed configuration, `--optim` is no AdamW of torch, or
-            gradient checkpointing is reentrant.
+        ValueError: called twice, no DeepSpeed, an optimizer in the DeepSpeed configuration, `--optim` is no AdamW of
+            torch, or gradient checkpointing is reentrant.
     """
     _require_supported_trainer(trainer)
     trainer.args.gradient_checkpointing_kwargs = (trainer.args.gradient_checkpointing_kwargs or {}) | {
@@ -78,6 +78,8 @@ def add_selection(
 
 
 def _require_supported_trainer(trainer: Trainer) -> None:
+    if any(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks):
+        raise ValueError("add_selection was called twice on one trainer: keep the callback it returned the first time")
     if not trainer.is_deepspeed_enabled:
         raise ValueError("agsel needs DeepSpeed: give the trainer a configuration (--deepspeed ds_configs/zero2.json)")
     if "optimizer" in trainer.accelerator.state.deepspeed_plugin.deepspeed_config:

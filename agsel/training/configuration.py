@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments, suggestion
@@ -46,7 +47,6 @@ def parse_configuration(arguments: Sequence[str], defaults: dict[str, Any]) -> C
 
     Raises:
         ValueError: an unknown or impossible setting; the message names it.
-        OSError: no such YAML file.
     """
     parser = _Parser(GROUPS, allow_abbrev=False)
     parser.set_defaults(**defaults)
@@ -80,6 +80,8 @@ def _with_config_apart(arguments: Sequence[str]) -> list[str]:
         file = words[words.index("--config") + 1 :][:1]
         if not file or not file[0] or file[0].startswith("--"):
             raise ValueError("no file after --config: name a YAML file")
+        if not Path(file[0]).is_file():
+            raise ValueError(f"no such file: {file[0]} (--config); launch/recipes/ has some")
     return words
 
 
@@ -137,6 +139,9 @@ def _require_possible(settings: dict[str, Any]) -> None:
             "--save_only_model would make checkpoints that cannot be resumed: leave it out, the trained model is "
             "written to model/ anyway"
         )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} must be 1 or more, got {settings[name]} (--{name})")
     _require_zero(settings["deepspeed"])
 
 
@@ -182,6 +187,15 @@ def _complete(configuration: Configuration) -> None:
         raise ValueError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
+    missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
+    if missing:
+        raise ValueError(f"{missing[0]} is not installed: install it, or leave it out (--report_to)")
+    mismatches = [line.removeprefix("- ") for line in training.hf_deepspeed_config.mismatches]
+    if mismatches:
+        raise ValueError(
+            f"the DeepSpeed configuration (--deepspeed) contradicts other settings ({', '.join(mismatches)}): "
+            'write "auto" for these values'
+        )
     if training.ddp_timeout < configuration.safety.rank_timeout:
         raise ValueError(
             f"--ddp_timeout {training.ddp_timeout} is less than --rank_timeout {configuration.safety.rank_timeout:g}: "

@@ -123,17 +123,15 @@ class Move:
 
     Attributes:
         stream: whose copies these are; evictions and fetches have one each.
-        room: the eviction that leaves `target` free, None if nobody is there.
-        landed: the event after the last copy, once that is started; None on the CPU.
+        successor: the fetch into the room that this eviction leaves, None if the room is given back.
     """
 
     partition: Partition
     source: torch.Tensor
     target: torch.Tensor
     stream: SideStream
-    room: Move | None = None
+    successor: Move | None = None
     sent: int = 0
-    landed: Any = None
 
     @property
     def remaining_bytes(self) -> int:
@@ -145,11 +143,10 @@ class Residency:
     """Moves partitions so that the wanted blocks are on the device and, when offloading, no others are.
 
     What is to be moved (`keep_only`) is sent in parts (`send`): a read from the device, as losses and attention masks
-    do, waits for every copy to the host that was started before it. Copies wait for all that the compute stream was
-    given before the decision, evictions also for what it was given before they were sent, fetches for the room they go
-    to, and both for the same partition's copy before. The compute stream waits for a fetch only where it steps that
-    partition (`wait_for`). Evictions and fetches have a stream each, because both directions of the bus can be busy at
-    once.
+    do, waits for every copy to the host that was started before it. Where a partition takes the room of another, they
+    change places part by part, so that both directions of the bus are busy at once. Evictions wait for all that the
+    compute stream was given before they were sent, fetches for the room they go to, and both for the same partition's
+    copy before. The compute stream waits for a fetch only where it steps that partition (`wait_for`).
 
     Attributes:
         partitions: all of this rank.
@@ -165,7 +162,7 @@ class Residency:
         self._offload = offload_states
         self._poison = os.environ.get(POISON) == "1"
         self._evictions, self._fetches = SideStream(device), SideStream(device)
-        self._waiting: deque[Move] = deque()
+        self._leaving: deque[Move] = deque()
         self._under_way: dict[Partition, Any] = {}
         if offload_states:
             pin = pin_memory and device.type == "cuda"
@@ -200,37 +197,45 @@ class Residency:
         arriving = [p for p in self.partitions if not p.is_resident and p.block in wanted]
         if not leaving and not arriving:
             return
-        if not {move.partition for move in self._waiting}.isdisjoint([*leaving, *arriving]):
-            self.send()
-        self._evictions.wait_for(self._now())
-        evictions = [self._move(partition, partition.home, self._evictions) for partition in leaving]
-        successors: dict[Move, Move] = {}
+        if not {move.partition for move in self._leaving}.isdisjoint(arriving):
+            self.send()  # a partition that has not all arrived on the host cannot come back from there
+        exchanges, evictions = [], [self._move(partition, partition.home, self._evictions) for partition in leaving]
         for partition in arriving:
-            room = next((e for e in evictions if e.source.shape == partition.shape and e not in successors), None)
+            room = next((eviction for eviction in evictions if eviction.source.shape == partition.shape), None)
             if room is not None:
-                successors[room] = self._move(partition, room.source, self._fetches, room)
+                room.successor = self._move(partition, room.source, self._fetches)
+                evictions.remove(room)
+                exchanges.append(room)
             else:
                 fetch = self._move(partition, self._new_rows(partition), self._fetches)
                 self._fetches.wait_for(self._now())  # after whatever fills new memory, as deterministic algorithms do
                 self._send_part(fetch, fetch.remaining_bytes)
-        self._waiting += [eviction for eviction in evictions if eviction not in successors]
-        self._waiting += [move for exchange in successors.items() for move in exchange]
+        self._leaving += evictions + exchanges
 
-    def send(self, share: float = 1.0) -> None:
-        """Start copying this share of the bytes that wait to leave the device, and what comes into their room."""
-        if not self._waiting:
+    @property
+    def leaving_bytes(self) -> int:
+        """That wait to be sent to the host."""
+        return sum(move.remaining_bytes for move in self._leaving)
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Of the leaving ones those into whose room others come, so that sending them does not make memory free."""
+        return sum(move.remaining_bytes for move in self._leaving if move.successor)
+
+    def send(self, most: float = math.inf) -> None:
+        """Start copying so many of the bytes that wait to leave the device, and what comes into their room.
+
+        At least `SMALLEST_PART`, unless `most` is not positive; room that is given back comes first.
+        """
+        if most <= 0 or not self._leaving:
             return
         self._evictions.wait_for(self._now())
-        leaving = sum(move.remaining_bytes for move in self._waiting if move.stream is self._evictions)
-        budget = max(math.ceil(share * leaving), SMALLEST_PART)
-        while self._waiting and (budget > 0 or self._waiting[0].stream is self._fetches):
-            move = self._waiting[0]
-            if move.stream is self._fetches:
-                self._send_part(move, move.remaining_bytes)
-            else:
-                budget -= self._send_part(move, budget)
+        budget = max(most, SMALLEST_PART)
+        while self._leaving and budget > 0:
+            move = self._leaving[0]
+            budget -= self._send_part(move, min(budget, move.remaining_bytes))
             if not move.remaining_bytes:
-                self._waiting.popleft()
+                self._leaving.popleft()
 
     def wait_for(self, partition: Partition) -> None:
         """Make the compute stream wait until a fetched partition, which has been sent, is there."""
@@ -253,36 +258,37 @@ class Residency:
         self._evictions.synchronize()
         self._fetches.synchronize()
 
-    def _move(
-        self, partition: Partition, target: torch.Tensor | None, stream: SideStream, room: Move | None = None
-    ) -> Move:
+    def _move(self, partition: Partition, target: torch.Tensor | None, stream: SideStream) -> Move:
         """Decide on a move, without a copy."""
         source = partition.rows
         assert source is not None, "only an adopted partition can be moved"
         assert target is not None, "only an offloading one has a home"
         partition.point_to(target)
         self.moved_bytes += target.nbytes
-        return Move(partition, source, target, stream, room)
+        return Move(partition, source, target, stream)
 
-    def _send_part(self, move: Move, most: int) -> int:
-        """Start copying the next part of a move, at most so many bytes and an element; returns how many."""
-        begin, end = move.sent, min(move.source.numel(), move.sent + math.ceil(most / move.source.itemsize))
+    def _send_part(self, move: Move, most: float) -> int:
+        """Start copying the next part of a move, at most so many bytes and an element; returns how many.
+
+        The same part of its successor follows.
+        """
+        part = slice(move.sent, min(move.source.numel(), move.sent + math.ceil(most / move.source.itemsize)))
+        target, source = move.target.view(-1)[part], move.source.view(-1)[part]
         with move.stream.active():
-            if begin == 0:
+            if move.sent == 0:
                 move.stream.wait_for(self._under_way.pop(move.partition, None))
-                move.stream.wait_for(move.room and move.room.landed)
-            move.target.view(-1)[begin:end].copy_(move.source.view(-1)[begin:end], non_blocking=True)
-            move.sent = end
-            if not move.remaining_bytes:
-                self._land(move)
-        return (end - begin) * move.source.itemsize
-
-    def _land(self, move: Move) -> None:
-        """The last copy of a move has been started, on the current stream."""
-        if self._poison:
-            move.source.copy_(torch.full_like(move.source, math.nan, device=self.device), non_blocking=True)
-        move.stream.keep(move.source if move.stream is self._evictions else move.target)
-        move.landed = self._under_way[move.partition] = move.stream.record()
+            target.copy_(source, non_blocking=True)
+            if self._poison:
+                source.copy_(torch.full_like(source, math.nan, device=self.device), non_blocking=True)
+            copied = move.stream.record()
+        move.sent = part.stop
+        if not move.remaining_bytes:
+            move.stream.keep(move.source if move.stream is self._evictions else move.target)
+            self._under_way[move.partition] = copied
+        if move.successor:
+            self._fetches.wait_for(copied)
+            self._send_part(move.successor, source.nbytes)
+        return source.nbytes
 
     def _new_rows(self, partition: Partition) -> torch.Tensor:
         rows = torch.empty(partition.shape, dtype=partition.master.dtype, device=self.device)

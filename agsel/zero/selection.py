@@ -25,8 +25,8 @@ SHARE_IN_FORWARD = 0.8
 peak. The others come in its backward, when activations are freed. With fewer, memory would only fall further below what
 exploring steps need."""
 
-LEAVING_IN_FORWARD = 1 / 2
-"""Of the optimizer states that a step sends to the host: the forward's part of the time, if some layers are frozen."""
+LEAVING_IN_BACKWARD = 1 / 2
+"""Of the optimizer states that a step sends to the host: the backward's part of the time, if some layers are frozen."""
 
 
 class Moment(IntEnum):
@@ -89,6 +89,7 @@ class Selection:
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
         self._moved: Moment | None = None
+        self._bytes_for_backward = 0.0
         self._layers_to_leave = 0
         self._last_explored: tuple[int, ...] = ()
         policy.start(len(blocks))
@@ -152,7 +153,10 @@ class Selection:
         if self._moved is None or moment > self._moved:
             self.residency.keep_only(self._wanted(moment))
             self._moved = moment
-            if moment is Moment.BACKWARD and not self._layers_to_leave:
+            if moment is Moment.FORWARD:
+                most = LEAVING_IN_BACKWARD * self.residency.leaving_bytes
+                self._bytes_for_backward = min(most, self.residency.exchanged_bytes)
+            elif moment is Moment.BACKWARD and not self._layers_to_leave:
                 self.residency.send()
 
     def enter_layer(self, hidden: torch.Tensor | None, remaining: int) -> None:
@@ -165,14 +169,14 @@ class Selection:
         self.move_states(Moment.FORWARD)
         if self._moved is not Moment.FORWARD:
             return  # another micro-batch, or a backward that computes the layer again
-        self.residency.send(1 / remaining)
+        self.residency.send((self.residency.leaving_bytes - self._bytes_for_backward) / remaining)
         if hidden is not None and hidden.requires_grad:
             self._layers_to_leave += 1
             hidden.register_hook(lambda _: self._leave_layer())
 
     def _leave_layer(self) -> None:
         """The backward is through with a layer."""
-        self.residency.send(1 / max(1, self._layers_to_leave))
+        self.residency.send(self.residency.leaving_bytes / max(1, self._layers_to_leave))
         self._layers_to_leave -= 1
 
     def _wanted(self, moment: Moment) -> Collection[int]:
@@ -180,8 +184,7 @@ class Selection:
         plan = self.policy.plan()
         if moment is Moment.LATE_BACKWARD:
             return self._last_explored if plan.explore else plan.blocks
-        wanted = self.wanted_in_forward()
-        return wanted if plan.explore or moment is Moment.BACKWARD else begin_move(self._resident_blocks(), wanted)
+        return self.wanted_in_forward()
 
     def _resident_blocks(self) -> list[int]:
         return [index for index in range(len(self.blocks)) if self.residency.is_resident(index)]
@@ -264,12 +267,3 @@ def early(blocks: Sequence[int], resident: Collection[int] = ()) -> tuple[int, .
     """
     resident_first = sorted(blocks, key=lambda block: block not in resident)
     return tuple(resident_first[: math.ceil(SHARE_IN_FORWARD * len(blocks))])
-
-
-def begin_move(resident: Collection[int], wanted: Collection[int]) -> set[int]:
-    """As many blocks as are wanted, after the first part of a move; in the rest, blocks only change places."""
-    leaving = [block for block in resident if block not in wanted]
-    arriving = [block for block in wanted if block not in resident]
-    count = max(math.ceil(LEAVING_IN_FORWARD * len(leaving)), len(leaving) - len(arriving))
-    gone, staying = leaving[:count], leaving[count:]
-    return {*resident, *arriving[: len(arriving) - len(staying)]}.difference(gone)

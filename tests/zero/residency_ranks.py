@@ -44,31 +44,36 @@ def start_copies_late(stream: SideStream) -> None:
 
     def active_late() -> Any:
         with active():
-            torch.cuda._sleep(40_000_000)  # 20 ms
+            torch.cuda._sleep(10_000_000)  # 5 ms, for every part
         return active()
 
     stream.active = active_late  # type: ignore[method-assign]
 
 
-def watch_waiting(selection: Any) -> dict[str, list[int]]:
-    """Filled with the bytes that wait to be sent at the end of every forward, and of every backward."""
-    waiting: dict[str, list[int]] = {"forward": [], "backward": []}
-    move_states, resolve = selection.move_states, selection.resolve
+def watch_leaving(selection: Any) -> dict[str, list[tuple[int, int]]]:
+    """Filled with the bytes that wait to leave the device, and those of them into whose room others come.
 
-    def note(phase: str) -> None:
-        waiting[phase].append(sum(move.remaining_bytes for move in selection.residency._waiting))
+    When a step has decided on them, at the end of its forward, and at the end of its backward.
+    """
+    leaving: dict[str, list[tuple[int, int]]] = {"decided": [], "forward": [], "backward": []}
+    move_states, resolve, residency = selection.move_states, selection.resolve, selection.residency
+
+    def note(point: str) -> None:
+        leaving[point].append((residency.leaving_bytes, residency.exchanged_bytes))
 
     def watched_move(moment: Moment) -> None:
         if moment is Moment.BACKWARD:
             note("forward")
         move_states(moment)
+        if moment is Moment.FORWARD and len(leaving["decided"]) == len(leaving["forward"]):
+            note("decided")
 
     def watched_resolve(*arguments: Any) -> Any:
         note("backward")
         return resolve(*arguments)
 
     selection.move_states, selection.resolve = watched_move, watched_resolve
-    return waiting
+    return leaving
 
 
 def equal_reads(engine: Any, selection: Any) -> bool:
@@ -105,9 +110,9 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
         start_steps_late(engine)
         if name.startswith("late "):
             start_copies_late(getattr(selection.residency, name.replace("late ", "_")))
-        waiting = watch_waiting(selection)
+        leaving = watch_leaving(selection)
         record = run_engine(engine, selection, run)
-        results[name] = {"waiting": waiting}
+        results[name] = {"leaving": leaving}
         weights = {key: weight.cpu() for key, weight in whole_weights(engine).items()}
         results[name] |= {"weights": weights, "losses": record.losses, "selected": record.selected}
         results[name]["moved_bytes"] = selection.residency.moved_bytes

@@ -14,7 +14,7 @@ from agsel.policies import Policy
 from agsel.zero import residency
 from agsel.zero.attach import hidden_states
 from agsel.zero.residency import POISON, Partition, Residency
-from agsel.zero.selection import LEAVING_IN_FORWARD, SHARE_IN_FORWARD, Moment, Selection
+from agsel.zero.selection import LEAVING_IN_BACKWARD, SHARE_IN_FORWARD, Moment, Selection
 from tests.tiny import tiny_model
 
 LAYERS = 20
@@ -53,7 +53,7 @@ def one_step(selection: Selection) -> dict[Any, set[int]]:
         history[moment] = resident(selection)
     selected = selection.resolve(torch.arange(1.0, LAYERS + 1, dtype=torch.float64), loss_scale=1.0)
     assert resident(selection) == set(selected)
-    assert waiting_bytes(selection) == 0
+    assert selection.residency.leaving_bytes == 0
     assert_own_states(selection)
     return history
 
@@ -63,20 +63,9 @@ def assert_own_states(selection: Selection) -> None:
         assert (partition.rows[0] == layer).all()
 
 
-def waiting_bytes(selection: Selection) -> int:
-    """Of all states that have a place elsewhere and have not been sent there."""
-    return sum(move.remaining_bytes for move in selection.residency._waiting)
-
-
-def leaving_bytes(selection: Selection) -> int:
-    """Of the waiting states those on the device, which travel in parts; a fetch follows its room as a whole."""
-    moving = selection.residency
-    return sum(move.remaining_bytes for move in moving._waiting if move.stream is moving._evictions)
-
-
-def evenly(partitions: int, parts: int) -> Any:
-    """Bytes that are left of so many partitions after each of equal parts, rounded to elements."""
-    return pytest.approx([partitions * 12 * ELEMENTS * (parts - part) / parts for part in range(1, parts + 1)], abs=40)
+def evenly(start: float, end: float, parts: int) -> Any:
+    """Bytes that are left after each of equal parts, rounded to elements."""
+    return pytest.approx([start + (end - start) * part / parts for part in range(1, parts + 1)], abs=8)
 
 
 @pytest.fixture
@@ -103,10 +92,7 @@ def test_a_planned_exchange_needs_no_more_memory_and_moves_nothing_twice(
         before = history[None]
         leaving, arriving = before - planned, planned - before
         parked = max(0, len(before & planned) - share)  # needed again in this step, and without room until then
-        gone = before - history[Moment.FORWARD]
         assert len(history[Moment.FORWARD]) == len(history[Moment.BACKWARD]) == share
-        most = max(math.ceil(LEAVING_IN_FORWARD * (len(leaving) + parked)), len(before) - share)
-        assert len(gone) <= most
         assert history[Moment.BACKWARD] <= planned
         assert history[Moment.LATE_BACKWARD] == planned
         moves = len(leaving) + len(arriving) + 2 * parked
@@ -150,9 +136,13 @@ def test_an_exchange_uses_the_memory_that_is_left(masters: list[torch.Tensor]) -
 
 @pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("lowest", [0, 8, LAYERS])
-def test_states_travel_with_the_layers_of_forward_and_backward(masters: list[torch.Tensor], lowest: int) -> None:
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+def test_states_travel_with_the_layers_of_forward_and_backward(
+    masters: list[torch.Tensor], lowest: int, fraction: float
+) -> None:
     """Of which the backward reaches those above `lowest`."""
-    selection = selection_of(masters, RandomBlocks(fraction=0.5, seed=2))
+    selection = selection_of(masters, RandomBlocks(fraction=fraction, seed=2))
+    moving = selection.residency
     one_step(selection)
     before = resident(selection)
     selection.plan_step()
@@ -161,23 +151,23 @@ def test_states_travel_with_the_layers_of_forward_and_backward(masters: list[tor
     for layer in range(LAYERS):
         hidden = (hidden * 1).requires_grad_(layer >= lowest)
         selection.enter_layer(hidden, LAYERS - layer)
-        forward.append(leaving_bytes(selection))
+        forward.append(moving.leaving_bytes)
         if hidden.requires_grad:
-            hidden.register_hook(lambda _: backward.append(leaving_bytes(selection)))
-    assert waiting_bytes(selection) == 0
-    between = resident(selection)
+            hidden.register_hook(lambda _: backward.append(moving.leaving_bytes))
+    after = resident(selection)
+    leaving, arriving = len(before - after) * 12 * ELEMENTS, len(after - before) * 12 * ELEMENTS
+    assert leaving > arriving
+    for_backward = min(LEAVING_IN_BACKWARD * leaving, arriving)
+    assert moving.leaving_bytes == moving.exchanged_bytes, "room that is given back is free when the forward ends"
     selection.move_states(Moment.BACKWARD)
-    at_once = leaving_bytes(selection)
+    at_once = moving.leaving_bytes
     selection.enter_layer(hidden, 1)  # computed again, for its gradients
-    assert leaving_bytes(selection) == at_once
+    assert at_once == moving.leaving_bytes == (forward[-1] if lowest < LAYERS else 0)
     if hidden.requires_grad:
         hidden.sum().backward()
-    assert waiting_bytes(selection) == 0
-    leaving = len(between - resident(selection))
-    assert leaving > 0
-    assert forward == evenly(len(before - between), LAYERS)
-    assert backward == evenly(leaving, LAYERS - lowest)
-    assert at_once == (leaving * 12 * ELEMENTS if backward else 0)
+    assert moving.leaving_bytes == 0
+    assert forward == evenly(leaving, for_backward, LAYERS)
+    assert backward == evenly(for_backward, 0, LAYERS - lowest)
     assert_own_states(selection)
 
 
@@ -189,16 +179,35 @@ def test_hidden_states_are_found_by_position_and_by_name() -> None:
 
 
 @pytest.mark.usefixtures("in_parts")
+def test_states_change_places_part_by_part(masters: list[torch.Tensor]) -> None:
+    moving = selection_of(masters, RandomBlocks(fraction=0.3, seed=2)).residency
+    moving.keep_only(range(3))
+    moving.synchronize()
+    leaving, arriving = moving.partitions[0], moving.partitions[3]
+    leaving.rows.fill_(1.0)
+    arriving.rows.fill_(2.0)
+    room, old_home, new_home = (rows.view(-1) for rows in (leaving.rows, arriving.rows, leaving.home))
+    moving.keep_only(range(3, 6))
+    assert arriving.rows.data_ptr() == room.data_ptr()
+    for sent in (750, 1500, 2250, 3000):
+        moving.send(4 * 750)
+        assert (new_home[:sent] == 1.0).all()
+        assert (room[:sent] == 2.0).all()
+        assert (room[sent:] == 1.0).all()
+        assert old_home[:sent].isnan().all(), "what must not be read any more"
+
+
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_states_that_have_not_left_yet_can_be_called_back(masters: list[torch.Tensor], share: float) -> None:
     selection = selection_of(masters, RandomBlocks(fraction=0.3, seed=2))
     moving = selection.residency
-    for wanted in (range(10), range(5, 15), range(10), (), range(LAYERS), range(3), range(2, 5)):
+    ranges = [range(*ends) for ends in ((0, 10), (5, 15), (0, 10), (0, 0), (0, LAYERS), (0, 3), (2, 5), (3, 6))]
+    for wanted in (*ranges, (3, 4, 6), (3, 4, 5)):
         moving.keep_only(wanted)
         assert resident(selection) == set(wanted)
-        if share:
-            moving.send(share)
-    assert (waiting_bytes(selection) == 0) == (share == 1)
+        moving.send(share * moving.leaving_bytes)
+    assert (moving.leaving_bytes == 0) == (share == 1)
     moving.synchronize()
-    assert waiting_bytes(selection) == 0
+    assert moving.leaving_bytes == 0
     assert_own_states(selection)

@@ -109,8 +109,8 @@ def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequ
     """Tell the selection how far a step has come, so that states travel beside it.
 
     It begins at the first layer: models read a value from the device while they make the attention mask, which would
-    queue behind the copies. At the start of the backward `SelectiveStep.backward_prologue` comes in, and after a third
-    of it freed activations leave room for the states that are still missing.
+    queue behind the copies. `SelectiveStep.backward_prologue` comes in for a backward that leaves no layer, and after a
+    third of the backward freed activations leave room for the states that are still missing.
     """
 
     def on_gradient(_: nn.Parameter) -> None:

@@ -123,7 +123,7 @@ class Move:
 
     Attributes:
         stream: whose copies these are; evictions and fetches have one each.
-        successor: the fetch into the room that this eviction leaves, None if the room is given back.
+        successor: the fetch into the room that an eviction leaves, None if the room is given back.
     """
 
     partition: Partition
@@ -145,8 +145,9 @@ class Residency:
     What is to be moved (`keep_only`) is sent in parts (`send`): a read from the device, as losses and attention masks
     do, waits for every copy to the host that was started before it. Where a partition takes the room of another, they
     change places part by part, so that both directions of the bus are busy at once. Evictions wait for all that the
-    compute stream was given before they were sent, fetches for the room they go to, and both for the same partition's
-    copy before. The compute stream waits for a fetch only where it steps that partition (`wait_for`).
+    compute stream was given before they were sent, fetches for the room they go to or for what fills new memory, and
+    both for the same partition's copy before. The compute stream waits for a fetch only where it steps that partition
+    (`wait_for`).
 
     Attributes:
         partitions: all of this rank.
@@ -225,7 +226,7 @@ class Residency:
     def send(self, most: float = math.inf) -> None:
         """Start copying so many of the bytes that wait to leave the device, and what comes into their room.
 
-        At least `SMALLEST_PART`, unless `most` is not positive; room that is given back comes first.
+        At least `SMALLEST_PART`, unless `most` is not positive; of one decision, room that is given back comes first.
         """
         if most <= 0 or not self._leaving:
             return
@@ -277,13 +278,13 @@ class Residency:
         with move.stream.active():
             if move.sent == 0:
                 move.stream.wait_for(self._under_way.pop(move.partition, None))
+                move.stream.keep(move.source if move.stream is self._evictions else move.target)
             target.copy_(source, non_blocking=True)
             if self._poison:
                 source.copy_(torch.full_like(source, math.nan, device=self.device), non_blocking=True)
             copied = move.stream.record()
         move.sent = part.stop
         if not move.remaining_bytes:
-            move.stream.keep(move.source if move.stream is self._evictions else move.target)
             self._under_way[move.partition] = copied
         if move.successor:
             self._fetches.wait_for(copied)

@@ -21,12 +21,13 @@ from agsel.zero.sanity import SanityChecks
 logger = logging.getLogger("agsel")
 
 SHARE_IN_FORWARD = 0.8
-"""Of the optimizer states that a step is known to need: how many are on the device while activations are at their
+"""Of the optimizer states that a step is known to need: how many have room on the device while activations are at their
 peak. The others come in its backward, when activations are freed. With fewer, memory would only fall further below what
 exploring steps need."""
 
 LEAVING_IN_BACKWARD = 1 / 2
-"""Of the optimizer states that a step sends to the host: the backward's part of the time, if some layers are frozen."""
+"""Of the optimizer states that a step sends to the host: how many wait for its backward, which takes half of the time
+if some layers are frozen; if their room is given back, none."""
 
 
 class Moment(IntEnum):
@@ -123,7 +124,7 @@ class Selection:
         self.plan_step()
 
     def wanted_in_forward(self) -> tuple[int, ...]:
-        """Indices of the blocks whose optimizer partitions should be on the device from the start of the backward.
+        """Indices of the blocks whose optimizer partitions have room on the device from the start of the forward.
 
         On an exploring plan none: the choice is not known yet, and the activations of all blocks need the memory.
         """
@@ -261,7 +262,7 @@ class Selection:
 
 
 def early(blocks: Sequence[int], resident: Collection[int] = ()) -> tuple[int, ...]:
-    """Of the blocks that a step will update, those that are fetched or kept at the start of its backward, or before.
+    """Of the blocks that a step will update, those that have room on the device from the start of its forward.
 
     The resident ones come first, so that as little as possible is moved.
     """

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Run the GPU tests on a machine with at least two GPUs: [AGSEL_TEST_RANKS=4] bash tools/gpu_test.sh [pytest arguments]
+# With AGSEL_TEST_SHARED_GPU=1 one GPU is enough: all ranks share it, and start slowly.
 # Uses the current Python environment, which must hold torch with CUDA and agsel's dependencies. The files run side by
 # side: most of their time is the start of processes.
 set -uo pipefail

@@ -174,6 +174,16 @@ def test_layers_are_compiled_at_stage_1_or_2_and_without_liger(recipe: Path) -> 
         parse("--config", recipe, "--deepspeed", zero3, "--compile_layers", "true")
 
 
+def test_help_says_how_to_start_and_ends_with_the_settings_of_agsel(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    text = capsys.readouterr().out
+    groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert ended.value.code == 0
+    assert text.startswith("usage: deepspeed [--num_gpus N] launch/train.py [--config FILE.yaml]")
+    assert groups == ["options:", "block selection:", "columns of the dataset:", "safety:"]
+
+
 def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 6
 

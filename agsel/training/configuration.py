@@ -15,6 +15,9 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments, suggestion
 
 GROUPS = (ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, DataArguments, SafetyArguments)
+USAGE = "deepspeed [--num_gpus N] launch/train.py [--config FILE.yaml] [--SETTING VALUE ...]"
+DESCRIPTION = """A setting stands here, or in the YAML file by its name without the dashes; here it wins. The last three
+groups are agsel's own, the settings above them those of TRL's ScriptArguments, SFTConfig and ModelConfig."""
 NOT_WRITTEN = ("hub_token", "local_rank")
 REFUSED_ZERO_SETTINGS = ("offload_optimizer", "offload_param", "zenflow", "elastic_checkpoint")
 """What `agsel.attach` would refuse; DeepSpeed stumbles over some of it earlier, in many lines."""
@@ -48,7 +51,7 @@ def parse_configuration(arguments: Sequence[str], defaults: dict[str, Any]) -> C
     Raises:
         ValueError: an unknown or impossible setting; the message names it.
     """
-    parser = _Parser(GROUPS, allow_abbrev=False)
+    parser = _Parser(GROUPS, usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
     parser.set_defaults(**defaults)
     try:
         script, training, model, selection, data, safety, *unknown = parser.parse_args_and_config(

@@ -27,7 +27,7 @@ from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model
 from agsel.training.model import require_chat_template, require_model
 from agsel.training.preemption import SignalWatch, StopRequests, host_group
-from agsel.training.ranks import join_ranks, limit_waiting, mistakes_in_one_line
+from agsel.training.ranks import join_ranks, limit_waiting, mistakes_in_one_line, warn_on_one_rank
 from agsel.training.run_memory import plan_of_run
 from agsel.training.summary import count_steps, describe_run
 from agsel.training.trainer import ResumableTrainer
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> ResumableTrainer:
         configuration = parse_configuration(arguments, default_settings())
         # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        warn_on_one_rank()
     with watched_ranks(configuration.safety.rank_timeout):
         return train(configuration, signals)
 

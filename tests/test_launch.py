@@ -150,17 +150,19 @@ def test_resuming_with_the_written_configuration_gives_the_same_model(
 def test_resuming_on_another_number_of_ranks_goes_on_as_before(
     parts: tuple[Path, Path], two_ranks: tuple[Path, str], tmp_path: Path, ranks: int
 ) -> None:
-    """The same eight examples per step on one rank and on four."""
+    """The same eight examples per step on one rank and on four. A setting of exploring changes nothing after it."""
     run = two_ranks[0]
-    per_device = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2}
-    arguments = twelve_steps(parts, tmp_path, **per_device, resume_from_checkpoint=run / "checkpoint-6")
+    changes = {"per_device_train_batch_size": 4 // ranks, "gradient_accumulation_steps": 2, "epsilon_start": 0.9}
+    arguments = twelve_steps(parts, tmp_path, **changes, resume_from_checkpoint=run / "checkpoint-6")
     result = launch(TRAIN, *arguments, ranks=ranks)
     assert result.returncode == 0, result.stdout[-6000:]
     assert f"changed   ranks was 2 and is {ranks} now" in result.stdout
+    assert result.stdout.count("the selection continues with changed settings: epsilon_start 1.0 -> 0.9") == 1
     resumed, whole = scalars(tmp_path), scalars(run)
     assert resumed["train/loss"] == pytest.approx(whole["train/loss"][6:], abs=1e-6)
     assert resumed["train/learning_rate"] == whole["train/learning_rate"][6:]
-    assert (tmp_path / "selection.json").read_text() == (run / "selection.json").read_text()
+    reports = [json.loads((folder / "selection.json").read_text()) for folder in (tmp_path, run)]
+    assert reports[0] == reports[1] | {"epsilon_start": 0.9}
     for name, weight in weights(tmp_path).items():
         torch.testing.assert_close(weight, weights(run)[name], rtol=0, atol=2e-6)
 

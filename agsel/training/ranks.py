@@ -1,6 +1,7 @@
 """What the ranks of a run owe each other: a common environment, one error message, one end."""
 
 import atexit
+import logging
 import os
 import socket
 import sys
@@ -58,6 +59,12 @@ def limit_waiting(timeout: float) -> None:
     _get_data_parallel_group()  # DeepSpeed makes it now instead of with the engine
     for group in _world.pg_map:
         _set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+def warn_on_one_rank() -> None:
+    """Leave agsel's warnings to the first rank: they are the same on all."""
+    if dist.get_rank() > 0:
+        logging.getLogger("agsel").setLevel(logging.ERROR)
 
 
 @contextmanager

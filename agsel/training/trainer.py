@@ -94,7 +94,7 @@ class ResumableTrainer(SFTTrainer):
                 self._write_checkpoint(model, trial, staged)
         except Exception as error:
             if _is_of_collective(error):
-                logger.warning("the checkpoint of step %d is not complete: another rank has ended", step)
+                logger.error("the checkpoint of step %d is not complete: another rank has ended", step)
                 sys.exit(1)
             reason = checkpoints.fault_of_disk(folder, error)
             if reason is None:

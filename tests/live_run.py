@@ -49,7 +49,7 @@ class LiveRun:
 
     def ends(self, seconds: float = END) -> str:
         """Wait until no process of the run is left. Returns the output."""
-        self._wait(lambda: not self.processes(), seconds, "end")
+        self._wait(lambda: not self._goes_on(), seconds, "end")
         self.process.wait()
         return self.output
 
@@ -78,6 +78,10 @@ class LiveRun:
                 continue
         return found
 
+    def _goes_on(self) -> bool:
+        """The command is asked first: for a moment, a process that has just been started has no environment to read."""
+        return self.process.poll() is None or bool(self.processes())
+
     def _ranks_in(self, phase: str) -> dict[int, int]:
         return {int(rank): int(pid) for rank, pid in re.findall(rf"^PHASE (\d) (\d+) {phase}$", self.output, re.M)}
 
@@ -85,7 +89,7 @@ class LiveRun:
         until = time.monotonic() + seconds
         while not happened():
             assert time.monotonic() < until, f"did not {what} in {seconds} s: {self.output[-6000:]}"
-            assert self.processes() or happened(), f"ended and did not {what}: {self.output[-6000:]}"
+            assert self._goes_on() or happened(), f"ended and did not {what}: {self.output[-6000:]}"
             time.sleep(0.05)
 
 

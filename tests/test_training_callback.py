@@ -29,8 +29,10 @@ def test_a_plain_trainer_trains_the_selected_blocks_with_its_own_settings(tmp_pa
     assert "step 6/6  loss " in output
 
 
-def test_a_trainer_without_deepspeed_is_refused(tmp_path: Path) -> None:
+def test_a_trainer_without_deepspeed_and_a_class_for_a_policy_are_refused(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     trainer = Trainer(tiny_model(), arguments, train_dataset=[{"input_ids": row} for row in tiny_batch(0, 0, 0)])
     with pytest.raises(ValueError, match="--deepspeed"):
         add_selection(trainer, agsel.FullFineTuning())
+    with pytest.raises(ValueError, match="policy must be a policy"):
+        add_selection(trainer, agsel.FullFineTuning)  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ import agsel
 from agsel.monitor import block_ranges, selection_scalars, status_line
 from agsel.policies import Policy
 from agsel.zero import Selection, StepReport
+from agsel.zero.guards import require_policy
 
 
 def add_selection(
@@ -52,9 +53,10 @@ def add_selection(
         The callback; its `selection` is set from the first moment of training.
 
     Raises:
-        ValueError: called twice, no DeepSpeed, an optimizer in the DeepSpeed configuration, `--optim` is no AdamW of
-            torch, or gradient checkpointing is reentrant.
+        ValueError: called twice, no policy, no DeepSpeed, an optimizer in the DeepSpeed configuration, `--optim` is no
+            AdamW of torch, or gradient checkpointing is reentrant.
     """
+    require_policy(policy)
     _require_supported_trainer(trainer)
     trainer.args.gradient_checkpointing_kwargs = (trainer.args.gradient_checkpointing_kwargs or {}) | {
         "use_reentrant": False

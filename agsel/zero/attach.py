@@ -56,10 +56,11 @@ def attach(
         The selection: `blocks`, `last`, `counts`, `resident`.
 
     Raises:
-        ValueError: the engine's configuration, optimizer or model does not fit, the policy is not equal on all ranks,
-            or the host has too little memory.
+        ValueError: the engine's configuration, optimizer or model does not fit, the policy is none or not equal on all
+            ranks, or the host has too little memory.
         RuntimeError: this DeepSpeed differs from the tested one where agsel overrides it.
     """
+    guards.require_policy(policy)
     guards.require_supported_engine(engine)
     optimizer: Any = engine.optimizer
     selective_class = SELECTIVE_CLASSES[engine.zero_optimization_stage()]

@@ -19,6 +19,8 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from agsel.policies import Policy
+
 ALLOW_UNTESTED = "AGSEL_ALLOW_UNTESTED"
 
 TESTED = {
@@ -207,6 +209,19 @@ def _refused_settings(engine: Any) -> list[str]:
 
 def _offloads(config: Any) -> bool:
     return config is not None and config.device != "none"
+
+
+def require_policy(policy: Any) -> None:
+    """Refuse what is no policy: most often its class, or the name of its method.
+
+    Raises:
+        ValueError: naming what to pass.
+    """
+    if not isinstance(policy, Policy):
+        given = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise ValueError(
+            f"policy must be a policy such as agsel.AdaGradSelect(fraction=0.3, explore_steps=500), got {given}"
+        )
 
 
 def require_supported_optimizer(optimizer: Any, stock: Any) -> None:

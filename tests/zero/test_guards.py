@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import agsel
 from tests.ranks import launch_cases
 from tests.zero.guards_ranks import CASES
 
@@ -54,3 +55,13 @@ def test_refused_by_name_on_every_rank(ranks: list[dict[str, Any]], case: str) -
 def test_a_changed_deepspeed_can_be_allowed(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["changed deepspeed, allowed"] is None
     assert set(CASES) == {*REFUSED, "changed deepspeed, allowed"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "given"),
+    [(agsel.AdaGradSelect, "AdaGradSelect"), ("adagradselect", "'adagradselect'"), (None, "None")],
+    ids=["class", "name", "none"],
+)
+def test_what_is_no_policy_is_refused(policy: Any, given: str) -> None:
+    with pytest.raises(ValueError, match=rf"^policy must be a policy such as agsel\.AdaGradSelect.*, got {given}$"):
+        agsel.attach(None, policy)

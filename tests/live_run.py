@@ -50,7 +50,6 @@ class LiveRun:
     def ends(self, seconds: float = END) -> str:
         """Wait until no process of the run is left. Returns the output."""
         self._wait(lambda: not self._goes_on(), seconds, "end")
-        self.process.wait()
         return self.output
 
     def send(self, number: signal.Signals, target: str, ranks: dict[int, int]) -> None:

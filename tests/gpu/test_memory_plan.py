@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from agsel.blocks import find_blocks
 from agsel.policies import blocks_of_fraction
 from agsel.training.memory import Planner, meta_model, spread_evenly
@@ -74,7 +72,6 @@ def predicted(row: dict[str, Any]) -> int:
     return plan.steps[kind].total
 
 
-@pytest.mark.gpu(2)
 def test_the_plan_is_within_ten_percent_of_the_measurement(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(PLAN)
     command = [sys.executable, "tools/bench.py", "--plan", str(tmp_path / "plan.yaml"), "--output", str(tmp_path)]

@@ -106,8 +106,7 @@ def newest_complete(run_folder: Path, group: Any) -> Path | None:
         reason = damage(folder, group)
         if reason is None:
             return folder
-        if dist.get_rank(group) == 0:
-            logger.warning("%s is skipped: %s", folder, reason)
+        logger.warning("%s is skipped: %s", folder, reason)
     return None
 
 

@@ -56,7 +56,7 @@ def attach(
         The selection: `blocks`, `last`, `counts`, `resident`.
 
     Raises:
-        ValueError: the engine's configuration, optimizer or model does not fit, the policy is none or not equal on all
+        ValueError: the engine's configuration, optimizer or model does not fit, `policy` is none, or not equal on all
             ranks, or the host has too little memory.
         RuntimeError: this DeepSpeed differs from the tested one where agsel overrides it.
     """

@@ -20,6 +20,7 @@ model_name_or_path: {folder}/model
 dataset_name: {folder}/train.jsonl
 prompt_field: question
 completion_field: answer
+prompt_template: null
 completion_template: " {{answer}}"
 per_device_train_batch_size: 2
 max_steps: 30
@@ -75,6 +76,7 @@ def test_mistakes_are_named_in_one_line(
     [
         ("dataset_name: rows.jsonl\ndataset_test_split: test", "recipe.yaml has no model_name_or_path: add it"),
         ("model_name_or_path: model\ndataset_test_split: test", "recipe.yaml has no dataset_name: add it"),
+        ("model_name_or_path:\ndataset_name: rows\ndataset_test_split: test", "has no model_name_or_path: add it"),
         ("", "recipe.yaml has no settings"),
         ("a: b: c", "recipe.yaml is no YAML"),
     ],

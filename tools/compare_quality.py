@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def read_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `--config`.
+    """The settings of `--config` that have a value.
 
     Raises:
         ValueError: there is no such file, it is no YAML, or it lacks a setting that the comparison needs.
@@ -96,6 +96,7 @@ def read_recipe(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--config {path} is no YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"--config {path} has no settings: write one `name: value` a line, as launch/recipes/ do")
+    recipe = {name: value for name, value in recipe.items() if value is not None}  # a run names them all
     if arguments.heldout is None and "dataset_test_split" not in recipe:
         raise ValueError(f"{path} names no held-out rows (dataset_test_split): give a file of them (--heldout)")
     for name in ("model_name_or_path", *(("dataset_name",) if arguments.heldout is None else ())):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import agsel
-from tests.ranks import message_of, run_cases
+from tests.cases import message_of, run_cases
 from tests.zero.guards_ranks import engine_of
 from tests.zero.scenario import Scenario
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 
 
 def test_super_offload_is_refused(tmp_path: Path) -> None:

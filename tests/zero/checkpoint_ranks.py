@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import agsel
-from tests.ranks import run_cases
+from tests.cases import run_cases
 from tests.zero.exactness_ranks import optimizer_states
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, train_step

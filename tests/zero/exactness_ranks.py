@@ -18,8 +18,8 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 import agsel
 from agsel.zero.gathering import JointGather, gather_jointly
+from tests.cases import run_cases
 from tests.distributed import RANKS
-from tests.ranks import run_cases
 from tests.tiny import tiny_batch
 from tests.zero.parity_ranks import LEAF_MODULES, whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import agsel
-from tests.ranks import message_of, run_cases
+from tests.cases import message_of, run_cases
 from tests.tiny import tiny_batch
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, train_step

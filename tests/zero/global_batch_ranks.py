@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import agsel
+from tests.cases import run_cases
 from tests.distributed import RANKS
-from tests.ranks import run_cases
 from tests.tiny import tiny_batch
 from tests.zero.scenario import Record, Scenario, start_engine
 

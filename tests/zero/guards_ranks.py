@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 
 import agsel
 from agsel.zero import guards
-from tests.ranks import message_of, run_cases
+from tests.cases import message_of, run_cases
 from tests.tiny import tiny_model
 from tests.zero.scenario import ADAM, Scenario, start_engine
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import agsel
-from tests.ranks import run_cases
+from tests.cases import run_cases
 from tests.zero.scenario import Record, Scenario, run_engine, start_engine
 
 PARITY = {

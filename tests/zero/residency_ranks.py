@@ -13,7 +13,7 @@ import agsel
 from agsel.zero import residency
 from agsel.zero.residency import POISON, SMALLEST_PART, SideStream
 from agsel.zero.selection import Moment
-from tests.ranks import run_cases
+from tests.cases import run_cases
 from tests.tiny import tiny_model
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step

@@ -10,7 +10,7 @@ import torch
 
 import agsel
 from agsel.zero.sanity import SanityError
-from tests.ranks import message_of, run_cases
+from tests.cases import message_of, run_cases
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
 

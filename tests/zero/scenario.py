@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import agsel
+from tests.cases import require_dtype
 from tests.distributed import RANKS
 from tests.tiny import tiny_batch, tiny_model
 
@@ -70,6 +71,7 @@ def start_engine(scenario: Scenario, *, attach: bool = True, model: Any = None, 
     """
     import deepspeed
 
+    require_dtype(scenario.dtype)
     model = model or tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
     if scenario.compiled:
         agsel.compile_layers(model, backend="inductor" if torch.cuda.is_available() else "aot_eager")

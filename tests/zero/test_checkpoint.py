@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 
 STAGES = (1, 2, 3)
 SCRIPT = "tests/zero/checkpoint_ranks.py"

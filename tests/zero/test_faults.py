@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from agsel.zero.consensus import dissent
+from tests.cases import launch_cases
 from tests.distributed import RANKS, launch
-from tests.ranks import launch_cases
 
 STAGES = (1, 2, 3)
 NAMED = "checksums by rank: " if RANKS == 2 else "not like the others: rank 1)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 from tests.zero.global_batch_ranks import STEPS
 
 TIE = 1e-3

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import agsel
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 from tests.zero.guards_ranks import CASES
 
 REFUSED = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 from tests.zero.parity_ranks import FULL, PARITY
 from tests.zero.scenario import Record, Reference
 

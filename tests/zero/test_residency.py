@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 from tests.zero.residency_ranks import AGAIN, CASES
 
 

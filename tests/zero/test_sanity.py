@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from agsel.zero.sanity import LANES, Fingerprints
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 from tests.zero.test_faults import NAMED
 
 STAGES = (1, 2, 3)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import launch_cases
+from tests.cases import launch_cases
 from tests.zero.universal_ranks import SCRAMBLED, STAGES
 
 SCRIPT = "tests/zero/universal_ranks.py"

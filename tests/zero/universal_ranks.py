@@ -17,7 +17,7 @@ import deepspeed
 import torch
 
 from agsel.zero import guards
-from tests.ranks import message_of, run_cases
+from tests.cases import message_of, run_cases
 from tests.tiny import tiny_batch
 from tests.zero.checkpoint_ranks import SAVED_AFTER, SCENARIOS, SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET
 from tests.zero.parity_ranks import whole_weights

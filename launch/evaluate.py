@@ -28,9 +28,9 @@ from transformers import (
 )
 from trl.data_utils import common_prefix_length
 
+from agsel.runs.ranks import mistakes_in_one_line
 from agsel.training.arguments import DataArguments
 from agsel.training.data import load_rows, to_training_format
-from agsel.training.ranks import mistakes_in_one_line
 
 
 @dataclass

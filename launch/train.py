@@ -21,17 +21,19 @@ from transformers.integrations import TensorBoardCallback
 from trl import get_peft_config, get_quantization_config
 
 import agsel
-from agsel.training import add_selection, build_policy, checkpoints, resume
+from agsel.runs import checkpoints, resume
+from agsel.runs.preemption import SignalWatch, StopRequests, host_group
+from agsel.runs.ranks import join_ranks, limit_waiting, mistakes_in_one_line, warn_on_one_rank
+from agsel.runs.trainer import ResumableTrainer
+from agsel.runs.watchdog import watched_ranks
+from agsel.training import add_selection, build_policy
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model
+from agsel.training.fit import plan_of_run
+from agsel.training.identity import describe_for_resume
 from agsel.training.model import require_chat_template, require_model
-from agsel.training.preemption import SignalWatch, StopRequests, host_group
-from agsel.training.ranks import join_ranks, limit_waiting, mistakes_in_one_line, warn_on_one_rank
-from agsel.training.run_memory import plan_of_run
 from agsel.training.summary import count_steps, describe_run
-from agsel.training.trainer import ResumableTrainer
-from agsel.training.watchdog import watched_ranks
 from agsel.zero.consensus import first_rank_does, require_equal_settings
 
 DEFAULT_DEEPSPEED = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
@@ -164,7 +166,7 @@ def require_no_earlier_run(run_folder: Path) -> None:
 
 def prepare_resume(configuration: Configuration, trainer: ResumableTrainer, checkpoint: str | None) -> dict[str, Any]:
     """What the run is like, after refusing or saying what differs from the run that saved the checkpoint."""
-    run = resume.describe_for_resume(configuration, trainer)
+    run = describe_for_resume(configuration, trainer)
     if checkpoint is not None:
         for sentence in resume.compare(checkpoints.Manifest.read(Path(checkpoint)).run, run):
             on_first_rank(f"changed   {sentence}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from agsel.training import checkpoints
+from agsel.runs import checkpoints
 
 
 def save(run: Path, step: int, text: str) -> None:

@@ -17,6 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from agsel.planning.shapes import MODEL_SHAPES
 from tests.distributed import REPOSITORY, environment, kill_session
 from tests.tiny import tiny_model
 
@@ -25,7 +26,6 @@ import bench
 import bench_methods
 import bench_probe
 import bench_scaling
-import model_shapes
 import plan_memory
 
 PLAN = """
@@ -105,7 +105,7 @@ def test_states_move_only_when_the_set_changes(rows: dict[tuple[str, int], dict[
 def weights_of_a_layer() -> int:
     """Weights of one layer of the tiny shape."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_shapes.MODEL_SHAPES["tiny"]())
+        model = AutoModelForCausalLM.from_config(MODEL_SHAPES["tiny"]())
     return sum(parameter.numel() for parameter in model.model.layers[0].parameters())
 
 

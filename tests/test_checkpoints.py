@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from agsel.training import checkpoints, resume
+from agsel.runs import checkpoints, resume
 from tests.distributed import REPOSITORY
 from tests.test_launch import alone
 from tests.tiny_run import TRAIN, save_model, save_rows, settings

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from agsel.training.checkpoints import PROBE
+from agsel.runs.checkpoints import PROBE
 from agsel.training.export import export_model
 from tests.tiny import tiny_model
 

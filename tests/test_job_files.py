@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agsel.training.checkpoints import missing_part
-from agsel.training.preemption import MARKER, STOP_FILE
+from agsel.runs.checkpoints import missing_part
+from agsel.runs.preemption import MARKER, STOP_FILE
 from tests.distributed import REPOSITORY, environment, free_port
 from tests.live_run import LiveRun, announcing, live_run
 from tests.tiny_run import save_model, save_rows, settings

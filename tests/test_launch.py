@@ -200,7 +200,7 @@ def test_an_error_is_written_in_one_piece() -> None:
     """Ranks share a terminal, and the launchers start them unbuffered: what comes in pieces gets mixed up."""
     reader, writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # one datagram is one write
     with reader, writer:
-        code = f"import os; from agsel.training.ranks import say_error; os.dup2({writer.fileno()}, 2); say_error('why')"
+        code = f"import os; from agsel.runs.ranks import say_error; os.dup2({writer.fileno()}, 2); say_error('why')"
         command = [sys.executable, "-u", "-c", code]
         subprocess.run(command, cwd=REPOSITORY, env=environment(), pass_fds=[writer.fileno()], check=True, timeout=200)
         assert reader.recv(4096) == b"agsel: error: why\n"

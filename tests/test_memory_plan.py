@@ -15,19 +15,20 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from agsel.planning.memory import MemoryPlan, Planner, heaviest, meta_copy, meta_model, spread_evenly
+from agsel.planning.rehearsal import Rehearsal, Step, Workload, ZeroSettings
+from agsel.planning.rehearsal.ledger import GRANULE, Ledger
 from agsel.policies import AdaGradSelect, RandomBlocks, TopK, blocks_of_fraction, fraction_of_blocks
 from agsel.training import SelectionArguments
-from agsel.training.memory import MemoryPlan, Planner, heaviest, meta_copy, meta_model, spread_evenly
-from agsel.training.rehearsal import Rehearsal, Step, Workload, ZeroSettings
-from agsel.training.rehearsal.ledger import GRANULE, Ledger
-from agsel.training.run_memory import _kinds_of_steps, _local_ranks, _workload, plan_of_run, shortage
+from agsel.training.fit import _kinds_of_steps, _local_ranks, _workload, plan_of_run, shortage
 from tests.distributed import REPOSITORY, launch
 from tests.tiny import tiny_batch, tiny_model
 from tests.tiny_run import save_model, save_rows, settings
 
 sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
 import plan_memory
-from model_shapes import MODEL_SHAPES
+
+from agsel.planning.shapes import MODEL_SHAPES
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 LAYERS = 6  # of the built-in shape `tiny`

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions, requires
 from itertools import chain
@@ -17,16 +19,20 @@ import agsel
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
-ROOMS = {
-    "agsel/__init__.py": {"agsel.blocks", "agsel.compilation", "agsel.policies", "agsel.zero"},
+BELOW = {"agsel.blocks", "agsel.compilation", "agsel.policies", "agsel.zero"}
+TRAINERS = {"accelerate", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl"}
+FLOORS = {
     "agsel/blocks.py": {"torch"},
+    "agsel/policies": {"numpy"},
     "agsel/compilation.py": {"agsel.blocks", "torch"},
-    "agsel/policies": {"agsel.policies", "agsel.blocks", "numpy"},
-    "agsel/sparse": {"agsel.sparse", "torch"},
-    "agsel/zero": {"agsel.zero", "agsel.blocks", "agsel.policies", "deepspeed", "psutil", "torch"},
-    "agsel/monitor": {"agsel.monitor", "torch", "tensorboard", "matplotlib", "numpy"},
+    "agsel/zero": {"agsel.blocks", "agsel.policies", "deepspeed", "psutil", "torch"},
+    "agsel/__init__.py": {"agsel.blocks", "agsel.compilation", "agsel.policies", "agsel.zero"},
+    "agsel/monitor": {"torch", "tensorboard", "matplotlib", "numpy"},
+    "agsel/planning": BELOW | {"torch", "transformers", "peft"},
+    "agsel/runs": BELOW | {"agsel.monitor", "agsel.planning", *TRAINERS, "psutil"},
+    "agsel/training": BELOW | {"agsel", "agsel.monitor", "agsel.planning", "agsel.runs", *TRAINERS, "tqdm", "yaml"},
 }
-"""What each room of the package may import, besides the standard library. Training, launch and tools are free."""
+"""From the ground up: what each room may import besides the standard library and itself."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -40,8 +46,10 @@ def imported_by(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            of_package = node.module == "agsel"
-            yield from (f"agsel.{alias.name}" for alias in node.names) if of_package else [str(node.module)]
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                place = ROOT / inner.replace(".", "/")
+                yield inner if place.is_dir() or place.with_suffix(".py").is_file() else str(node.module)
 
 
 def is_inside(module: str, packages: set[str]) -> bool:
@@ -82,15 +90,44 @@ def test_the_package_is_typed() -> None:
     assert (ROOT / "agsel" / "py.typed").is_file()
 
 
+def room_of(path: Path) -> str:
+    """The room that a file of the package belongs to."""
+    return next(room for room in FLOORS if relative(path) == room or relative(path).startswith(f"{room}/"))
+
+
 @pytest.mark.parametrize("path", sources("agsel"), ids=relative)
 def test_dependencies_point_downward(path: Path) -> None:
-    room = next((room for room in ROOMS if relative(path) == room or relative(path).startswith(f"{room}/")), None)
+    room = room_of(path)
+    own = room.removesuffix(".py").replace("/", ".")
+    allowed = FLOORS[room] | ({own} if room != "agsel/__init__.py" else set())
     modules = [module for module in imported_by(path) if not is_standard(module)]
-    if room is None:
-        assert relative(path).startswith("agsel/training/"), f"{relative(path)} is in no room"
-        assert not [module for module in modules if is_inside(module, {"launch", "tools", "tests"})]
-    else:
-        assert [module for module in modules if not is_inside(module, ROOMS[room])] == []
+    assert [module for module in modules if not is_inside(module, allowed)] == []
+
+
+def test_no_floor_stands_on_one_above_it() -> None:
+    """What a room may import of agsel was listed before it; so there is no cycle between rooms."""
+    seen: set[str] = set()
+    for room, allowed in FLOORS.items():
+        own = {module for module in allowed if is_inside(module, {"agsel"})}
+        assert own <= seen, room
+        seen.add(room.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."))
+
+
+@pytest.mark.parametrize("room", [room for room in FLOORS if (ROOT / room).is_dir()])
+def test_the_modules_of_a_room_import_each_other_one_way(room: str) -> None:
+    names = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in sources(room)}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    order = graphlib.TopologicalSorter(
+        {name: {module for module in imported_by(path) if module in names} for name, path in names.items()}
+    )
+    assert len(list(order.static_order())) == len(names), "a cycle raises CycleError"
+
+
+def test_no_two_files_share_a_name() -> None:
+    """But for those of packages, and what is the same thing: a command in launch/ and the module that it starts."""
+    paths = [path for path in sources("agsel", "tools", "tests") if path.name not in ("__init__.py", "__main__.py")]
+    names = Counter(path.name for path in paths if not relative(path).startswith("tests/gpu/"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize("path", sources("agsel", "launch", "tools"), ids=relative)

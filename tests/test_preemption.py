@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agsel.training.checkpoints import STAGING, checkpoints_in, missing_part
-from agsel.training.preemption import MARKER, STOP_FILE
+from agsel.runs.checkpoints import STAGING, checkpoints_in, missing_part
+from agsel.runs.preemption import MARKER, STOP_FILE
 from tests.distributed import launch
 from tests.live_run import LiveRun, announced_run
 from tests.tiny_run import TRAIN, save_model, save_rows, settings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from agsel.training.checkpoints import Manifest
+from agsel.runs.checkpoints import Manifest
 from tests.distributed import REPOSITORY, launch_worker
 from tests.tiny_run import save_model, save_rows
 

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from agsel.training import SelectionArguments
-from agsel.training.resume import describe_for_resume, fingerprint_of_rows
+from agsel.training.identity import describe_for_resume, fingerprint_of_rows
 from tests.distributed import REPOSITORY
 from tests.test_launch import alone, said, scalars
 from tests.tiny import tiny_model

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agsel.training import checkpoints
-from agsel.training.checkpoints import Manifest
+from agsel.runs import checkpoints
+from agsel.runs.checkpoints import Manifest
 from tests.distributed import REPOSITORY, environment, free_port, kill_session, launch, remove_shared_memory
 from tests.test_launch import said, weights
 from tests.tiny_run import TRAIN, save_model, save_rows, settings

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils.groups import _get_data_parallel_group
 
-from agsel.training.ranks import limit_waiting
-from agsel.training.watchdog import watched_ranks
+from agsel.runs.ranks import limit_waiting
+from agsel.runs.watchdog import watched_ranks
 
 SECONDS = 5.0
 

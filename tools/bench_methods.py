@@ -16,15 +16,15 @@ import torch
 from bench import REPOSITORY, Configuration
 from bench_probe import device, on_cuda
 from deepspeed.utils import set_z3_leaf_modules
-from model_shapes import model_config
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import agsel
 from agsel.blocks import decoder_layers
+from agsel.planning.memory import spread_evenly
+from agsel.planning.shapes import model_config
 from agsel.policies import blocks_of_fraction
-from agsel.training.memory import spread_evenly
 
 Starter = Callable[[PreTrainedModel, Configuration], tuple[Any, "agsel.Selection | None"]]
 """Takes a model from `build_model`, returns an engine and agsel's selection on it, if there is one."""

@@ -31,7 +31,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from agsel.training.ranks import join_ranks
+from agsel.runs.ranks import join_ranks
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 CYCLED_BATCHES = 4

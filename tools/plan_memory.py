@@ -12,13 +12,12 @@ import json
 import sys
 from pathlib import Path
 
-from model_shapes import MODEL_SHAPES, model_config
-
+from agsel.planning.description import describe_memory
+from agsel.planning.memory import KINDS_OF_STEPS, Planner, meta_model
+from agsel.planning.rehearsal import Workload, ZeroSettings
+from agsel.planning.shapes import MODEL_SHAPES, model_config
 from agsel.policies import blocks_of_fraction, fraction_of_blocks
 from agsel.training.arguments import METHODS
-from agsel.training.memory import KINDS_OF_STEPS, Planner, meta_model
-from agsel.training.rehearsal import Workload, ZeroSettings
-from agsel.training.summary import describe_memory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -221,7 +221,7 @@ def _prepare_compilation(configuration: Configuration) -> None:
 
 
 def _wanted_checkpoint(wanted: str | None) -> str | None:
-    """A folder, `auto`, `true`, or none; `agsel.training.resume.find_checkpoint` says what they mean."""
+    """A folder, `auto`, `true`, or none; `agsel.runs.resume.find_checkpoint` says what they mean."""
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() in ("auto", "true"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
-from agsel.training.checkpoints import fault_of_disk
+from agsel.runs.checkpoints import fault_of_disk
 from agsel.zero.consensus import first_rank_does
 
 

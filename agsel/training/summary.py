@@ -13,11 +13,9 @@ from agsel.blocks import Block, find_blocks
 from agsel.monitor import block_ranges
 from agsel.policies import Policy
 from agsel.training.configuration import Configuration
-from agsel.training.memory import MemoryPlan
 from agsel.zero.parameters import global_numel
 
 ROWS_MEASURED = 1000
-PARTS = ("weights", "states", "gradients", "buffers", "activations", "loss")
 
 
 class Steps(NamedTuple):
@@ -88,27 +86,3 @@ def _describe_members(blocks: Sequence[Block]) -> str:
 def _mean_length(trainer: Trainer) -> float:
     lengths = [len(row["input_ids"]) for row in itertools.islice(trainer.train_dataset, ROWS_MEASURED)]
     return math.fsum(lengths) / len(lengths)
-
-
-def describe_memory(plan: MemoryPlan) -> str:
-    """A few lines on what a run needs, at most, with GB for 10^9 bytes."""
-    names = {"full": "full fine-tuning", "explore": "explore", "exploit": "exploit"}
-    rows = [(names[kind], peak.total, [peak.parts.get(part, 0) for part in PARTS]) for kind, peak in plan.steps.items()]
-    lines = []
-    if rows:
-        lines = [f"memory    {'GB on each GPU, at most':24} {'all':>6}" + "".join(f"{part:>12}" for part in PARTS)]
-        for name, total, parts in [*rows, ("while starting", plan.starting, [])]:
-            lines.append(f"          {name:24} {total / 1e9:6.2f}" + "".join(f"{part / 1e9:12.2f}" for part in parts))
-    return "\n".join([*lines, f"host      {_describe_host(plan)}"])
-
-
-def _describe_host(plan: MemoryPlan) -> str:
-    if not plan.host:
-        return "no optimizer states"
-    needed = f"{plan.host / 1e9:.2f} GB per rank, {plan.host_needed / 1e9:.2f} GB per host for optimizer states"
-    if not plan.steps:
-        return needed
-    return (
-        f"{needed}; {plan.moved / 1e9:.2f} GB in and out per step take {1000 * plan.copy_seconds:.1f} ms, beside "
-        f"at least {1000 * plan.compute_seconds:.1f} ms of arithmetic"
-    )

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from agsel.blocks import Block, decoder_layers, find_blocks
 from agsel.policies import Policy
 from agsel.zero import guards
-from agsel.zero.checkpoint import SelectiveEngine
 from agsel.zero.consensus import require_equal_settings
+from agsel.zero.engine import SelectiveEngine
 from agsel.zero.host_memory import require_host_memory
 from agsel.zero.residency import Partition, Residency
 from agsel.zero.sanity import SanityChecks

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from agsel.blocks import find_blocks
+from agsel.planning.memory import Planner, meta_model, spread_evenly
+from agsel.planning.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from agsel.policies import blocks_of_fraction
-from agsel.training.memory import Planner, meta_model, spread_evenly
-from agsel.training.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from tests.distributed import REPOSITORY, environment
 
 sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
-from model_shapes import MODEL_SHAPES
+from agsel.planning.shapes import MODEL_SHAPES
 
 TOLERANCE = 0.1
 KIND_OF_STEP = {

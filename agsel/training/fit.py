@@ -11,13 +11,14 @@ from torch import nn
 from transformers import Trainer
 from trl import SFTConfig
 
+from agsel.planning.description import describe_memory
+from agsel.planning.memory import KINDS_OF_STEPS, MemoryPlan, Planner, StepKind, meta_copy
+from agsel.planning.rehearsal import Workload, ZeroSettings
+from agsel.planning.rehearsal.workload import Loss
 from agsel.policies import Policy, fraction_of_blocks
 from agsel.training.arguments import SelectionArguments
 from agsel.training.configuration import Configuration
-from agsel.training.memory import KINDS_OF_STEPS, MemoryPlan, Planner, StepKind, meta_copy
-from agsel.training.rehearsal import Workload, ZeroSettings
-from agsel.training.rehearsal.workload import Loss
-from agsel.training.summary import blocks_per_step, describe_memory
+from agsel.training.summary import blocks_per_step
 from agsel.zero.host_memory import available_bytes
 
 LOCAL_RANKS_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")

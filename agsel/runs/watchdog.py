@@ -22,7 +22,7 @@ import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from agsel.training.ranks import is_first_to_fail, remove_shared_memory, say_error
+from agsel.runs.ranks import is_first_to_fail, remove_shared_memory, say_error
 
 TICKS = 20
 """Beats of a rank in one `rank_timeout`."""

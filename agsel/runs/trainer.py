@@ -15,8 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from agsel.training import checkpoints
-from agsel.training.preemption import StopRequests, start_worker
+from agsel.runs import checkpoints
+from agsel.runs.preemption import StopRequests, start_worker
 from agsel.zero.selection import TooManySkippedStepsError
 
 logger = logging.getLogger("agsel")

@@ -15,10 +15,10 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from agsel.compilation import compile_layers
-from agsel.training.rehearsal.kernels import gpu_kernels, loss_kernels
-from agsel.training.rehearsal.ledger import Ledger
-from agsel.training.rehearsal.ranks import Partitioned, Replicated
-from agsel.training.rehearsal.workload import Step, Workload
+from agsel.planning.rehearsal.engines import Partitioned, Replicated
+from agsel.planning.rehearsal.kernels import gpu_kernels, loss_kernels
+from agsel.planning.rehearsal.ledger import Ledger
+from agsel.planning.rehearsal.workload import Step, Workload
 
 
 @dataclass(frozen=True)

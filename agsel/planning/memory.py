@@ -1,6 +1,6 @@
 """Memory of a run before it starts: what each kind of step needs on a GPU and on the host, and what does not fit.
 
-The numbers come from rehearsing the steps (`agsel.training.rehearsal`), not from formulas for one architecture.
+The numbers come from rehearsing the steps (`agsel.planning.rehearsal`), not from formulas for one architecture.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks
-from agsel.training.rehearsal import Peak, Rehearsal, Step, Workload
+from agsel.planning.rehearsal import Peak, Rehearsal, Step, Workload
 from agsel.zero.parameters import global_numel
 from agsel.zero.selection import early
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from agsel.training.rehearsal.ledger import Ledger
-from agsel.training.rehearsal.workload import Loss, Workload
+from agsel.planning.rehearsal.ledger import Ledger
+from agsel.planning.rehearsal.workload import Loss, Workload
 
 aten = torch.ops.aten
 

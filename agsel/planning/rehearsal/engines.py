@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from agsel.blocks import decoder_layers
-from agsel.training.rehearsal.ledger import Kind, Ledger
-from agsel.training.rehearsal.workload import Step, Workload
+from agsel.planning.rehearsal.ledger import Kind, Ledger
+from agsel.planning.rehearsal.workload import Step, Workload
 
 WORKSPACE_BYTES = 2 * 2**25
 """cuBLAS takes 32 MiB on Hopper GPUs, once for the forward's thread and once for the backward's."""

@@ -7,25 +7,45 @@ selection = agsel.attach(engine, agsel.AdaGradSelect(fraction=0.3, explore_steps
 
 from agsel.blocks import Block, block_param_groups, find_blocks
 from agsel.compilation import compile_layers
-from agsel.policies import AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
+from agsel.errors import AgselError, UserError
+from agsel.policies import (
+    AdaGradSelect,
+    BlockInfo,
+    FractionPolicy,
+    FullFineTuning,
+    Plan,
+    Policy,
+    Probe,
+    RandomBlocks,
+    TopK,
+    Update,
+    setting,
+)
 from agsel.zero import RanksDisagreeError, Selection, StepReport, attach, lean_initialization
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaGradSelect",
+    "AgselError",
     "Block",
+    "BlockInfo",
+    "FractionPolicy",
     "FullFineTuning",
     "Plan",
     "Policy",
+    "Probe",
     "RandomBlocks",
     "RanksDisagreeError",
     "Selection",
     "StepReport",
     "TopK",
+    "Update",
+    "UserError",
     "attach",
     "block_param_groups",
     "compile_layers",
     "find_blocks",
     "lean_initialization",
+    "setting",
 ]

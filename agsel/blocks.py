@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
+
+from agsel.errors import UserError
 
 EMBED, FINAL_NORM, HEAD = "embed", "final_norm", "head"
 
@@ -41,7 +44,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     embedding) are left out; frozen parameters outside the decoder (a vision tower) are in no block.
 
     Raises:
-        ValueError: no decoder layers are found, the model is an encoder-decoder, or a trainable parameter falls in no
+        UserError: no decoder layers are found, the model is an encoder-decoder, or a trainable parameter falls in no
             block.
     """
     block_of = _block_names(_language_model(model))
@@ -53,7 +56,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
         elif parameter.requires_grad:
             homeless.append(name)
     if homeless:
-        raise ValueError(
+        raise UserError(
             f"parameters in no block: {', '.join(homeless[:3])}{' ...' if len(homeless) > 3 else ''}; "
             "freeze them with requires_grad_(False) before calling agsel, or train without them"
         )
@@ -72,11 +75,11 @@ def block_param_groups(model: nn.Module, blocks: Literal["layers", "all"] = "lay
         `[{"params": [...]}, ...]` in forward order, for a `torch.optim.AdamW`.
 
     Raises:
-        ValueError: `blocks` is neither value, no blocks are found, or a block has no trainable parameter. A PEFT
+        UserError: `blocks` is neither value, no blocks are found, or a block has no trainable parameter. A PEFT
             model's blocks without adapters are left out instead.
     """
     if blocks not in ("layers", "all"):
-        raise ValueError(f"blocks must be 'layers' or 'all', got {blocks!r} (--select_blocks)")
+        raise UserError(f"blocks must be 'layers' or 'all', got {blocks!r} (--select_blocks)")
     is_peft = hasattr(_language_model(model), "peft_config")
     groups = []
     for block in find_blocks(model):
@@ -86,12 +89,12 @@ def block_param_groups(model: nn.Module, blocks: Literal["layers", "all"] = "lay
         elif block.trainable:
             groups.append({"params": list(block.trainable)})
         elif not is_peft:
-            raise ValueError(
+            raise UserError(
                 f"block {block.name!r} is frozen: every block must be trainable at deepspeed.initialize; "
                 "call requires_grad_(True) on it, agsel freezes what is not selected"
             )
     if not groups:
-        raise ValueError("no block has a trainable parameter: give the PEFT model adapters inside its decoder layers")
+        raise UserError("no block has a trainable parameter: give the PEFT model adapters inside its decoder layers")
     return groups
 
 
@@ -99,10 +102,15 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a model, in forward order.
 
     Raises:
-        ValueError: none are found.
+        UserError: none are found.
     """
     language_model = _language_model(model)
     return _layer_stacks(language_model, _decoder(language_model))[0]
+
+
+def hidden_states(*arguments: Any) -> torch.Tensor | None:
+    """Among what a layer is called with, the first tensor of floating-point numbers."""
+    return next((value for value in arguments if torch.is_tensor(value) and value.is_floating_point()), None)
 
 
 def _language_model(model: nn.Module) -> nn.Module:
@@ -133,7 +141,7 @@ def _block_names(model: nn.Module) -> dict[int, str]:
 def _decoder(model: nn.Module) -> nn.Module:
     """The model without its head; all of it where it does not tell."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder: agsel needs a decoder-only language model")
+        raise UserError(f"{type(model).__name__} is an encoder-decoder: agsel needs a decoder-only language model")
     get_decoder = getattr(model, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     return decoder if isinstance(decoder, nn.Module) and _outermost_lists(decoder) else model
@@ -146,13 +154,13 @@ def _layer_stacks(model: nn.Module, decoder: nn.Module) -> list[nn.ModuleList]:
     stacks = [layers for layers in found if _classes(layers) <= declared]
     stacks = stacks or [layers for layers in found if len(_classes(layers)) == 1]
     if not stacks:
-        raise ValueError(
+        raise UserError(
             f"no decoder layers found in {type(model).__name__}: agsel needs an nn.ModuleList of layers of one class"
         )
     stacks.sort(key=len, reverse=True)
     longest = sum(len(layers) == len(stacks[0]) for layers in stacks)
     if longest > 1:
-        raise ValueError(
+        raise UserError(
             f"{type(model).__name__} has {longest} stacks of {len(stacks[0])} layers: agsel selects among the layers "
             "of decoder-only models; use one of those"
         )

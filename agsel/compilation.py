@@ -25,7 +25,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         options: passed on to `torch.compile`.
 
     Raises:
-        ValueError: no decoder layers are found.
+        UserError: no decoder layers are found.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_PER_LAYER_CODE)
     for layer in decoder_layers(model):

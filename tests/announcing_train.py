@@ -15,10 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.tiny_run import TRAIN
-
-sys.path.insert(0, str(TRAIN.parent))
-import train  # type: ignore[import-not-found]
+from agsel import train
 
 
 class AnnouncingTrainer(train.ResumableTrainer):

@@ -13,10 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.tiny_run import TRAIN
-
-sys.path.insert(0, str(TRAIN.parent))
-import train  # type: ignore[import-not-found]
+from agsel import train
 
 
 def refusal(arguments: list[str]) -> tuple[int | str | None, str]:

@@ -13,11 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from agsel import train
 from tests.tiny import tiny_batch
-from tests.tiny_run import TRAIN, settings
-
-sys.path.insert(0, str(TRAIN.parent))
-import train  # type: ignore[import-not-found]
+from tests.tiny_run import settings
 
 
 def export(folder: Path, name: str, arguments: list[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from launch import train
+from agsel import train
 
 if __name__ == "__main__":
     plan_of_run = train.plan_of_run

@@ -15,10 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_run import TRAIN
-
-sys.path.insert(0, str(TRAIN.parent))
-import train  # type: ignore[import-not-found]
+from agsel import train
 
 
 def outcome(arguments: list[str]) -> tuple[int | str | None, str, int]:

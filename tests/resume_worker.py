@@ -14,10 +14,8 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from tests.tiny_run import TRAIN, settings
-
-sys.path.insert(0, str(TRAIN.parent))
-import train  # type: ignore[import-not-found]
+from agsel import train
+from tests.tiny_run import settings
 
 
 def run(folder: Path, name: str, arguments: list[str]) -> Path:

@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from agsel.training import DataArguments
-from launch import evaluate
-from launch.evaluate import EvaluationArguments, Example, answer_loss, encode, extract_answer, generate, judge
+from agsel import evaluate
+from agsel.evaluate import EvaluationArguments, Example, answer_loss, encode, extract_answer, generate, judge
+from agsel.training.arguments import DataArguments
 from tests.distributed import REPOSITORY, environment
 from tools import arithmetic
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
-from agsel.policies import AdaGradSelect, FullFineTuning, RandomBlocks, TopK
-from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments, build_policy
+from agsel.errors import UserError
+from agsel.policies import AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
+from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
+from agsel.training.methods import build_policy, method_arguments, policy_class, unread
 
 
 def defaults(arguments: type) -> dict[str, object]:
@@ -19,19 +23,21 @@ def test_the_command_line_is_frozen() -> None:
     """A new, renamed or changed flag fails here, so that it is changed on purpose, with README and CHANGELOG."""
     assert defaults(SelectionArguments) == {
         "method": "adagradselect",
-        "select_fraction": 0.3,
-        "select_every": 1,
-        "epsilon_start": 1.0,
-        "epsilon_end": 0.05,
-        "explore_steps": None,
-        "dirichlet_delta": 1.0,
-        "dirichlet_draw": "topk",
         "select_blocks": None,
         "offload_states": True,
         "pin_memory": True,
         "compile_layers": False,
         "force": False,
+    }
+    assert defaults(method_arguments(AdaGradSelect, ())) == {
+        "select_fraction": 0.3,
         "selection_seed": None,
+        "explore_steps": None,
+        "epsilon_start": 1.0,
+        "epsilon_end": 0.05,
+        "dirichlet_delta": 1.0,
+        "dirichlet_draw": "topk",
+        "select_every": 1,
     }
     assert defaults(DataArguments) == {
         "prompt_field": None,
@@ -43,31 +49,10 @@ def test_the_command_line_is_frozen() -> None:
 
 
 def test_every_flag_explains_itself() -> None:
-    for arguments in (SelectionArguments, DataArguments, SafetyArguments):
+    for arguments in (SelectionArguments, method_arguments(AdaGradSelect, ()), DataArguments, SafetyArguments):
         for field in dataclasses.fields(arguments):
             assert len(field.metadata["help"]) > 40, field.name
             assert "%" not in field.metadata["help"], "argparse expands % signs"
-
-
-@pytest.mark.parametrize(
-    ("flag", "changed"),
-    [
-        ("--method", {"method": "adagrad"}),
-        ("--select_fraction", {"select_fraction": 0.0}),
-        ("--select_fraction", {"select_fraction": 1.01, "method": "topk"}),
-        ("--select_every", {"select_every": 0, "method": "random"}),
-        ("--epsilon_end", {"epsilon_end": 0.0}),
-        ("--epsilon_start", {"epsilon_start": 1.5}),
-        ("--explore_steps", {"explore_steps": -1}),
-        ("--dirichlet_delta", {"dirichlet_delta": 0.0}),
-        ("--dirichlet_draw", {"dirichlet_draw": "best"}),
-        ("--select_blocks", {"select_blocks": "layer"}),
-    ],
-)
-def test_bad_values_are_refused_by_name(flag: str, changed: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=flag) as refusal:
-        SelectionArguments(**changed)  # type: ignore[arg-type]
-    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -87,20 +72,103 @@ def test_bad_limits_are_refused_by_name(setting: str, value: float) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_the_policy_is_the_one_described() -> None:
-    def policy(**changed: object) -> object:
-        return build_policy(SelectionArguments(**changed), explore_steps=40, seed=7)  # type: ignore[arg-type]
+def described(method: str = "adagradselect", **changed: object) -> Policy:
+    settings = defaults(method_arguments(policy_class(method), ())) | {"seed": 7} | changed
+    return build_policy(method, settings)
 
-    assert policy(method="full") == FullFineTuning()
-    assert policy(method="topk", select_fraction=0.1) == TopK(fraction=0.1, seed=7)
-    assert policy(method="random", select_every=5) == RandomBlocks(fraction=0.3, every=5, seed=7)
-    assert policy() == AdaGradSelect(fraction=0.3, explore_steps=40, seed=7)
-    assert policy(explore_steps=0, selection_seed=0, dirichlet_draw="sample") == AdaGradSelect(
+
+def test_the_policy_is_the_one_described() -> None:
+    assert described("full") == FullFineTuning()
+    assert described("topk", select_fraction=0.1) == TopK(fraction=0.1, seed=7)
+    assert described("random", select_every=5) == RandomBlocks(fraction=0.3, every=5, seed=7)
+    assert described() == AdaGradSelect(fraction=0.3, explore_steps=None, seed=7)
+    assert described(explore_steps=0, selection_seed=0, dirichlet_draw="sample") == AdaGradSelect(
         fraction=0.3, explore_steps=0, seed=0, draw="sample"
     )
 
 
-def test_all_blocks_take_part_in_full_fine_tuning_only() -> None:
-    assert SelectionArguments().taking_part == "layers"
-    assert SelectionArguments(method="full").taking_part == "all"
-    assert SelectionArguments(method="full", select_blocks="layers").taking_part == "layers"
+@pytest.mark.parametrize(
+    ("flag", "changed"),
+    [
+        ("--select_fraction", {"select_fraction": 0.0}),
+        ("--select_fraction", {"select_fraction": 1.01, "method": "topk"}),
+        ("--select_every", {"select_every": 0, "method": "random"}),
+        ("--epsilon_end", {"epsilon_end": 0.0}),
+        ("--epsilon_start", {"epsilon_start": 1.5}),
+        ("--explore_steps", {"explore_steps": -1}),
+        ("--dirichlet_delta", {"dirichlet_delta": 0.0}),
+        ("--dirichlet_draw", {"dirichlet_draw": "best"}),
+        ("--selection_seed", {"selection_seed": -1}),
+        ("--method", {"method": "adagrad"}),
+    ],
+)
+def test_bad_values_are_refused_by_name(flag: str, changed: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=flag) as refusal:
+        described(**changed)
+    assert "\n" not in str(refusal.value)
+
+
+def test_only_layers_or_all_blocks_can_take_part() -> None:
+    with pytest.raises(UserError, match="--select_blocks"):
+        SelectionArguments(select_blocks="layer")
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("full", ["select_fraction", "selection_seed", "epsilon_start", "select_every"]),
+        ("topk", ["epsilon_start", "select_every"]),
+        ("random", ["epsilon_start"]),
+        ("adagradselect", ["select_every"]),
+    ],
+)
+def test_a_method_knows_what_it_does_not_read(method: str, names: list[str]) -> None:
+    given = ["learning_rate", "select_fraction", "selection_seed", "epsilon_start", "select_every", "method"]
+    assert unread(policy_class(method), given) == names
+
+
+class Lazy(TopK):
+    """Without a line of its own."""
+
+
+@dataclass(kw_only=True)
+class Strided(Policy):
+    """Fields without a word on the command line, one of them the name of a setting of the run."""
+
+    stride: int = 2
+    seed: int = 0
+
+    def make_plan(self) -> Plan:
+        return Plan.of([0])
+
+
+class Unfinished(Policy):
+    pass
+
+
+HERE = "tests.test_training_arguments"
+
+
+def test_a_policy_from_elsewhere_reads_the_flags_of_its_fields() -> None:
+    assert policy_class(f"{HERE}:Lazy") is Lazy
+    assert described(f"{HERE}:Lazy", select_fraction=0.5) == Lazy(fraction=0.5, seed=7)
+    arguments = method_arguments(Strided, ["seed"])
+    assert defaults(arguments)["stride"] == 2
+    assert "seed" not in defaults(arguments), "that of the run"
+    assert build_policy(f"{HERE}:Strided", {"stride": 5, "seed": 9}) == Strided(stride=5, seed=9)
+    assert unread(Strided, ["stride", "select_fraction"]) == ["select_fraction"]
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("nowhere_at_all:Rule", "no module 'nowhere_at_all' .*PYTHONPATH"),
+        (f"{HERE}:Nothing", "no subclass of agsel.Policy"),
+        (f"{HERE}:HERE", "no subclass of agsel.Policy"),
+        (f"{HERE}:Unfinished", "does not define make_plan"),
+        ("adagradselct", "did you mean 'adagradselect'"),
+    ],
+)
+def test_what_is_no_policy_is_refused(method: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        policy_class(method)

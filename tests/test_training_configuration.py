@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from agsel.training.configuration import Configuration, parse_configuration, wri
 from tests.distributed import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
-DEFAULTS = {"deepspeed": str(REPOSITORY / "ds_configs" / "zero2.json"), "use_cpu": True, "dtype": None}
+DEFAULTS = {"deepspeed": "zero2", "use_cpu": True, "dtype": None}
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +47,76 @@ def parse(*arguments: object) -> Configuration:
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(recipe: Path) -> None:
     from_file = parse("--config", recipe)
-    assert from_file.selection.select_fraction == 0.5
+    assert from_file.resolved["select_fraction"] == 0.5
     assert from_file.training.learning_rate == 3e-4, "YAML reads 3e-4 as text"
-    assert from_file.selection.epsilon_start == 1.0
-    assert parse("--config", recipe, "--select_fraction", 0.25).selection.select_fraction == 0.25
+    assert from_file.resolved["epsilon_start"] == 1.0
+    assert parse("--config", recipe, "--select_fraction", 0.25).resolved["select_fraction"] == 0.25
 
 
 def test_the_model_has_the_type_that_is_trained(recipe: Path) -> None:
     assert parse("--config", recipe).model.dtype == "float32"
     assert parse("--config", recipe, "--bf16", "true").model.dtype == "bfloat16"
+
+
+def test_the_methods_own_default_of_the_blocks_that_take_part() -> None:
+    always = ["--model_name_or_path", "some/model", "--output_dir", "run", "--bf16", "false"]
+    assert parse(*always).taking_part == "layers"
+    assert parse(*always, "--method", "full").taking_part == "all"
+    assert parse(*always, "--method", "full", "--select_blocks", "layers").taking_part == "layers"
+
+
+def test_what_the_method_does_not_read_is_refused_on_the_command_line(recipe: Path) -> None:
+    for words in (["--epsilon_start", "0.5"], ["--epsilon-start=0.5"], ["--selection_seed", "3"]):
+        with pytest.raises(ValueError, match=r"full does not read --(epsilon_start|selection_seed): leave it out"):
+            parse("--config", recipe, "--method", "full", *words)
+    with pytest.raises(ValueError, match="adagradselect does not read --select_every"):
+        parse("--config", recipe, "--select_every", "5")
+
+
+def test_what_the_method_does_not_read_is_ignored_in_the_file(recipe: Path) -> None:
+    settings = yaml.safe_load(recipe.read_text()) | {"method": "topk", "epsilon_start": 0.5, "select_every": 1}
+    recipe.write_text(yaml.safe_dump(settings))
+    assert parse("--config", recipe).ignored == {"epsilon_start": 0.5}, "nothing is lost of what is the default anyway"
+    assert parse("--config", recipe, "--method", "adagradselect").ignored == {}
+    assert parse("--config", recipe, "--method", "full").ignored == {"select_fraction": 0.5, "epsilon_start": 0.5}
+    path = write_configuration(parse("--config", recipe, "--method", "adagradselect"))
+    assert parse("--config", path, "--method", "topk").ignored == {"epsilon_start": 0.5}
+
+
+def test_a_policy_from_elsewhere_brings_its_settings(recipe: Path) -> None:
+    method = "tests.test_training_arguments:Strided"
+    configuration = parse("--config", recipe, "--method", method, "--stride", 4, "--seed", 11)
+    policy: Any = configuration.build_policy()
+    assert (policy.stride, policy.seed) == (4, 11)
+    assert configuration.ignored == {"select_fraction": 0.5}
+    path = write_configuration(configuration)
+    again: Any = parse("--config", path).build_policy()
+    assert again == policy
+    with pytest.raises(ValueError, match="unknown setting 'stride' on the command line"):
+        parse("--config", recipe, "--stride", 4)
+
+
+def test_the_content_of_the_deepspeed_file_is_part_of_the_settings(recipe: Path, tmp_path: Path) -> None:
+    zero = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    zero["zero_optimization"]["reduce_bucket_size"] = 1234
+    (tmp_path / "zero.json").write_text(json.dumps(zero))
+    first = parse("--config", recipe, "--deepspeed", tmp_path / "zero.json")
+    assert first.resolved["deepspeed"] == zero
+    path = write_configuration(first)
+    (tmp_path / "zero.json").unlink()
+    again = parse("--config", path)
+    assert again.zero_stage == 3
+    assert again.training.hf_deepspeed_config.config["zero_optimization"]["reduce_bucket_size"] == 1234
+    assert again.resolved == first.resolved
+
+
+def test_what_is_shipped_can_be_named(recipe: Path) -> None:
+    assert parse("--config", recipe, "--deepspeed", "zero1").zero_stage == 1
+    assert parse("--config", "demo", "--bf16", "false").resolved["select_fraction"] == 0.5
+    with pytest.raises(ValueError, match=r"no such file: zero4 \(--deepspeed\); shipped by name are zero1, "):
+        parse("--config", recipe, "--deepspeed", "zero4")
+    with pytest.raises(ValueError, match=r"no such file: dmo \(--config\); recipes by name are demo, "):
+        parse("--config", "dmo")
 
 
 def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Path) -> None:
@@ -66,7 +128,7 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
     assert again.resolved == first.resolved
     assert again.selection == first.selection
     assert again.safety == first.safety
-    assert parse("--config", path, "--method", "full").selection.taking_part == "all", "what was left open still is"
+    assert parse("--config", path, "--method", "full").taking_part == "all", "what was left open still is"
     assert again.training.gradient_checkpointing_kwargs == {"every_n_layers": 2}
 
 
@@ -123,7 +185,7 @@ def test_a_deepspeed_configuration_that_contradicts_the_settings_is_refused(reci
 
 
 def test_config_may_be_given_in_one_word(recipe: Path) -> None:
-    assert parse(f"--config={recipe}", "--method", "topk").selection.select_fraction == 0.5
+    assert parse(f"--config={recipe}", "--method", "topk").resolved["select_fraction"] == 0.5
 
 
 @pytest.mark.parametrize("arguments", [["--config"], ["--config="], ["--config", "--method", "topk"]])
@@ -137,7 +199,7 @@ def test_null_in_the_file_is_refused_unless_it_means_something(recipe: Path, nam
     settings = yaml.safe_load(recipe.read_text()) | {name: None}
     recipe.write_text(yaml.safe_dump(settings))
     if name == "explore_steps":
-        assert parse("--config", recipe).selection.explore_steps is None
+        assert parse("--config", recipe).resolved["explore_steps"] is None
         return
     with pytest.raises(ValueError, match=f"{name} has no value in the file of --config"):
         parse("--config", recipe)
@@ -180,8 +242,14 @@ def test_help_says_how_to_start_and_ends_with_the_settings_of_agsel(capsys: pyte
     text = capsys.readouterr().out
     groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert ended.value.code == 0
-    assert text.startswith("usage: deepspeed [--num_gpus N] launch/train.py [--config FILE.yaml]")
-    assert groups == ["options:", "block selection:", "columns of the dataset:", "safety:"]
+    assert text.startswith("usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE]")
+    assert groups == [
+        "options:",
+        "block selection:",
+        "settings of the methods:",
+        "columns of the dataset:",
+        "safety:",
+    ]
 
 
 def test_there_are_recipes() -> None:
@@ -193,3 +261,4 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     configuration = parse("--config", path, "--bf16", "false")
     assert configuration.data.prompt_field or configuration.data.prompt_template
     assert f"launch/train.py --config launch/recipes/{path.name}" in path.read_text()
+    assert configuration.ignored == {}

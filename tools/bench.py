@@ -29,6 +29,8 @@ from typing import Any
 import torch
 import yaml
 
+from agsel.errors import UserError
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 METHODS = {
@@ -76,15 +78,15 @@ class Configuration:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r} (--methods): use some of {', '.join(METHODS)}")
+            raise UserError(f"unknown method {self.method!r} (--methods): use some of {', '.join(METHODS)}")
         if self.stage not in (1, 2, 3):
-            raise ValueError(f"stage must be 1, 2 or 3, got {self.stage} (--stages)")
+            raise UserError(f"stage must be 1, 2 or 3, got {self.stage} (--stages)")
         if self.ranks < 1:
-            raise ValueError(f"ranks must be at least 1, got {self.ranks} (--ranks)")
+            raise UserError(f"ranks must be at least 1, got {self.ranks} (--ranks)")
         if self.liger not in LIGER:
-            raise ValueError(f"unknown value {self.liger!r} (--liger): use {', '.join(LIGER)}")
+            raise UserError(f"unknown value {self.liger!r} (--liger): use {', '.join(LIGER)}")
         if self.liger == "all" and self.compile:
-            raise ValueError("Liger's kernels inside the layers cannot be compiled: use --liger loss, or --compile off")
+            raise UserError("Liger's kernels inside the layers cannot be compiled: use --liger loss, or --compile off")
 
     @property
     def label(self) -> str:
@@ -129,7 +131,7 @@ def launch(arguments: argparse.Namespace, folder: Path) -> int:
     """Measure all configurations, one launch for each number of ranks. Returns the first exit code that is not 0."""
     configurations = expand(read_plan(arguments.plan) if arguments.plan else [options_of(arguments)])
     if arguments.rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {arguments.rounds} (--rounds)")
+        raise UserError(f"rounds must be at least 1, got {arguments.rounds} (--rounds)")
     folder.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(configuration.ranks for configuration in configurations)
     alike = [[one for one in configurations if one.ranks == ranks] for ranks in counts]
@@ -141,16 +143,16 @@ def read_plan(path: Path) -> list[dict[str, Any]]:
     """The option sets of a plan.
 
     Raises:
-        ValueError: no such file, or no list of option sets in it.
+        UserError: no such file, or no list of option sets in it.
     """
     if not path.is_file():
-        raise ValueError(f"no such file: {path} (--plan); tools/bench.yaml is one")
+        raise UserError(f"no such file: {path} (--plan); tools/bench.yaml is one")
     try:
         plan = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML (--plan): {error}") from error
+        raise UserError(f"{path} is no YAML (--plan): {error}") from error
     if not isinstance(plan, list) or not all(isinstance(options, dict) for options in plan):
-        raise ValueError(f"{path} is no list of option sets (--plan): write it as tools/bench.yaml")
+        raise UserError(f"{path} is no list of option sets (--plan): write it as tools/bench.yaml")
     return plan
 
 
@@ -190,14 +192,14 @@ def expand(option_sets: Iterable[dict[str, Any]]) -> list[Configuration]:
     """The configurations that option sets describe: the product of the values of each, without repetition.
 
     Raises:
-        ValueError: an unknown option or value.
+        UserError: an unknown option or value.
     """
     configurations: dict[Configuration, None] = {}
     for options in option_sets:
         if unknown := options.keys() - OPTIONS.keys():
-            raise ValueError(f"unknown option {sorted(map(str, unknown))[0]!r} in the plan: use {', '.join(OPTIONS)}")
+            raise UserError(f"unknown option {sorted(map(str, unknown))[0]!r} in the plan: use {', '.join(OPTIONS)}")
         if missing := [name for name in ("models", "stages", "methods") if name not in options]:
-            raise ValueError(f"an option set of the plan has no {missing[0]}: add it")
+            raise UserError(f"an option set of the plan has no {missing[0]}: add it")
         values = [value if isinstance(value, list) else [value] for value in options.values()]
         for chosen in itertools.product(*values):
             named = dict(zip((OPTIONS[name] for name in options), chosen, strict=True))
@@ -210,7 +212,7 @@ def _fields_of(named: dict[str, Any]) -> dict[str, Any]:
     if "shape" in named:
         shape = str(named.pop("shape"))
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
-            raise ValueError(
+            raise UserError(
                 f"{shape!r} is no shape (--shapes): write rows x tokens of a micro-batch, for example 8x512"
             )
         rows, length = shape.split("x")
@@ -227,11 +229,11 @@ def measured_rows(folder: Path) -> list[dict[str, Any]]:
     """`read_rows` of the folder of a run.
 
     Raises:
-        ValueError: nothing has been measured there.
+        UserError: nothing has been measured there.
     """
     path = folder / "rows.jsonl"
     if not path.is_file():
-        raise ValueError(f"{folder} has no rows.jsonl: measure first, tools/bench.py --output {folder}")
+        raise UserError(f"{folder} has no rows.jsonl: measure first, tools/bench.py --output {folder}")
     return read_rows(path)
 
 

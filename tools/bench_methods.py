@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import agsel
 from agsel.blocks import decoder_layers
+from agsel.errors import UserError
 from agsel.planning.memory import spread_evenly
 from agsel.planning.shapes import model_config
 from agsel.policies import blocks_of_fraction
@@ -161,7 +162,7 @@ def start_zero_offload(model: PreTrainedModel, configuration: Configuration) -> 
 def start_badam(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
     """The BAdam package: k layers at a time, in turns of 50 steps."""
     if configuration.stage != 3:
-        raise ValueError("the badam package supports ZeRO-3, or one GPU without DeepSpeed")
+        raise UserError("the badam package supports ZeRO-3, or one GPU without DeepSpeed")
     config = zero_config(configuration)
     model.zero_stage = HfDeepSpeedConfig(config)  # badam asks transformers for the stage, which holds a weak reference
     from badam import BlockOptimizer

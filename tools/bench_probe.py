@@ -19,6 +19,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import agsel
+from agsel.errors import UserError
 from agsel.zero.parameters import global_shape
 
 PROFILED_STEPS = 3
@@ -195,11 +196,11 @@ class Probe:
         """A skipped step is a quick one.
 
         Raises:
-            ValueError: on every rank, as the ranks skip together.
+            UserError: on every rank, as the ranks skip together.
         """
         if self._selection is not None and self._selection.policy.step < self._steps:
             skipped = self._steps - self._selection.policy.step
-            raise ValueError(f"{skipped} of {self._steps} steps were skipped: their gradients were not finite")
+            raise UserError(f"{skipped} of {self._steps} steps were skipped: their gradients were not finite")
 
     def _locked_homes(self) -> int:
         """Page-locked bytes of evicted states, which agsel does not take from PyTorch's allocator."""

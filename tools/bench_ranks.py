@@ -31,6 +31,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from agsel.errors import UserError
 from agsel.runs.ranks import join_ranks
 
 PACKAGES = ("torch", "deepspeed", "transformers")
@@ -142,7 +143,7 @@ def run_engine(configuration: Configuration, settings: Settings) -> Measurement:
                 number += 1
             probe.end_of_step()
         if not loss.isfinite():
-            raise ValueError("the loss is not finite in the end: what was measured is no training")
+            raise UserError("the loss is not finite in the end: what was measured is no training")
     finally:
         dismantle(engine)
     assert probe.measurement is not None

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import yaml
 
-from agsel.training.arguments import METHODS
+from agsel.policies import METHODS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "deepspeed", "transformers", "trl")

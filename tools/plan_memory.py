@@ -10,16 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
+from agsel import shipped
+from agsel.errors import AgselError, UserError, one_line
 from agsel.planning.description import describe_memory
-from agsel.planning.memory import KINDS_OF_STEPS, Planner, meta_model
+from agsel.planning.memory import Planner, meta_model
 from agsel.planning.rehearsal import Workload, ZeroSettings
 from agsel.planning.shapes import MODEL_SHAPES, model_config
-from agsel.policies import blocks_of_fraction, fraction_of_blocks
-from agsel.training.arguments import METHODS
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from agsel.policies import METHODS, Policy, flags_of, fraction_of_blocks, reads_fraction
 
 
 def main(arguments: list[str]) -> None:
@@ -29,51 +27,60 @@ def main(arguments: list[str]) -> None:
         print(describe(options))
     except ImportError as error:
         sys.exit(f"agsel: error: {error}, which --liger needs: pip install 'agsel[liger]', or use --loss liger")
-    except ValueError as error:
-        sys.exit(f"agsel: error: {' '.join(str(error).split())}")
+    except AgselError as error:
+        sys.exit(f"agsel: error: {one_line(error)}")
 
 
 def describe(options: argparse.Namespace) -> str:
     """The plan of the options, as text.
 
     Raises:
-        ValueError: an option is out of its range, there is no such model, or agsel does not support it.
+        UserError: an option is out of its range, there is no such model, or agsel does not support it.
     """
     if not 0 < options.fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {options.fraction} (--fraction)")
+        raise UserError(f"fraction must be in (0, 1], got {options.fraction} (--fraction)")
     for name in ("gpus", "gpus_per_host", "micro_batch", "sequence", "accumulation"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value} (--{name})")
+            raise UserError(f"{name} must be at least 1, got {value} (--{name})")
     if options.compile and options.stage == 3:
-        raise ValueError("compiled layers do not work at ZeRO-3: use --stage 1 or 2, or leave out --compile")
+        raise UserError("compiled layers do not work at ZeRO-3: use --stage 1 or 2, or leave out --compile")
     try:
         config = model_config(options.model)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"no model {options.model!r} (--model): neither {', '.join(MODEL_SHAPES)} nor a folder here, and from the "
             f"hub: {error}"
         ) from error
+    policy = policy_of(options)
     planner = Planner(
         meta_model(config),
         workload(options),
-        blocks="all" if options.method == "full" else options.blocks,
+        blocks=options.blocks or policy.takes_part,
         offload_states=options.offload,
         ranks_per_host=options.gpus_per_host,
     )
-    kinds = KINDS_OF_STEPS[options.method]
-    total = planner.number_of_blocks
-    count = total if options.method == "full" else blocks_of_fraction(options.fraction, total)
+    kinds = policy.kinds_of_steps
     most = planner.most_blocks(options.gpu_gb * 1e9, kinds)
-    fitting = describe_fitting(options.method, most, total)
+    fitting = describe_fitting(policy, most, planner.number_of_blocks)
+    count = policy.started(planner.infos).blocks_per_step
     return "\n".join(
         [describe_memory(planner.plan(count, (*kinds, "full"))), f"fits      {options.gpu_gb:g} GB: {fitting}"]
     )
 
 
-def describe_fitting(method: str, most: int, total: int) -> str:
+def policy_of(options: argparse.Namespace) -> Policy:
+    """The method with the fraction, if it reads one, and its own settings otherwise."""
+    policy = METHODS[options.method]
+    fraction = flags_of(policy).get("select_fraction")
+    built = policy(**{fraction.name: options.fraction} if fraction else {})
+    built.complete(epoch_steps=1)
+    return built
+
+
+def describe_fitting(policy: Policy, most: int, total: int) -> str:
     """What a GPU can hold, when `most` of all blocks fit."""
-    if method == "full":
+    if not reads_fraction(policy):
         return f"{'all' if most == total else 'not all'} {total} blocks"
     if not most:
         return "not even one block"
@@ -82,9 +89,10 @@ def describe_fitting(method: str, most: int, total: int) -> str:
 
 def workload(options: argparse.Namespace) -> Workload:
     """The batch, with the ZeRO settings of the shipped DeepSpeed configuration."""
-    shipped = json.loads((REPOSITORY / "ds_configs" / f"zero{options.stage}.json").read_text())
+    file = shipped.zero_configuration(f"zero{options.stage}")
+    assert file is not None, "the choices of --stage are shipped"
     return Workload(
-        zero=ZeroSettings.of(shipped["zero_optimization"]),
+        zero=ZeroSettings.of(json.loads(file.read_text())["zero_optimization"]),
         ranks=options.gpus,
         micro_batch=options.micro_batch,
         sequence=options.sequence,
@@ -104,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
     parser.add_argument("--method", choices=METHODS, default="adagradselect", help="as in launch/train.py")
     parser.add_argument("--fraction", type=float, default=0.3, help="share of the blocks updated per step")
-    parser.add_argument("--blocks", choices=("layers", "all"), default="layers", help="blocks that take part")
+    parser.add_argument("--blocks", choices=("layers", "all"), help="blocks that take part; default: the method's")
     parser.add_argument("--micro_batch", type=int, default=8, help="rows per forward and GPU")
     parser.add_argument("--sequence", type=int, default=512, help="tokens per row")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")

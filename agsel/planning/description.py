@@ -2,13 +2,16 @@
 
 from agsel.planning.memory import MemoryPlan
 
+NAMES = {"full": "full fine-tuning"}
 PARTS = ("weights", "states", "gradients", "buffers", "activations", "loss")
 
 
 def describe_memory(plan: MemoryPlan) -> str:
     """A few lines on what a run needs, at most, with GB for 10^9 bytes."""
-    names = {"full": "full fine-tuning", "explore": "explore", "exploit": "exploit"}
-    rows = [(names[kind], peak.total, [peak.parts.get(part, 0) for part in PARTS]) for kind, peak in plan.steps.items()]
+    rows = [
+        (NAMES.get(kind, kind), peak.total, [peak.parts.get(part, 0) for part in PARTS])
+        for kind, peak in plan.steps.items()
+    ]
     lines = []
     if rows:
         lines = [f"memory    {'GB on each GPU, at most':24} {'all':>6}" + "".join(f"{part:>12}" for part in PARTS)]

@@ -17,19 +17,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks
+from agsel.errors import UserError
 from agsel.planning.rehearsal import Peak, Rehearsal, Step, Workload
-from agsel.zero.parameters import global_numel
-from agsel.zero.selection import early
+from agsel.policies import BlockInfo, StepKind
+from agsel.zero.parameters import block_infos, global_numel
+from agsel.zero.timetable import early
 
-StepKind = Literal["explore", "exploit", "full"]
-
-KINDS_OF_STEPS: dict[str, tuple[StepKind, ...]] = {
-    "adagradselect": ("explore", "exploit"),
-    "topk": ("explore",),
-    "random": ("exploit",),
-    "full": ("exploit",),
-}
-"""By method; `--method full` is an exploit step with all blocks."""
+PlannedStep = StepKind | Literal["full"]
+"""A step of a policy, or of full fine-tuning by stock DeepSpeed."""
 STATE_BYTES = 12
 """Per parameter: fp32 master weight and two Adam moments."""
 CONTEXT_BYTES = 2e9
@@ -53,7 +48,7 @@ class MemoryPlan:
         moved: optimizer states that a step fetches, at most; it evicts as many.
     """
 
-    steps: dict[StepKind, Peak]
+    steps: dict[PlannedStep, Peak]
     starting: int
     host: int
     ranks_per_host: int
@@ -94,7 +89,7 @@ class Planner:
         ranks_per_host: that share the host's memory; all by default.
 
     Raises:
-        ValueError: the model's blocks cannot be found.
+        UserError: the model's blocks cannot be found.
     """
 
     def __init__(
@@ -118,11 +113,16 @@ class Planner:
         self._peak = cache(self._rehearse)
 
     @property
+    def infos(self) -> list[BlockInfo]:
+        """The blocks that take part, as a policy knows them."""
+        return block_infos(self._blocks)
+
+    @property
     def number_of_blocks(self) -> int:
         """Blocks that take part."""
         return len(self._blocks)
 
-    def plan(self, blocks_per_step: int, kinds: Sequence[StepKind]) -> MemoryPlan:
+    def plan(self, blocks_per_step: int, kinds: Sequence[PlannedStep]) -> MemoryPlan:
         """The plan of a run with these kinds of steps."""
         return MemoryPlan(
             steps={kind: self._peak(kind, blocks_per_step) for kind in kinds},
@@ -132,7 +132,7 @@ class Planner:
             moved=self._states(heaviest(self._blocks, blocks_per_step)) if self._offload else 0,
         )
 
-    def most_blocks(self, gpu_bytes: float, kinds: Sequence[StepKind]) -> int:
+    def most_blocks(self, gpu_bytes: float, kinds: Sequence[PlannedStep]) -> int:
         """The largest number of blocks per step that fits a GPU; 0 if not even one does."""
 
         def fits(count: int) -> bool:
@@ -146,7 +146,7 @@ class Planner:
             guess = (low + high) // 2
         return low
 
-    def _rehearse(self, kind: StepKind, count: int) -> Peak:
+    def _rehearse(self, kind: PlannedStep, count: int) -> Peak:
         everything, nothing = frozenset(range(self.number_of_blocks)), frozenset[int]()
         if kind == "full":
             all_in_one = frozenset({0})
@@ -154,13 +154,13 @@ class Planner:
             return self._rehearsal.run(
                 Step(groups=whole, trainable=all_in_one, updated=all_in_one, resident=all_in_one, stock=True)
             )
-        chosen = heaviest(self._blocks, count)
+        chosen = heaviest(self._blocks, count) if kind != "probe" else nothing
         largest_first = sorted(chosen, key=lambda index: (-self._on_rank(index), index))
         known = frozenset(early(largest_first)) if kind == "exploit" else nothing
         return self._rehearsal.run(
             Step(
                 groups=self._groups,
-                trainable=everything if kind == "explore" else chosen,
+                trainable=chosen if kind == "exploit" else everything,
                 updated=chosen,
                 resident=known if self._offload else everything,
             )
@@ -219,12 +219,12 @@ def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:
     """The same model without weights, PEFT adapters included. Works for a model that ZeRO-3 has partitioned.
 
     Raises:
-        ValueError: the model is quantised.
+        UserError: the model is quantised.
     """
     adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
     base = model.get_base_model() if adapter is not None else model
     if getattr(base, "is_quantized", False):
-        raise ValueError("its weights are quantised")
+        raise UserError("its weights are quantised")
     config = copy.deepcopy(base.config)
     if config._attn_implementation != "eager":
         config._attn_implementation = None  # PyTorch's own kernels need as much memory as others, but no GPU

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from agsel.policies.policy import FractionPolicy, Plan
+from agsel.errors import UserError
+from agsel.policies.policy import BlockInfo, FractionPolicy, Plan, StepKind, setting
 
 
 @dataclass(kw_only=True)
@@ -20,7 +22,8 @@ class AdaGradSelect(FractionPolicy):
     largest components of p ~ Dirichlet(counts + δ) are updated, known before the forward.
 
     Attributes:
-        explore_steps: length of the exploration phase in optimizer steps; 0 never explores.
+        explore_steps: length of the exploration phase in optimizer steps, best those of epoch 1; 0 never explores. Left
+            open, `complete` fills it in, which `launch/train.py` calls.
         epsilon_start: ε at step 0. ε_t = epsilon_start * exp(-λ t), with λ such that ε reaches epsilon_end at the end
             of the phase; afterwards ε is 0. The paper says only that ε "starts high" and decays exponentially.
         epsilon_end: ε at the end of the phase.
@@ -29,44 +32,86 @@ class AdaGradSelect(FractionPolicy):
             Sources on the paper differ; `"topk"` is the authors' own wording.
 
     Raises:
-        ValueError: a setting is out of its range.
+        UserError: a setting is out of its range.
     """
 
-    explore_steps: int
-    epsilon_start: float = 1.0
-    epsilon_end: float = 0.05
-    dirichlet_delta: float = 1.0
-    draw: Literal["topk", "sample"] = "topk"
+    method = "adagradselect"
+    rule = "largest gradient norms while exploring, then Dirichlet draws over how often each block was chosen"
+
+    explore_steps: int | None = setting(
+        None,
+        help="Length of the exploration phase in optimizer steps. Default: those of the first epoch, as in the paper; "
+        "0 never explores.",
+    )
+    epsilon_start: float = setting(
+        1.0, help="Probability of exploring at the first step; decays exponentially from here."
+    )
+    epsilon_end: float = setting(
+        0.05, help="Probability of exploring at the end of the exploration phase; 0 afterwards."
+    )
+    dirichlet_delta: float = setting(
+        1.0,
+        help="Added to every count before the Dirichlet draw. Larger values give rarely chosen blocks more chances; "
+        "values near 0 lock on to the early winners.",
+    )
+    draw: Literal["topk", "sample"] = setting(
+        "topk",
+        flag="dirichlet_draw",
+        help="`topk` updates the blocks with the largest drawn probabilities, `sample` draws blocks without "
+        "replacement with these probabilities.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.explore_steps < 0:
-            raise ValueError(f"explore_steps must be 0 or more, got {self.explore_steps} (--explore_steps)")
+        if self.explore_steps is not None and self.explore_steps < 0:
+            raise UserError(f"explore_steps must be 0 or more, got {self.explore_steps} (--explore_steps)")
         if not 0 < self.epsilon_end <= self.epsilon_start <= 1:
-            raise ValueError(
+            raise UserError(
                 f"need 0 < epsilon_end <= epsilon_start <= 1, got {self.epsilon_end} and {self.epsilon_start} "
                 "(--epsilon_end, --epsilon_start)"
             )
         if not 0 < self.dirichlet_delta < math.inf:
-            raise ValueError(f"dirichlet_delta must be above 0, got {self.dirichlet_delta} (--dirichlet_delta)")
+            raise UserError(f"dirichlet_delta must be above 0, got {self.dirichlet_delta} (--dirichlet_delta)")
         if self.draw not in ("topk", "sample"):
-            raise ValueError(f"draw must be 'topk' or 'sample', got {self.draw!r} (--dirichlet_draw)")
+            raise UserError(f"draw must be 'topk' or 'sample', got {self.draw!r} (--dirichlet_draw)")
+
+    def complete(self, epoch_steps: int) -> None:
+        """Explore for the first epoch, unless told otherwise."""
+        if self.explore_steps is None:
+            self.explore_steps = epoch_steps
+
+    def start(self, blocks: Sequence[BlockInfo]) -> None:
+        """Begin a run over these blocks.
+
+        Raises:
+            UserError: the length of the exploration phase was left open.
+        """
+        if self.explore_steps is None:
+            raise UserError("explore_steps is not given: set it, best to the number of optimizer steps of epoch 1")
+        super().start(blocks)
+
+    @property
+    def kinds_of_steps(self) -> tuple[StepKind, ...]:
+        """Exploring ones only if there is a phase for them."""
+        return ("exploit",) if self.explore_steps == 0 else ("explore", "exploit")
 
     @property
     def epsilon(self) -> float:
         """ε of the current step."""
-        if self.step >= self.explore_steps:
+        steps = self.explore_steps or 0
+        if self.step >= steps:
             return 0.0
-        decay = math.log(self.epsilon_start / self.epsilon_end) / self.explore_steps
+        decay = math.log(self.epsilon_start / self.epsilon_end) / steps
         return self.epsilon_start * math.exp(-decay * self.step)
 
-    def _draw_plan(self) -> Plan:
+    def make_plan(self) -> Plan:
+        """Explore with probability ε, else exploit."""
         epsilon = self.epsilon
         if epsilon > 0 and self._generator.random() < epsilon:
-            return self._explore_all()
-        return Plan(explore=False, blocks=self._exploit())
+            return self.explore_all()
+        return Plan.of(self._exploit())
 
-    def _exploit(self) -> tuple[int, ...]:
+    def _exploit(self) -> frozenset[int]:
         alpha = np.asarray(self.counts) + self.dirichlet_delta
         # p ~ Dirichlet(alpha) is normalised Gamma(alpha) draws. They are drawn as logarithms, by
         # Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha): p itself underflows when δ is small, and ties between its
@@ -75,4 +120,4 @@ class AdaGradSelect(FractionPolicy):
         log_weights -= self._generator.standard_exponential(len(alpha)) / alpha
         if self.draw == "sample":
             log_weights += self._generator.gumbel(size=len(alpha))  # k draws without replacement from p
-        return self._largest(log_weights)
+        return self.largest(dict(enumerate(log_weights)))

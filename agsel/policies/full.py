@@ -11,5 +11,10 @@ from agsel.policies.policy import Plan, Policy
 class FullFineTuning(Policy):
     """Update every block at every step."""
 
-    def _draw_plan(self) -> Plan:
-        return Plan(explore=False, blocks=tuple(range(self.number_of_blocks)))
+    method = "full"
+    rule = "every block at every step: full fine-tuning on the same engine"
+    takes_part = "all"
+
+    def make_plan(self) -> Plan:
+        """All blocks."""
+        return Plan.of(range(self.number_of_blocks))

@@ -1,22 +1,27 @@
-"""What every selection policy shares: the plan of a step, the counts, the seeded generator, the saved state.
+"""The contract of a selection policy: who is updated next, decided alike on every rank.
 
-A policy is plain Python: it knows block indices and norms, nothing of torch.distributed or DeepSpeed. Every rank runs
-the same policy on the same all-reduced norms, so every rank makes the same choice without a broadcast.
+A policy is plain Python: it knows names, sizes and gradient norms of blocks, nothing of torch.distributed or DeepSpeed.
+Every rank runs the same policy on the same all-reduced numbers, so all make the same choice without a broadcast.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
+from agsel.errors import UserError
+
 logger = logging.getLogger("agsel")
+
+StepKind = Literal["explore", "exploit", "probe"]
 
 
 def blocks_of_fraction(fraction: float, blocks: int) -> int:
@@ -32,67 +37,219 @@ def fraction_of_blocks(count: int, blocks: int) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a step needs before its forward.
+class BlockInfo:
+    """A block as a policy knows it.
 
     Attributes:
-        explore: the choice waits for the gradient norms of all blocks; otherwise `blocks` is already the choice.
-        blocks: indices of the blocks that need a gradient, ascending.
+        name: `embed`, `layers.0`, ..., `final_norm`, `head`.
+        numel: elements of its trainable parameters, on all ranks together.
     """
 
-    explore: bool
-    blocks: tuple[int, ...]
+    name: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer step does.
+
+    Attributes:
+        blocks: indices of the blocks that are updated; none in a step that only measures.
+        fresh: those of them whose Adam moments and step count start anew.
+    """
+
+    blocks: frozenset[int]
+    fresh: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step needs to know before its forward.
+
+    Attributes:
+        trainable: indices of the blocks that need a gradient.
+        update: what the step will do; None if that is decided after the backward, by the norms.
+    """
+
+    trainable: frozenset[int]
+    update: Update | None
+
+    @classmethod
+    def of(cls, blocks: Iterable[int], fresh: Iterable[int] = ()) -> Plan:
+        """Update these blocks; no other needs a gradient."""
+        chosen = frozenset(blocks)
+        return cls(chosen, Update(chosen, frozenset(fresh)))
+
+    @property
+    def kind(self) -> StepKind:
+        """`explore`: decided after the backward; `exploit`: known before the forward; `probe`: updates nothing."""
+        if self.update is None:
+            return "explore"
+        return "exploit" if self.update.blocks else "probe"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A forward without gradient on the first rows of a step's batch, dropout off.
+
+    Attributes:
+        suppressed: indices of the blocks whose adapters are scaled meanwhile.
+        factor: by which.
+    """
+
+    suppressed: frozenset[int]
+    factor: float
+
+
+def setting(
+    default: Any = dataclasses.MISSING, *, help: str, flag: str | None = None, follows: str | None = None
+) -> Any:
+    """A dataclass field of a policy that is a setting of the command line, too.
+
+    Args:
+        default: of the field; required without.
+        help: for `--help`.
+        flag: its name there, if it is not the field's own.
+        follows: the setting of the run that it takes its value from there, unless it is given.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "flag": flag, "follows": follows})
+
+
+def flags_of(policy: type[Policy]) -> dict[str, dataclasses.Field[Any]]:
+    """The settings that a policy reads: its dataclass fields by their names on the command line."""
+    if not dataclasses.is_dataclass(policy):
+        return {}
+    return {field.metadata.get("flag") or field.name: field for field in dataclasses.fields(policy) if field.init}
+
+
+def reads_fraction(policy: Policy | type[Policy]) -> bool:
+    """Whether `--select_fraction` says how many blocks a step updates."""
+    return "select_fraction" in flags_of(policy if isinstance(policy, type) else type(policy))
 
 
 class Policy(ABC):
     """Decides which blocks each optimizer step updates. Subclasses are dataclasses of their settings.
 
-    One step is `plan()` before the forward and `resolve(norms)` after the backward. `plan` may be called again before
-    `resolve` and returns the same plan, so a step that is skipped (non-finite gradient) is simply tried again.
+    One step is `plan()` before the forward and `commit(norms)` after the backward. `plan` may be called again before
+    `commit` and returns the same plan, so a step that is skipped (non-finite gradient) is simply tried again. A rule of
+    its own writes `make_plan`, and `choose` if it looks at norms.
+
+    Attributes:
+        method: name on the command line.
+        rule: what it does, in a phrase for `--help`.
+        takes_part: which blocks it selects from by default, the decoder layers or all.
+        blocks: that take part, in forward order; set by `start`.
+        counts: how often each was updated.
+        step: optimizer steps applied.
     """
 
+    method: ClassVar[str] = ""
+    rule: ClassVar[str] = ""
+    takes_part: ClassVar[Literal["layers", "all"]] = "layers"
     seed: int = 0
 
-    def start(self, number_of_blocks: int) -> None:
-        """Begin a run over this many blocks, forgetting any earlier one."""
-        self.counts = [0] * number_of_blocks
+    def complete(self, epoch_steps: int) -> None:  # noqa: B027 - most rules leave nothing open
+        """Fill in the settings that were left open, given the number of optimizer steps of the first epoch."""
+
+    def start(self, blocks: Sequence[BlockInfo]) -> None:
+        """Begin a run over these blocks, forgetting any earlier one.
+
+        Raises:
+            UserError: a setting was left open, or does not fit these blocks.
+        """
+        self.blocks = tuple(blocks)
+        self.counts = [0] * len(blocks)
         self.step = 0
         self._generator = np.random.default_rng(self.seed)
         self._plan: Plan | None = None
 
+    def started(self, blocks: Sequence[BlockInfo]) -> Self:
+        """A copy that has begun a run over these blocks; this policy stays as it is."""
+        twin = copy.copy(self)
+        twin.start(blocks)
+        return twin
+
     @property
     def number_of_blocks(self) -> int:
         """How many blocks there are to select from."""
-        return len(self.counts)
+        return len(self.blocks)
+
+    @property
+    def blocks_per_step(self) -> int:
+        """How many blocks a step updates, at most."""
+        return self.number_of_blocks
+
+    @property
+    def kinds_of_steps(self) -> tuple[StepKind, ...]:
+        """The kinds of steps that a run does; known before `start`."""
+        return ("exploit",)
+
+    @property
+    def pinned(self) -> frozenset[int]:
+        """Indices of the blocks whose optimizer states never leave the device, the same for a whole run."""
+        return frozenset()
+
+    @property
+    def epsilon(self) -> float | None:
+        """Probability that the current step explores; None where the rule has no such thing."""
+        return None
+
+    def probes(self) -> tuple[Probe, ...]:
+        """The forwards that the current step wants before its own; `observe` gets their losses."""
+        return ()
+
+    def observe(self, losses: Sequence[float]) -> None:
+        """The losses of `probes()`, averaged over the ranks."""
+        raise NotImplementedError(f"{type(self).__name__} asks for probes but does not look at their losses")
 
     def plan(self) -> Plan:
-        """The plan of the current step."""
+        """The plan of the current step.
+
+        Raises:
+            UserError: the rule has drawn blocks that are not there, or none.
+        """
         if self._plan is None:
-            self._plan = self._draw_plan()
+            plan = self.make_plan()
+            self._require_blocks("planned", plan.trainable, range(self.number_of_blocks))
+            if not plan.trainable:
+                raise UserError(f"{type(self).__name__} planned no block at step {self.step + 1}: name at least one")
+            if plan.update is not None:
+                self._require_update(plan.update, plan)
+            self._plan = plan
         return self._plan
 
-    def resolve(self, norms: Sequence[float]) -> tuple[int, ...]:
-        """Commit the current step and return the indices of the blocks it updates, ascending.
+    def commit(self, norms: Mapping[int, float]) -> Update:
+        """End the current step, and return what it does.
 
         Args:
-            norms: the global gradient norm of every block; read by exploring plans only.
+            norms: the global gradient norm of every trainable block by its index.
+
+        Raises:
+            UserError: the rule has chosen blocks that have no gradient.
         """
         plan = self.plan()
-        selected = self._select_by_norm(norms) if plan.explore else plan.blocks
-        for block in selected:
+        update = self.choose(norms)
+        self._require_update(update, plan)
+        for block in update.blocks:
             self.counts[block] += 1
         self.step += 1
         self._plan = None
-        return selected
+        return update
 
     @abstractmethod
-    def _draw_plan(self) -> Plan: ...
+    def make_plan(self) -> Plan:
+        """The plan of the current step. Called once for a step."""
 
-    def _select_by_norm(self, norms: Sequence[float]) -> tuple[int, ...]:
-        raise NotImplementedError(f"{type(self).__name__} planned to explore but has no rule for it")
+    def choose(self, norms: Mapping[int, float]) -> Update:
+        """What the current step does, now that its norms are known. Called once for a step that is applied."""
+        update = self.plan().update
+        if update is None:
+            raise NotImplementedError(f"{type(self).__name__} leaves the choice to its norms but has no rule for it")
+        return update
 
-    def _explore_all(self) -> Plan:
-        return Plan(explore=True, blocks=tuple(range(self.number_of_blocks)))
+    def explore_all(self) -> Plan:
+        """Every block gets a gradient, and `choose` decides."""
+        return Plan(frozenset(range(self.number_of_blocks)), None)
 
     def settings(self) -> dict[str, Any]:
         """Name and settings of the policy: what must be equal on all ranks."""
@@ -105,31 +262,30 @@ class Policy(ABC):
             "counts": list(self.counts),
             "step": self.step,
             "generator": self._generator.bit_generator.state,
-            "plan": dataclasses.asdict(self._plan) if self._plan else None,
+            "plan": _state_of_plan(self._plan) if self._plan else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`. Settings that have changed since are named in a warning.
 
         Raises:
-            ValueError: the state is of another method or another number of blocks.
+            UserError: the state is of another method or another number of blocks.
         """
         self._compare_settings(state["settings"])
         if len(state["counts"]) != self.number_of_blocks:
-            raise ValueError(
+            raise UserError(
                 f"the saved selection is over {len(state['counts'])} blocks, this run has {self.number_of_blocks}: "
                 "use the model and the blocks setting (--select_blocks) of the saved run"
             )
         self.counts = list(state["counts"])
         self.step = state["step"]
         self._generator.bit_generator.state = state["generator"]
-        plan = state["plan"]
-        self._plan = Plan(plan["explore"], tuple(plan["blocks"])) if plan else None
+        self._plan = _plan_of_state(state["plan"]) if state["plan"] else None
 
     def _compare_settings(self, saved: dict[str, Any]) -> None:
         current = self.settings()
         if saved["method"] != current["method"]:
-            raise ValueError(
+            raise UserError(
                 f"the saved selection is of {saved['method']}, this run's of {current['method']}: use the method "
                 "(--method) of the saved run"
             )
@@ -138,6 +294,35 @@ class Policy(ABC):
         ]
         if changed:
             logger.warning("the selection continues with changed settings: %s", ", ".join(changed))
+
+    def _require_update(self, update: Update, plan: Plan) -> None:
+        self._require_blocks("updates", update.blocks, plan.trainable)
+        self._require_blocks("starts anew", update.fresh, update.blocks)
+
+    def _require_blocks(self, verb: str, chosen: Collection[int], allowed: Collection[int]) -> None:
+        wrong = sorted(set(chosen) - set(allowed))
+        if wrong:
+            raise UserError(
+                f"{type(self).__name__} {verb} block {wrong[0]} at step {self.step + 1}, which is not one of "
+                f"{len(allowed)} that it may: correct its rule"
+            )
+
+
+def _state_of_plan(plan: Plan) -> dict[str, Any]:
+    """As plain Python values; `updated` and `fresh` only where they tell something."""
+    state: dict[str, Any] = {"explore": plan.update is None, "blocks": sorted(plan.trainable)}
+    if plan.update is not None and plan.update.blocks != plan.trainable:
+        state["updated"] = sorted(plan.update.blocks)
+    if plan.update is not None and plan.update.fresh:
+        state["fresh"] = sorted(plan.update.fresh)
+    return state
+
+
+def _plan_of_state(state: dict[str, Any]) -> Plan:
+    trainable = frozenset(state["blocks"])
+    if state["explore"]:
+        return Plan(trainable, None)
+    return Plan(trainable, Update(frozenset(state.get("updated", trainable)), frozenset(state.get("fresh", ()))))
 
 
 @dataclass(kw_only=True)
@@ -149,24 +334,35 @@ class FractionPolicy(Policy):
         seed: of the run's one generator.
     """
 
-    fraction: float
-    seed: int = 0
+    fraction: float = setting(
+        0.3,
+        flag="select_fraction",
+        help="Share of the selectable blocks updated per step, above 0 and at most 1; rounded down, at least one "
+        "block. Smaller is faster and lighter, larger is closer to full fine-tuning.",
+    )
+    seed: int = setting(
+        0,
+        flag="selection_seed",
+        follows="seed",
+        help="Seed of the selection's own random generator. Default: `--seed`.",
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], got {self.fraction} (--select_fraction)")
+            raise UserError(f"fraction must be in (0, 1], got {self.fraction} (--select_fraction)")
         if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {self.seed} (--selection_seed)")
+            raise UserError(f"seed must be 0 or more, got {self.seed} (--selection_seed)")
 
     @property
     def blocks_per_step(self) -> int:
         """k, the `blocks_of_fraction`."""
         return blocks_of_fraction(self.fraction, self.number_of_blocks)
 
-    def _select_by_norm(self, norms: Sequence[float]) -> tuple[int, ...]:
-        return self._largest(norms)
+    def choose(self, norms: Mapping[int, float]) -> Update:
+        """What was planned; on a step that explores, the k blocks with the largest norms."""
+        return self.plan().update or Update(self.largest(norms))
 
-    def _largest(self, values: Sequence[float] | np.ndarray) -> tuple[int, ...]:
-        """Indices of the `blocks_per_step` largest values, ascending; ties go to the earlier block."""
-        order = sorted(range(len(values)), key=lambda block: (-values[block], block))
-        return tuple(sorted(order[: self.blocks_per_step]))
+    def largest(self, values: Mapping[int, float]) -> frozenset[int]:
+        """Indices of the `blocks_per_step` largest values; ties go to the earlier block."""
+        order = sorted(values, key=lambda block: (-values[block], block))
+        return frozenset(order[: self.blocks_per_step])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agsel.policies.policy import FractionPolicy, Plan
+from agsel.errors import UserError
+from agsel.policies.policy import BlockInfo, FractionPolicy, Plan, setting
 
 
 @dataclass(kw_only=True)
@@ -13,26 +15,30 @@ class RandomBlocks(FractionPolicy):
     """Update k blocks drawn uniformly without replacement, a new set every `every` steps.
 
     Raises:
-        ValueError: `every` is below 1.
+        UserError: `every` is below 1.
     """
 
-    every: int = 1
+    method = "random"
+    rule = "drawn uniformly"
+
+    every: int = setting(1, flag="select_every", help="Steps for which a set of blocks is kept.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every < 1:
-            raise ValueError(f"every must be 1 or more, got {self.every} (--select_every)")
+            raise UserError(f"every must be 1 or more, got {self.every} (--select_every)")
 
-    def start(self, number_of_blocks: int) -> None:
-        """Begin a run over this many blocks, forgetting any earlier one."""
-        super().start(number_of_blocks)
-        self._current: tuple[int, ...] = ()
+    def start(self, blocks: Sequence[BlockInfo]) -> None:
+        """Begin a run over these blocks, forgetting any earlier one."""
+        super().start(blocks)
+        self._current: list[int] = []
 
-    def _draw_plan(self) -> Plan:
+    def make_plan(self) -> Plan:
+        """The current set, or a new one."""
         if self.step % self.every == 0:
             drawn = self._generator.choice(self.number_of_blocks, size=self.blocks_per_step, replace=False)
-            self._current = tuple(sorted(int(block) for block in drawn))
-        return Plan(explore=False, blocks=self._current)
+            self._current = sorted(int(block) for block in drawn)
+        return Plan.of(self._current)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next choice depends on, as plain Python values."""
@@ -41,4 +47,4 @@ class RandomBlocks(FractionPolicy):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         super().load_state_dict(state)
-        self._current = tuple(state["current"])
+        self._current = list(state["current"])

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from agsel.errors import UserError
 from agsel.zero.consensus import gather
 
 logger = logging.getLogger("agsel")
@@ -49,16 +50,16 @@ class Manifest:
         """The manifest of a checkpoint.
 
         Raises:
-            ValueError: there is none, it is no manifest, or it is not as it was written.
+            UserError: there is none, it is no manifest, or it is not as it was written.
         """
         try:
             fields = json.loads((folder / MANIFEST).read_text())
             sealed = fields.pop("sha256") == _seal(fields)
             manifest = cls(fields["run"], {name: (size, digest) for name, (size, digest) in fields["files"].items()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"it has no readable {MANIFEST}: it was never completed, or is damaged") from error
+            raise UserError(f"it has no readable {MANIFEST}: it was never completed, or is damaged") from error
         if not sealed:
-            raise ValueError(f"{MANIFEST} is not what was saved")
+            raise UserError(f"{MANIFEST} is not what was saved")
         return manifest
 
     def write(self, folder: Path) -> None:

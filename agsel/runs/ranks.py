@@ -5,7 +5,6 @@ import logging
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +15,7 @@ from deepspeed.comm.comm import mpi_discovery
 from deepspeed.utils.groups import _get_data_parallel_group
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
+from agsel.errors import AgselError, UserError, one_line
 
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 DEFAULT_PORT = 29500
@@ -27,7 +27,7 @@ def join_ranks() -> None:
     Under `mpirun` they are asked from MPI, with mpi4py; otherwise this process is the only rank.
 
     Raises:
-        ValueError: under `mpirun` without mpi4py.
+        UserError: under `mpirun` without mpi4py.
     """
     atexit.register(lambda: remove_shared_memory(os.environ.get("RANK", "")))
     if "RANK" in os.environ:
@@ -36,7 +36,7 @@ def join_ranks() -> None:
         try:
             mpi_discovery(int(os.environ.get("MASTER_PORT", DEFAULT_PORT)), verbose=False)
         except ImportError as error:
-            raise ValueError("mpirun needs mpi4py: pip install 'agsel[mpi]', or start with `deepspeed`") from error
+            raise UserError("mpirun needs mpi4py: pip install 'agsel[mpi]', or start with `deepspeed`") from error
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -68,22 +68,17 @@ def warn_on_one_rank() -> None:
 
 
 @contextmanager
-def mistakes_in_one_line(*, only_of_agsel: bool = False) -> Iterator[None]:
-    """Print a user's mistake as one line `agsel: error: ...`, on one rank, and end this process with exit code 1.
+def ends_in_one_line() -> Iterator[None]:
+    """Print an end that agsel foresaw as one line `agsel: error: ...`, on one rank, and end with exit code 1.
 
-    The first rank to fail prints; the launcher ends the ranks that do not fail themselves.
-
-    Args:
-        only_of_agsel: take for mistakes only what agsel itself raises. While training, any other error is a fault,
-            and keeps its traceback. Before, a package that is missing is a mistake, too.
+    The first rank to fail prints; the launcher ends the ranks that do not fail themselves. Any other error is a bug or
+    a fault, and keeps its traceback.
     """
     try:
         yield
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if not (_raised_by_agsel(error) if only_of_agsel else not isinstance(error, RuntimeError)):
-            raise
+    except AgselError as error:
         if _speaks_for_all():
-            say_error(" ".join(str(error).split()))
+            say_error(one_line(error))
         sys.exit(1)
 
 
@@ -91,11 +86,6 @@ def say_error(text: str) -> None:
     """Print one line in one piece: unbuffered, `print` writes the end of the line apart, and ranks share a terminal."""
     sys.stderr.write(f"agsel: error: {text}\n")
     sys.stderr.flush()
-
-
-def _raised_by_agsel(error: BaseException) -> bool:
-    *_, (innermost, _) = traceback.walk_tb(error.__traceback__)
-    return innermost.f_globals.get("__name__", "").split(".")[0] == "agsel"
 
 
 def is_first_to_fail(store: Store) -> bool:

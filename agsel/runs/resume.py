@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from agsel.errors import UserError
 from agsel.runs import checkpoints
 
 REFUSED = {
@@ -52,21 +53,21 @@ def find_checkpoint(wanted: str | None, run_folder: Path, group: Any) -> Path | 
         group: process group of all ranks, on the host.
 
     Raises:
-        ValueError: on every rank: the named checkpoint is incomplete or damaged, or there must be one and is none.
+        UserError: on every rank: the named checkpoint is incomplete or damaged, or there must be one and is none.
     """
     if wanted is None:
         return None
     if wanted not in ("auto", "true"):
         reason = checkpoints.damage(Path(wanted), group)
         if reason is not None:
-            raise ValueError(
+            raise UserError(
                 f"cannot resume from {wanted} (--resume_from_checkpoint): {reason}; use another checkpoint, or auto "
                 "for the newest complete one"
             )
         return Path(wanted)
     newest = checkpoints.newest_complete(run_folder, group)
     if newest is None and wanted == "true":
-        raise ValueError(f"{run_folder} holds no complete checkpoint to resume from (--resume_from_checkpoint)")
+        raise UserError(f"{run_folder} holds no complete checkpoint to resume from (--resume_from_checkpoint)")
     return newest
 
 
@@ -74,7 +75,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One sentence for each setting that changed and takes effect, or is kept.
 
     Raises:
-        ValueError: changed settings cannot take effect; the message names all of them, their flags and the remedy.
+        UserError: changed settings cannot take effect; the message names all of them, their flags and the remedy.
     """
     changed = {
         name: f"{name} was {saved[name]} and is {value} now"
@@ -87,7 +88,7 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if (change := changed.get(name)) is not None
     ]
     if refused:
-        raise ValueError(
+        raise UserError(
             f"cannot resume (--resume_from_checkpoint): {', '.join(refused)}: set it back, or start a new run from the "
             "checkpoint's weights (give the checkpoint as --model_name_or_path, and another --output_dir)"
         )

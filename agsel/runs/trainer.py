@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
+from agsel.errors import RunError
 from agsel.runs import checkpoints
 from agsel.runs.preemption import StopRequests, start_worker
 from agsel.zero.selection import TooManySkippedStepsError
@@ -54,14 +55,14 @@ class ResumableTrainer(SFTTrainer):
         """`SFTTrainer.train`; if it stops for too many skipped steps, the error names the last good checkpoint.
 
         Raises:
-            RuntimeError: of agsel.
+            RunError: of agsel.
         """
         if resume_from_checkpoint is not None:
             self.last_saved = self.last_good = Path(resume_from_checkpoint)
         try:
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
         except TooManySkippedStepsError as error:
-            raise RuntimeError(f"{error}; {describe(self.last_good)}") from error
+            raise RunError(f"{error}; {describe(self.last_good)}") from error
         self._rotate()
         return result
 
@@ -99,7 +100,7 @@ class ResumableTrainer(SFTTrainer):
             reason = checkpoints.fault_of_disk(folder, error)
             if reason is None:
                 raise
-            raise RuntimeError(
+            raise RunError(
                 f"the checkpoint of step {step} could not be written to {folder} ({reason}), "
                 f"{describe(self.last_saved)}: make room or choose another folder (--output_dir), then resume"
             ) from error

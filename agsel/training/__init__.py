@@ -1,13 +1,6 @@
-"""Training with Hugging Face Trainers: command-line settings, datasets, and the callback that attaches agsel."""
+"""Training with Hugging Face Trainers: command-line settings, datasets, and agsel on the Trainer's engine."""
 
-from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments, build_policy
-from agsel.training.callback import SelectionCallback, add_selection
+from agsel.training.attachment import add_selection, train_blocks
+from agsel.training.callback import SelectionCallback
 
-__all__ = [
-    "DataArguments",
-    "SafetyArguments",
-    "SelectionArguments",
-    "SelectionCallback",
-    "add_selection",
-    "build_policy",
-]
+__all__ = ["SelectionCallback", "add_selection", "train_blocks"]

@@ -3,21 +3,21 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, cast
 
-from agsel.policies import AdaGradSelect, FullFineTuning, Policy, RandomBlocks, TopK
+from agsel.errors import UserError
+from agsel.policies import METHODS
 
-METHODS = ("full", "adagradselect", "topk", "random")
+WITH_ALL_BLOCKS = [f"`--method {name}`" for name, policy in METHODS.items() if policy.takes_part == "all"]
 RANK_TIMEOUTS = (5, 1_000_000)
 """Smallest and largest `rank_timeout` in seconds: below, a busy rank could pass for a dead one."""
 
 
 @dataclass
 class SelectionArguments:
-    """Which blocks are updated at each optimizer step.
+    """Which rule selects among which blocks, and how the engine goes about it; `methods.py` has the rules' settings.
 
     Raises:
-        ValueError: a setting is unknown or out of its range; the message names the flag.
+        UserError: a setting is out of its range; the message names the flag.
     """
 
     _argument_group_name = "block selection"
@@ -25,48 +25,8 @@ class SelectionArguments:
     method: str = field(
         default="adagradselect",
         metadata={
-            "help": "Selection rule: `adagradselect` (largest gradient norms while exploring, then Dirichlet draws "
-            "over how often each block was chosen), `topk` (largest gradient norms at every step), `random` (uniform), "
-            "`full` (every block at every step: full fine-tuning on the same engine)."
-        },
-    )
-    select_fraction: float = field(
-        default=0.3,
-        metadata={
-            "help": "Share of the selectable blocks updated per step, above 0 and at most 1; rounded down, at least "
-            "one block. Smaller is faster and lighter, larger is closer to full fine-tuning. Not used by `full`."
-        },
-    )
-    select_every: int = field(
-        default=1, metadata={"help": "Steps for which `random` keeps its blocks. The other methods choose every step."}
-    )
-    epsilon_start: float = field(
-        default=1.0,
-        metadata={"help": "adagradselect: probability of exploring at the first step; decays exponentially from here."},
-    )
-    epsilon_end: float = field(
-        default=0.05,
-        metadata={"help": "adagradselect: probability of exploring at the end of the exploration phase; 0 afterwards."},
-    )
-    explore_steps: int | None = field(
-        default=None,
-        metadata={
-            "help": "adagradselect: length of the exploration phase in optimizer steps. Default: those of the first "
-            "epoch, as in the paper; 0 never explores."
-        },
-    )
-    dirichlet_delta: float = field(
-        default=1.0,
-        metadata={
-            "help": "adagradselect: added to every count before the Dirichlet draw. Larger values give rarely chosen "
-            "blocks more chances; values near 0 lock on to the early winners."
-        },
-    )
-    dirichlet_draw: str = field(
-        default="topk",
-        metadata={
-            "help": "adagradselect: `topk` updates the blocks with the largest drawn probabilities, `sample` draws "
-            "blocks without replacement with these probabilities."
+            "help": f"Selection rule: {', '.join(f'`{name}` ({policy.rule})' for name, policy in METHODS.items())}; or "
+            "`MODULE:CLASS`, a subclass of agsel.Policy on the Python path, whose fields are settings by their names."
         },
     )
     select_blocks: str | None = field(
@@ -74,7 +34,7 @@ class SelectionArguments:
         metadata={
             "help": "`layers` selects among the decoder layers and freezes embedding, final norm and head; `all` makes "
             "those selectable blocks too, and costs a backward through all layers whenever the embedding is chosen. "
-            "Default: layers, but all for `--method full`."
+            f"Default: layers, but all for {', '.join(WITH_ALL_BLOCKS)}."
         },
     )
     offload_states: bool = field(
@@ -103,53 +63,10 @@ class SelectionArguments:
         default=False,
         metadata={"help": "Start even if the memory plan, which is printed first, says that the run does not fit."},
     )
-    selection_seed: int | None = field(
-        default=None, metadata={"help": "Seed of the selection's own random generator. Default: `--seed`."}
-    )
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r} (--method): use one of {', '.join(METHODS)}")
-        if self.select_blocks is None:
-            self.select_blocks = "all" if self.method == "full" else "layers"
-        if self.select_blocks not in ("layers", "all"):
-            raise ValueError(f"select_blocks must be layers or all, got {self.select_blocks!r} (--select_blocks)")
-        build_policy(self, explore_steps=1, seed=0)  # refuses bad values now, not after minutes of loading
-
-    @property
-    def taking_part(self) -> Literal["layers", "all"]:
-        """`select_blocks` with its default filled in, as `agsel.block_param_groups` takes it."""
-        return cast(Literal["layers", "all"], self.select_blocks)
-
-
-def build_policy(arguments: SelectionArguments, *, explore_steps: int, seed: int) -> Policy:
-    """The policy that the settings describe.
-
-    Args:
-        arguments: the selection settings.
-        explore_steps: length of the exploration phase where `arguments` leaves it open: the steps of epoch 1.
-        seed: of the selection where `arguments` leaves it open: the run's seed.
-
-    Raises:
-        ValueError: a setting is out of its range.
-    """
-    fraction = arguments.select_fraction
-    seed = seed if arguments.selection_seed is None else arguments.selection_seed
-    if arguments.method == "full":
-        return FullFineTuning()
-    if arguments.method == "topk":
-        return TopK(fraction=fraction, seed=seed)
-    if arguments.method == "random":
-        return RandomBlocks(fraction=fraction, every=arguments.select_every, seed=seed)
-    return AdaGradSelect(
-        fraction=fraction,
-        explore_steps=explore_steps if arguments.explore_steps is None else arguments.explore_steps,
-        epsilon_start=arguments.epsilon_start,
-        epsilon_end=arguments.epsilon_end,
-        dirichlet_delta=arguments.dirichlet_delta,
-        draw=cast(Literal["topk", "sample"], arguments.dirichlet_draw),
-        seed=seed,
-    )
+        if self.select_blocks not in (None, "layers", "all"):
+            raise UserError(f"select_blocks must be layers or all, got {self.select_blocks!r} (--select_blocks)")
 
 
 @dataclass
@@ -188,7 +105,7 @@ class SafetyArguments:
     """When a run that has gone wrong ends, and what it checks about itself.
 
     Raises:
-        ValueError: a setting is out of its range; the message names the flag.
+        UserError: a setting is out of its range; the message names the flag.
     """
 
     _argument_group_name = "safety"
@@ -221,13 +138,13 @@ class SafetyArguments:
     def __post_init__(self) -> None:
         shortest, longest = RANK_TIMEOUTS
         if not shortest <= self.rank_timeout <= longest:
-            raise ValueError(
+            raise UserError(
                 f"rank_timeout must be {shortest} to {longest} seconds, got {self.rank_timeout} (--rank_timeout)"
             )
         if self.max_skipped_steps < 1:
-            raise ValueError(f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps} (--max_skipped_steps)")
+            raise UserError(f"max_skipped_steps must be 1 or more, got {self.max_skipped_steps} (--max_skipped_steps)")
         if self.sanity_checks < 0:
-            raise ValueError(
+            raise UserError(
                 f"sanity_checks must be a number of steps, or 0 for never, got {self.sanity_checks} (--sanity_checks)"
             )
 

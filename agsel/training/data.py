@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from agsel.errors import UserError
 from agsel.training.arguments import DataArguments, suggestion
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -24,30 +25,30 @@ def load_rows(name: str | None, split: str, config: str | None = None) -> Datase
         config: configuration name, for hub datasets that have several.
 
     Raises:
-        ValueError: no name, no such file, unreadable file, no such split, or no rows.
+        UserError: no name, no such file, unreadable file, no such split, or no rows.
     """
     if not name:
-        raise ValueError("no dataset: name a hub dataset or a .json, .jsonl or .parquet file (--dataset_name)")
+        raise UserError("no dataset: name a hub dataset or a .json, .jsonl or .parquet file (--dataset_name)")
     loader = LOADERS.get(Path(name).suffix)
     if loader and not Path(name).is_file():
-        raise ValueError(f"no such file: {name} (--dataset_name)")
+        raise UserError(f"no such file: {name} (--dataset_name)")
     if loader and not Path(name).stat().st_size:
-        raise ValueError(f"{name} is empty (--dataset_name)")
+        raise UserError(f"{name} is empty (--dataset_name)")
     try:
         rows = load_dataset(loader, data_files=name, split=split) if loader else load_dataset(name, config, split=split)
     except DatasetGenerationError as error:
-        raise ValueError(f"cannot read {name} (--dataset_name): {error.__cause__ or error}") from error
+        raise UserError(f"cannot read {name} (--dataset_name): {error.__cause__ or error}") from error
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load {name} (--dataset_name), split {split!r} (--dataset_train_split, --dataset_test_split; "
             f"train[90%:] is the end of train): {error}"
         ) from error
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"cannot find or reach the dataset {name} (--dataset_name): {error}; correct the name, or give a file"
         ) from error
     if not len(rows):
-        raise ValueError(f"{name} has no rows in split {split!r} (--dataset_name): give it at least one")
+        raise UserError(f"{name} has no rows in split {split!r} (--dataset_name): give it at least one")
     return rows
 
 
@@ -57,7 +58,7 @@ def to_training_format(rows: Dataset, arguments: DataArguments) -> Dataset:
     Every row gets its number in a column of its own, by which `require_labels` names the rows that TRL drops.
 
     Raises:
-        ValueError: a field or template names a missing column, one of prompt and completion is not given, or a row
+        UserError: a field or template names a missing column, one of prompt and completion is not given, or a row
             has nothing to learn.
     """
     sources = _sources(rows, arguments)
@@ -83,13 +84,13 @@ def require_labels(prepared: Dataset, number_of_rows: int, max_length: int | Non
         max_length: tokens after which it truncates.
 
     Raises:
-        ValueError: all labels of a row are masked; names the first such row.
+        UserError: all labels of a row are masked; names the first such row.
     """
     if ROW_NUMBER not in prepared.column_names:
         return _require_packed_labels(prepared, max_length)
     lost = sorted(set(range(number_of_rows)) - set(prepared[ROW_NUMBER]))
     if lost:
-        raise ValueError(
+        raise UserError(
             f"row {lost[0]} of the dataset has no label left, as its prompt alone fills --max_length {max_length} "
             f"({len(lost)} of {number_of_rows} rows): raise --max_length or remove the row"
         )
@@ -98,7 +99,7 @@ def require_labels(prepared: Dataset, number_of_rows: int, max_length: int | Non
 def _require_packed_labels(prepared: Dataset, max_length: int | None) -> None:
     for labels in prepared["labels"]:
         if all(label == -100 for label in labels):
-            raise ValueError(
+            raise UserError(
                 f"a packed sequence has no label left, as the prompt of a row fills --max_length {max_length}: "
                 "raise --max_length, or set --packing false to be told the row"
             )
@@ -113,7 +114,7 @@ def _sources(rows: Dataset, arguments: DataArguments) -> dict[str, tuple[str, bo
     }
     if not any(any(pair) for pair in given.values()):
         if not {"prompt", "completion"} <= set(columns) and "messages" not in columns:
-            raise ValueError(
+            raise UserError(
                 f"the dataset has the columns {', '.join(columns)}: say which are prompt and completion "
                 "(--prompt_field, --completion_field), or bring prompt and completion, or messages"
             )
@@ -121,7 +122,7 @@ def _sources(rows: Dataset, arguments: DataArguments) -> dict[str, tuple[str, bo
     sources = {}
     for side, (column, template) in given.items():
         if column is None and template is None:
-            raise ValueError(f"the {side} is not given (--{side}_field): name one of the columns {', '.join(columns)}")
+            raise UserError(f"the {side} is not given (--{side}_field): name one of the columns {', '.join(columns)}")
         if column is not None:
             _require_column(column, columns, f"--{side}_field")
         if template:
@@ -134,14 +135,14 @@ def _check_template(template: str, columns: list[str], flag: str) -> None:
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise ValueError(f"{flag} {template!r} is no Python format string: {error}") from error
+        raise UserError(f"{flag} {template!r} is no Python format string: {error}") from error
     for name in names:
         _require_column(re.split(r"[.\[]", name)[0], columns, flag)
 
 
 def _require_column(column: str, columns: list[str], flag: str) -> None:
     if column not in columns:
-        raise ValueError(
+        raise UserError(
             f"the dataset has no column {column!r} ({flag}): it has {', '.join(columns)}{suggestion(column, columns)}"
         )
 
@@ -158,7 +159,7 @@ def _fill(template: str, values: Mapping[str, Any], flag: str, number: int) -> s
     try:
         return template.format_map(values)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{flag} {template!r} does not fit row {number} of the dataset, {type(error).__name__}: {error}; "
             "name only what every row has (an empty field counts as text)"
         ) from error
@@ -173,7 +174,7 @@ def _require_known_format(rows: Dataset) -> None:
         if isinstance(value, list):
             _require_messages(value, column)
         elif not isinstance(value, str | None):
-            raise ValueError(
+            raise UserError(
                 f"the {column} column of the dataset holds {type(value).__name__}, not text: "
                 "--prompt_field prompt --completion_field completion make text of any column"
             )
@@ -183,7 +184,7 @@ def _require_messages(messages: Sequence[Any], column: str) -> None:
     for message in messages:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
             found = ", ".join(message) if isinstance(message, Mapping) else type(message).__name__
-            raise ValueError(
+            raise UserError(
                 f"the {column} column of the dataset is no list of messages with role and content, it has {found}: "
                 "rename these, or name columns of text (--prompt_field, --completion_field)"
             )
@@ -194,7 +195,7 @@ def _require_targets(rows: Dataset) -> None:
     column = "completion" if "completion" in rows.column_names else "messages"
     for number, target in enumerate(rows[column]):
         if not _has_text(target):
-            raise ValueError(
+            raise UserError(
                 f"row {number} of the dataset has nothing to learn: its {column} column has no text of the "
                 "assistant; remove the row or correct --completion_field and --completion_template"
             )

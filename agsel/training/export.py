@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
+from agsel.errors import RunError
 from agsel.runs.checkpoints import fault_of_disk
 from agsel.zero.consensus import first_rank_does
 
@@ -23,7 +24,7 @@ def export_model(trainer: Trainer, folder: Path, group: Any = None) -> None:
         group: process group of all ranks, by default the run's own. The others wait in it for the first.
 
     Raises:
-        RuntimeError: on every rank; the disk does not take it.
+        RunError: on every rank; the disk does not take it.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # at stage 3 gathered by all ranks
     first_rank_does(partial(_write, trainer, weights, folder), group)
@@ -44,7 +45,7 @@ def _write(trainer: Trainer, weights: dict[str, Any], folder: Path) -> None:
         shutil.rmtree(staged, ignore_errors=True)
         if reason is None:
             raise
-        raise RuntimeError(
+        raise RunError(
             f"the trained model could not be written to {folder} ({reason}): make room, then go on from the newest "
             "checkpoint (--resume_from_checkpoint auto)"
         ) from error

@@ -12,13 +12,11 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from agsel.planning.description import describe_memory
-from agsel.planning.memory import KINDS_OF_STEPS, MemoryPlan, Planner, StepKind, meta_copy
+from agsel.planning.memory import MemoryPlan, Planner, meta_copy
 from agsel.planning.rehearsal import Workload, ZeroSettings
 from agsel.planning.rehearsal.workload import Loss
-from agsel.policies import Policy, fraction_of_blocks
-from agsel.training.arguments import SelectionArguments
+from agsel.policies import Policy, fraction_of_blocks, reads_fraction
 from agsel.training.configuration import Configuration
-from agsel.training.summary import blocks_per_step
 from agsel.zero.host_memory import available_bytes
 
 LOCAL_RANKS_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -45,15 +43,15 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
     planner = Planner(
         meta_copy(trainer.model, _dtype(training)),
         _workload(configuration, trainer),
-        blocks=selection.taking_part,
+        blocks=configuration.taking_part,
         offload_states=selection.offload_states,
         ranks_per_host=_local_ranks(),
     )
-    kinds = () if training.use_cpu else _kinds_of_steps(selection)
-    plan = planner.plan(blocks_per_step(policy, planner.number_of_blocks), kinds)
+    kinds = () if training.use_cpu else policy.kinds_of_steps
+    plan = planner.plan(policy.started(planner.infos).blocks_per_step, kinds)
     host = available_bytes() + _weights_on_host(trainer.model) * plan.ranks_per_host
     gpu = 0 if training.use_cpu else torch.cuda.get_device_properties(training.device).total_memory
-    return describe_memory(plan), shortage(planner, plan, gpu, host, all_blocks=selection.method == "full")
+    return describe_memory(plan), shortage(planner, plan, gpu, host, all_blocks=not reads_fraction(policy))
 
 
 def shortage(planner: Planner, plan: MemoryPlan, gpu: int, host: int, *, all_blocks: bool = False) -> str | None:
@@ -120,12 +118,6 @@ def _longest_row(training: SFTConfig, rows: Dataset) -> int:
     longest = int(max(chunk.value_lengths().to_numpy().max() for chunk in chunks if len(chunk)))
     multiple = training.pad_to_multiple_of or 1
     return math.ceil(min(longest, training.max_length or longest) / multiple) * multiple
-
-
-def _kinds_of_steps(selection: SelectionArguments) -> tuple[StepKind, ...]:
-    if selection.method == "adagradselect" and selection.explore_steps == 0:
-        return ("exploit",)
-    return KINDS_OF_STEPS[selection.method]
 
 
 def _local_ranks() -> int | None:

@@ -9,7 +9,6 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTTrainer
 
-from agsel.training.arguments import SelectionArguments
 from agsel.training.configuration import Configuration
 from agsel.zero.parameters import global_numel, global_shape
 
@@ -18,7 +17,7 @@ ROWS_HASHED = 1000
 
 def describe_for_resume(configuration: Configuration, trainer: SFTTrainer) -> dict[str, Any]:
     """What a resumed run is compared by: plain values."""
-    training, selection = configuration.training, configuration.selection
+    training = configuration.training
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     return {
         "model": _fingerprint_of_model(trainer),
@@ -28,8 +27,8 @@ def describe_for_resume(configuration: Configuration, trainer: SFTTrainer) -> di
         "examples per step": per_step,
         "seed": training.seed if training.data_seed is None else training.data_seed,
         "order": str(training.train_sampling_strategy),
-        "method": selection.method,
-        "blocks": selection.taking_part,
+        "method": configuration.selection.method,
+        "blocks": configuration.taking_part,
         "learning rate": training.learning_rate,
         "weight decay": training.weight_decay,
         "adam": f"betas {training.adam_beta1:g} {training.adam_beta2:g}, epsilon {training.adam_epsilon:g}",
@@ -38,18 +37,14 @@ def describe_for_resume(configuration: Configuration, trainer: SFTTrainer) -> di
         "schedule": f"{training.lr_scheduler_type.value} after {training.warmup_steps:g} of warmup",
         "clipping": training.max_grad_norm,
         "loss": _learnt_tokens(trainer),
-        **_describe_choice(selection, training.seed),
+        **_describe_choice(configuration.build_policy().settings()),
     }
 
 
-def _describe_choice(selection: SelectionArguments, seed: int) -> dict[str, Any]:
-    """What `--method full` does not read."""
-    if selection.method == "full":
-        return {}
-    return {
-        "fraction": selection.select_fraction,
-        "selection seed": seed if selection.selection_seed is None else selection.selection_seed,
-    }
+def _describe_choice(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the policy has of these; of its other settings, `Policy.load_state_dict` says what changed."""
+    known = {"fraction": "fraction", "selection seed": "seed"}
+    return {name: settings[setting] for name, setting in known.items() if setting in settings}
 
 
 def _learnt_tokens(trainer: SFTTrainer) -> str:

@@ -1,6 +1,5 @@
 """The arithmetic of a run, printed before it starts: batch, steps, blocks, and what is trained."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from agsel.blocks import Block, find_blocks
 from agsel.monitor import block_ranges
 from agsel.policies import Policy
 from agsel.training.configuration import Configuration
-from agsel.zero.parameters import global_numel
+from agsel.zero.parameters import block_infos, global_numel
 
 ROWS_MEASURED = 1000
 
@@ -37,13 +36,6 @@ def count_steps(trainer: Trainer) -> Steps:
     return Steps(per_epoch, total)
 
 
-def blocks_per_step(policy: Policy, blocks: int) -> int:
-    """How many of so many blocks the policy updates in a step."""
-    rehearsal = dataclasses.replace(policy)  # type: ignore[type-var]
-    rehearsal.start(blocks)
-    return getattr(rehearsal, "blocks_per_step", blocks)
-
-
 def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy, steps: Steps) -> str:
     """A few lines that say what will happen, for the user to check before waiting for it."""
     arguments = configuration.training
@@ -54,7 +46,7 @@ def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy,
         [
             f"engine    ZeRO-{configuration.zero_stage}, {configuration.model.dtype}, {ranks}",
             f"model     {model}: {global_numel(trainer.model.parameters()):,} parameters",
-            *_describe_blocks(trainer.model, configuration.selection.taking_part, policy),
+            *_describe_blocks(trainer.model, configuration.taking_part, policy),
             f"batch     {arguments.per_device_train_batch_size} examples x {arguments.gradient_accumulation_steps} "
             f"accumulation x {ranks} = {examples} examples or about {round(examples * _mean_length(trainer)):,} tokens "
             "per step",
@@ -69,7 +61,7 @@ def _describe_blocks(model: nn.Module, taking_part: str, policy: Policy) -> list
     blocks = find_blocks(model)
     selectable = [block for block in blocks if block.is_layer or taking_part == "all"]
     frozen = [block for block in blocks if block not in selectable]
-    per_step = blocks_per_step(policy, len(selectable))
+    per_step = policy.started(block_infos(selectable)).blocks_per_step
     settings = ", ".join(f"{name} {value}" for name, value in policy.settings().items())
     lines = [f"blocks    {_describe_members(selectable)}; {per_step} trained per step"]
     if frozen:

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from agsel.blocks import Block, decoder_layers, find_blocks
+from agsel.blocks import Block, find_blocks
+from agsel.errors import UserError
 from agsel.policies import Policy
 from agsel.zero import guards
 from agsel.zero.consensus import require_equal_settings
 from agsel.zero.engine import SelectiveEngine
 from agsel.zero.host_memory import require_host_memory
+from agsel.zero.parameters import block_infos
 from agsel.zero.residency import Partition, Residency
 from agsel.zero.sanity import SanityChecks
-from agsel.zero.selection import Moment, Selection
+from agsel.zero.selection import Selection
 from agsel.zero.stage_1_and_2 import SelectiveZeroOptimizer
 from agsel.zero.stage_3 import SelectiveZeroOptimizerStage3
 
@@ -56,9 +57,9 @@ def attach(
         The selection: `blocks`, `last`, `counts`, `resident`.
 
     Raises:
-        ValueError: the engine's configuration, optimizer or model does not fit, `policy` is none, or not equal on all
+        UserError: the engine's configuration, optimizer or model does not fit, `policy` is none, or not equal on all
             ranks, or the host has too little memory.
-        RuntimeError: this DeepSpeed differs from the tested one where agsel overrides it.
+        RunError: this DeepSpeed differs from the tested one where agsel overrides it.
     """
     guards.require_policy(policy)
     guards.require_supported_engine(engine)
@@ -80,16 +81,18 @@ def attach(
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
     }
-    require_equal_settings(policy.settings() | settings, optimizer.dp_process_group)
+    group = optimizer.dp_process_group
+    require_equal_settings(policy.settings() | settings, group)
+    policy.start(block_infos(blocks))
 
     partitions = [
         Partition(index, block, master, optimizer.optimizer)
         for index, (block, master) in enumerate(zip(block_indices, masters, strict=True))
     ]
     if offload_states:
-        require_host_memory(sum(p.shape.numel() * p.master.itemsize for p in partitions), optimizer.dp_process_group)
-    residency = Residency(partitions, torch.device(engine.device), offload_states, pin_memory)
-    group = optimizer.dp_process_group
+        movable = [partition for partition in partitions if partition.block not in policy.pinned]
+        require_host_memory(sum(p.shape.numel() * p.master.itemsize for p in movable), group)
+    residency = Residency(partitions, torch.device(engine.device), offload_states, pin_memory, policy.pinned)
     sanity = None
     if sanity_checks:
         names = [block.name for block in blocks]
@@ -101,62 +104,9 @@ def attach(
     engine.__class__ = SelectiveEngine
     engine.selection = selection
     selection.adopt_states()
-    _move_states_while_computing(engine, selection, blocks)
+    engine.hooks = selection.timetable.watch(engine, blocks) + optimizer.watch(engine)
     selection.plan_step()
     return selection
-
-
-def _move_states_while_computing(engine: Any, selection: Selection, blocks: Sequence[Block]) -> None:
-    """Tell the selection how far a step has come, so that states travel beside it.
-
-    It begins at the first layer: models read a value from the device while they make the attention mask, which would
-    queue behind the copies. `SelectiveStep.backward_prologue` comes in for a backward that leaves no layer, and after a
-    third of the backward freed activations leave room for the states that are still missing.
-    """
-
-    def on_gradient(_: nn.Parameter) -> None:
-        if engine.is_gradient_accumulation_boundary():
-            selection.move_states(Moment.LATE_BACKWARD)
-
-    lower_blocks = blocks[: len(blocks) * 2 // 3 + 1]  # which of them get a gradient differs from step to step
-    engine.hooks = [block.trainable[0].register_post_accumulate_grad_hook(on_gradient) for block in lower_blocks]
-    layers = decoder_layers(engine.module)
-    for index, layer in enumerate(layers):
-
-        def on_entry(
-            _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], remaining: int = len(layers) - index
-        ) -> None:
-            selection.enter_layer(hidden_states(*arguments, *keywords.values()), remaining)
-
-        engine.hooks.append(layer.register_forward_pre_hook(on_entry, with_kwargs=True))
-    if isinstance(engine.optimizer, SelectiveZeroOptimizerStage3):
-        engine.hooks.append(_reach_first_layer_while_recording(engine))
-
-
-def hidden_states(*arguments: Any) -> torch.Tensor | None:
-    """Among what a layer is called with, the first tensor of floating-point numbers."""
-    return next((value for value in arguments if torch.is_tensor(value) and value.is_floating_point()), None)
-
-
-def _reach_first_layer_while_recording(engine: Any) -> RemovableHandle:
-    """Let the backward that ZeRO-3 records, to gather weights ahead of time by it, go down to the first layer.
-
-    DeepSpeed accepts a shorter backward than the recorded one, but forgets the record at a longer one: with frozen
-    layers at the bottom, prefetching would stop for two steps whenever a lower layer is selected than ever before.
-    DeepSpeed gives back the weights of a layer by the gradients of its positional arguments.
-    """
-
-    def on_forward(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        hidden = hidden_states(*arguments)
-        if hidden is None:
-            raise ValueError(
-                "a model that calls its layers by keyword is not supported at zero_optimization.stage 3: use stage 2, "
-                "or let it call layer(hidden_states, ...)"
-            )
-        if torch.is_grad_enabled() and engine.optimizer.is_recording_modules:
-            hidden.requires_grad_()
-
-    return decoder_layers(engine.module)[0].register_forward_pre_hook(on_forward)
 
 
 def _match_blocks(
@@ -165,7 +115,7 @@ def _match_blocks(
     """The blocks that take part, and for each ZeRO partition the index of its block.
 
     Raises:
-        ValueError: a partition is not of one block, or a trainable parameter is in none.
+        UserError: a partition is not of one block, or a trainable parameter is in none.
     """
     found = find_blocks(model)
     name_of = {id(parameter): block.name for block in found for parameter in block.parameters}
@@ -173,7 +123,7 @@ def _match_blocks(
     for index, parameters in enumerate(parameters_of_partitions):
         names = sorted({name_of.get(id(parameter), "a parameter in no block") for parameter in parameters})
         if len(names) != 1:
-            raise ValueError(
+            raise UserError(
                 f"optimizer param group {index} holds {', '.join(names[:3])}: it must hold one block; "
                 "build the optimizer from agsel.block_param_groups(model)"
             )
@@ -181,7 +131,7 @@ def _match_blocks(
     owned = {id(parameter) for parameters in parameters_of_partitions for parameter in parameters}
     left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in owned]
     if left_out:
-        raise ValueError(
+        raise UserError(
             f"{len(left_out)} trainable parameters are in no optimizer param group ({left_out[0]} ...): "
             "build the optimizer from agsel.block_param_groups(model)"
         )

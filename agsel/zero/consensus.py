@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from deepspeed import comm as dist
 
+from agsel.errors import RunError, UserError
+
 CHECKSUM_BITS = 20
 """Small enough that the sum of squared checksums stays an exact fp64 integer for 8192 ranks."""
 SECONDS_BETWEEN_MEETINGS = 10.0
@@ -19,7 +21,7 @@ SECONDS_BETWEEN_MEETINGS = 10.0
 Result = TypeVar("Result")
 
 
-class RanksDisagreeError(RuntimeError):
+class RanksDisagreeError(RunError):
     """The ranks hold different selection states: going on would train different blocks on different ranks."""
 
 
@@ -60,7 +62,7 @@ def require_equal_settings(settings: dict[str, Any], group: Any = None) -> None:
     """Compare the settings of all ranks of a process group, by default of the run. Every rank must call it.
 
     Raises:
-        ValueError: on every rank, naming the settings that differ and their values by rank.
+        UserError: on every rank, naming the settings that differ and their values by rank.
     """
     by_rank = gather(settings, group)
     keys = sorted({key for rank_settings in by_rank for key in rank_settings})
@@ -68,7 +70,7 @@ def require_equal_settings(settings: dict[str, Any], group: Any = None) -> None:
     different = {key: ranks for key, ranks in values.items() if any(value != ranks[0] for value in ranks)}
     if different:
         listed = "; ".join(f"{key} is {' and '.join(map(repr, ranks))}" for key, ranks in different.items())
-        raise ValueError(f"the ranks have different settings: {listed}; start every rank with the same command")
+        raise UserError(f"the ranks have different settings: {listed}; start every rank with the same command")
 
 
 def dissent(checksums: Sequence[int]) -> str:

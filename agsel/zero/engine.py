@@ -83,9 +83,9 @@ class SelectiveEngine(DeepSpeedEngine):
         checkpoint holds none because it is of a run without agsel.
 
         Raises:
-            FileNotFoundError: there is no checkpoint.
-            ValueError: its selection is over other blocks, or it cannot be loaded by another number of ranks.
-            RuntimeError: it cannot be converted.
+            MissingError: there is no checkpoint.
+            UserError: its selection is over other blocks, or it cannot be loaded by another number of ranks.
+            RunError: it cannot be converted.
         """
         self.selection.residency.synchronize()
         saved = universal.find(self, load_dir, tag, load_optimizer_states, load_module_only)

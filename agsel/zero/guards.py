@@ -19,6 +19,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from agsel.errors import RunError, UserError
 from agsel.policies import Policy
 
 ALLOW_UNTESTED = "AGSEL_ALLOW_UNTESTED"
@@ -124,23 +125,21 @@ def require_supported_engine(engine: Any) -> None:
     """Refuse engines and configurations under which block selection would be wrong or useless.
 
     Raises:
-        ValueError: naming the setting and what to use instead.
+        UserError: naming the setting and what to use instead.
     """
     if hasattr(engine, "selection"):
-        raise ValueError("agsel.attach was called twice on one engine: keep the Selection it returned the first time")
+        raise UserError("agsel.attach was called twice on one engine: keep the Selection it returned the first time")
     if type(engine) is not DeepSpeedEngine:
-        raise ValueError(
+        raise UserError(
             f"{type(engine).__name__} is not supported: agsel needs the DeepSpeedEngine of deepspeed.initialize, "
             "without pipeline parallelism or the hybrid engine"
         )
     stage = engine.zero_optimization_stage()
     if stage not in (1, 2, 3):
-        raise ValueError(
-            f"zero_optimization.stage is {int(stage)}: agsel needs 1, 2 or 3 (ds_configs/ has one of each)"
-        )
+        raise UserError(f"zero_optimization.stage is {int(stage)}: agsel needs 1, 2 or 3 (ds_configs/ has one of each)")
     refused = _refused_settings(engine)
     if refused:
-        raise ValueError(refused[0])
+        raise UserError(refused[0])
 
 
 def _refused_settings(engine: Any) -> list[str]:
@@ -215,11 +214,11 @@ def require_policy(policy: Any) -> None:
     """Refuse what is no policy: most often its class, or the name of its method.
 
     Raises:
-        ValueError: naming what to pass.
+        UserError: naming what to pass.
     """
     if not isinstance(policy, Policy):
         given = policy.__name__ if isinstance(policy, type) else repr(policy)
-        raise ValueError(
+        raise UserError(
             f"policy must be a policy such as agsel.AdaGradSelect(fraction=0.3, explore_steps=500), got {given}"
         )
 
@@ -228,17 +227,17 @@ def require_supported_optimizer(optimizer: Any, stock: Any) -> None:
     """Refuse another ZeRO optimizer than the stock class of the stage, and client optimizers other than Adam.
 
     Raises:
-        ValueError: naming the setting and what to use instead.
+        UserError: naming the setting and what to use instead.
     """
     if type(optimizer) is not stock:
-        raise ValueError(
+        raise UserError(
             f"{type(optimizer).__name__} is not supported: use ZeRO stage 2 or leave data_types.grad_accum_dtype unset "
             "(with bf16 at stage 1 an fp32 grad_accum_dtype makes DeepSpeed build BF16_Optimizer)"
         )
     client = optimizer.optimizer
     adam_like = isinstance(client, torch.optim.Adam) or type(client).__name__ == "FusedAdam"
     if not adam_like or any(group.get("amsgrad") for group in client.param_groups):
-        raise ValueError(
+        raise UserError(
             f"optimizer {type(client).__name__} is not supported: pass torch.optim.AdamW (without amsgrad) over "
             "agsel.block_param_groups(model) to deepspeed.initialize"
         )
@@ -248,11 +247,11 @@ def require_whole_groups(optimizer: Any, partitioned: set[int]) -> None:
     """Refuse an optimizer with a param group that ZeRO made no partition of, because all of it was frozen.
 
     Raises:
-        ValueError: naming the group and the remedy.
+        UserError: naming the group and the remedy.
     """
     dropped = set(range(len(optimizer.optimizer.param_groups))) - partitioned
     if dropped:
-        raise ValueError(
+        raise UserError(
             f"optimizer param group {min(dropped)} was frozen at deepspeed.initialize, so ZeRO dropped it: leave every "
             "block of agsel.block_param_groups(model) trainable, agsel freezes what is not selected"
         )
@@ -262,7 +261,7 @@ def require_tested_deepspeed(relies_on: Mapping[Any, tuple[str, ...]]) -> None:
     """Compare methods of DeepSpeed's classes, or functions of its modules, with the tested ones.
 
     Raises:
-        RuntimeError: one is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
+        RunError: one is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
     """
     changed = [name for name, checksum in checksums(relies_on).items() if TESTED[name] != checksum]
     if not changed:
@@ -272,7 +271,7 @@ def require_tested_deepspeed(relies_on: Mapping[Any, tuple[str, ...]]) -> None:
         f"deepspeed==0.19.8, or set {ALLOW_UNTESTED}=1 after running agsel's tests with yours"
     )
     if os.environ.get(ALLOW_UNTESTED) != "1":
-        raise RuntimeError(message)
+        raise RunError(message)
     warnings.warn(message, stacklevel=3)
 
 

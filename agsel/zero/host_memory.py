@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from agsel.errors import UserError
 from agsel.zero.consensus import gather
 
 ALIGNMENT = 512
@@ -30,7 +31,7 @@ class Arena:
         pin: page-lock the memory, so that CUDA copies run beside the host and at full speed.
 
     Raises:
-        ValueError: the memory cannot be page-locked.
+        UserError: the memory cannot be page-locked.
     """
 
     def __init__(self, shapes: Sequence[torch.Size], dtype: torch.dtype, pin: bool) -> None:
@@ -49,7 +50,7 @@ class Arena:
         runtime: Any = torch.cuda.cudart()
         status = runtime.cudaHostRegister(address, self.nbytes, 0)
         if int(status) != 0:
-            raise ValueError(
+            raise UserError(
                 f"cannot page-lock {_gigabytes(self.nbytes)} of host memory ({runtime.cudaGetErrorString(status)}): "
                 "raise the limit (ulimit -l), or set pin_memory to false (--pin_memory false)"
             )
@@ -66,14 +67,14 @@ def require_host_memory(needed: int, group: Any) -> None:
         group: process group of all ranks.
 
     Raises:
-        ValueError: on every rank, if it is too much on any host.
+        UserError: on every rank, if it is too much on any host.
     """
     hosts = gather((socket.gethostname(), needed, available_bytes()), group)
     for name in sorted({host for host, _, _ in hosts}):
         total = sum(nbytes for host, nbytes, _ in hosts if host == name)
         available = min(free for host, _, free in hosts if host == name)
         if total > available:
-            raise ValueError(
+            raise UserError(
                 f"the optimizer states need {_gigabytes(total)} of host memory on {name}, {_gigabytes(available)} are "
                 "free: use more hosts, or keep the states on the GPUs with offload_states=False "
                 "(--offload_states false)"

@@ -70,6 +70,12 @@ class Partition:
         state["step"] = self._placed_step(state.get("step", 0))
         self.point_to(rows)
 
+    def start_anew(self) -> None:
+        """Forget the moments and the step count; the master stays."""
+        assert self.rows is not None, "only an adopted partition has moments"
+        self.rows[1:].zero_()
+        self._optimizer.state[self.master]["step"] = self._placed_step(0)
+
     def point_to(self, rows: torch.Tensor) -> None:
         """Keep master and moments in `rows` from now on; their values are somebody else's business."""
         self.rows = rows
@@ -149,26 +155,38 @@ class Residency:
     both for the same partition's copy before. The compute stream waits for a fetch only where it steps that partition
     (`wait_for`).
 
+    Args:
+        partitions: all of this rank.
+        device: where the selected blocks' are.
+        offload_states: whether the others' are on the host.
+        pin_memory: whether host memory is page-locked.
+        pinned: indices of blocks whose partitions never leave the device.
+
     Attributes:
         partitions: all of this rank.
         moved_bytes: sent so far between device and host or about to be, both ways.
     """
 
     def __init__(
-        self, partitions: Sequence[Partition], device: torch.device, offload_states: bool, pin_memory: bool
+        self,
+        partitions: Sequence[Partition],
+        device: torch.device,
+        offload_states: bool,
+        pin_memory: bool,
+        pinned: frozenset[int] = frozenset(),
     ) -> None:
         self.partitions = list(partitions)
         self.device = device
         self.moved_bytes = 0
-        self._offload = offload_states
         self._poison = os.environ.get(POISON) == "1"
         self._evictions, self._fetches = SideStream(device), SideStream(device)
         self._leaving: deque[Move] = deque()
         self._under_way: dict[Partition, Any] = {}
-        if offload_states:
+        self._movable = [p for p in partitions if p.block not in pinned] if offload_states else []
+        if self._movable:
             pin = pin_memory and device.type == "cuda"
-            self._arena = Arena([partition.shape for partition in partitions], partitions[0].master.dtype, pin)
-            for partition, home in zip(partitions, self._arena.tensors, strict=True):
+            self._arena = Arena([partition.shape for partition in self._movable], partitions[0].master.dtype, pin)
+            for partition, home in zip(self._movable, self._arena.tensors, strict=True):
                 partition.home = home
 
     def adopt(self, wanted: Iterable[int]) -> None:
@@ -180,8 +198,9 @@ class Residency:
         self.synchronize()
         self._under_way.clear()
         for partition in self.partitions:
-            at_home = self._offload and partition.block not in wanted
-            rows = partition.home if at_home else partition.rows if partition.is_resident else self._new_rows(partition)
+            rows = partition.home if partition.block not in wanted else None
+            if rows is None:
+                rows = partition.rows if partition.is_resident else self._new_rows(partition)
             assert rows is not None
             partition.adopt(rows)
 
@@ -191,11 +210,9 @@ class Residency:
 
         Fetches that find room begin at once; evictions, and fetches into the rows that they leave, with `send`.
         """
-        if not self._offload:
-            return
         wanted = set(wanted)
-        leaving = [p for p in self.partitions if p.is_resident and p.block not in wanted]
-        arriving = [p for p in self.partitions if not p.is_resident and p.block in wanted]
+        leaving = [p for p in self._movable if p.is_resident and p.block not in wanted]
+        arriving = [p for p in self._movable if not p.is_resident and p.block in wanted]
         if not leaving and not arriving:
             return
         if not {move.partition for move in self._leaving}.isdisjoint(arriving):
@@ -249,9 +266,10 @@ class Residency:
         order = {partition: number for number, partition in enumerate(self._under_way)}
         return sorted(partitions, key=lambda partition: order.get(partition, -1))
 
-    def is_resident(self, block: int) -> bool:
-        """Whether every partition of the block is on the device."""
-        return all(partition.is_resident for partition in self.partitions if partition.block == block)
+    def resident_blocks(self) -> list[int]:
+        """Indices of the blocks all of whose partitions are on the device, ascending."""
+        absent = {partition.block for partition in self.partitions if not partition.is_resident}
+        return sorted({partition.block for partition in self.partitions} - absent)
 
     def synchronize(self) -> None:
         """Wait, on the host, until everything is where it belongs."""

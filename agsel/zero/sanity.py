@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.utils import is_zero_param
 
 from agsel.blocks import Block
+from agsel.errors import RunError
 from agsel.zero.consensus import dissent, gather
 from agsel.zero.parameters import kept_by_rank
 from agsel.zero.residency import Partition, Residency
@@ -26,7 +27,7 @@ ODD_FACTORS = (0xFF51AFD7ED558CCD - (1 << 64), 0xC4CEB9FE1A85EC53 - (1 << 64))
 """Of the 64-bit finalizer of MurmurHash3 (A. Appleby, public domain), as signed numbers."""
 
 
-class SanityError(RuntimeError):
+class SanityError(RunError):
     """A check has found what must never happen; the weights or states of this run cannot be trusted any more."""
 
 

@@ -1,4 +1,4 @@
-"""The optimizer step that both ZeRO families share: norms -> resolve -> Adam on the selected blocks -> publish.
+"""The optimizer step that both ZeRO families share: norms -> commit -> Adam on the selected blocks -> publish.
 
 The two subclasses say where DeepSpeed keeps gradients and weights; everything that must be equal at all stages is here.
 """
@@ -9,9 +9,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from agsel.errors import UserError
+from agsel.policies import Update
 from agsel.zero.residency import Partition
-from agsel.zero.selection import Moment, Selection
+from agsel.zero.selection import Selection
+from agsel.zero.timetable import Moment
 
 
 class SelectiveStep:
@@ -27,15 +31,15 @@ class SelectiveStep:
     def backward_prologue(self) -> None:
         """Called by the engine when the loss is known, whether `engine.backward` or `loss.backward` follows."""
         super().backward_prologue()  # type: ignore[misc]
-        self.selection.move_states(Moment.BACKWARD)
+        self.selection.timetable.move(Moment.BACKWARD)
 
     def offload_states(self, *args: Any, **kwargs: Any) -> None:
         """Refused: DeepSpeed would replace the tensors that agsel moves, and updates would be lost.
 
         Raises:
-            ValueError: always.
+            UserError: always.
         """
-        raise ValueError(
+        raise UserError(
             "engine.offload_states is not supported: remove the call, agsel moves the optimizer states of inactive "
             "blocks to the host itself (offload_states=True of agsel.attach)"
         )
@@ -54,32 +58,34 @@ class SelectiveStep:
             sanity.before_step(number)
         self._begin_step()
         loss_scale = float(self.loss_scale)
-        selected = self.selection.resolve(self._local_squares(), loss_scale)
-        self.overflow = not selected
+        update = self.selection.commit(self._local_squares(), loss_scale)
+        self.overflow = update is None
         self._update_scale(self.overflow)  # type: ignore[attr-defined]
         report = self.selection.last
         assert report is not None
         self._global_grad_norm = report.grad_norm
-        if selected:
-            self._update(selected, loss_scale * self._clip_divisor(report.grad_norm))
+        if update is not None and update.blocks:
+            self._update(update, loss_scale * self._clip_divisor(report.grad_norm))
         self._release_gradients(self.selection.residency.partitions)
         if sanity is not None:
             sanity.after_step(number, report.selected)
         self.selection.plan_step()
 
-    def _update(self, selected: Sequence[int], divisor: float) -> None:
-        partitions = [p for p in self.selection.residency.partitions if p.block in selected]
-        self._release_gradients(p for p in self.selection.residency.partitions if p.block not in selected)
+    def _update(self, update: Update, divisor: float) -> None:
+        partitions = [p for p in self.selection.residency.partitions if p.block in update.blocks]
+        self._release_gradients(p for p in self.selection.residency.partitions if p.block not in update.blocks)
         for partition in self.selection.residency.in_order_of_arrival(partitions):
-            self._update_partition(partition, divisor)
+            self._update_partition(partition, divisor, anew=partition.block in update.fresh)
         self._publish(partitions)
 
-    def _update_partition(self, partition: Partition, divisor: float) -> None:
+    def _update_partition(self, partition: Partition, divisor: float, *, anew: bool) -> None:
         """Adam on one partition, with its fp32 gradient alive only for that long."""
         gradient = self._take_gradient(partition)
         if divisor != 1:
             gradient.div_(divisor)
         self.selection.residency.wait_for(partition)
+        if anew:
+            partition.start_anew()
         partition.master.grad = gradient
         self._optimizer_step(partition.index)  # type: ignore[attr-defined]
         partition.master.grad = None
@@ -100,6 +106,10 @@ class SelectiveStep:
         torch.cat([piece.reshape(-1) for piece in self._gradient_pieces(partition)], out=flat)
         self._release_gradients([partition])
         return flat
+
+    def watch(self, engine: Any) -> list[RemovableHandle]:
+        """Hooks on the engine's model that the stage needs."""
+        return []
 
     def _begin_step(self) -> None:
         """DeepSpeed's own preparations of a step."""

@@ -12,6 +12,7 @@ from deepspeed.runtime.torch_autocast import sort_dtypes
 from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 
+from agsel.errors import RunError
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
 
@@ -110,7 +111,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
             return
         param_id = self.get_param_id(param)
         if self.params_already_reduced[param_id]:
-            raise RuntimeError(
+            raise RunError(
                 "a gradient was computed twice in one backward: with gradient checkpointing set use_reentrant=False "
                 "(gradient_checkpointing_kwargs)"
             )

@@ -11,8 +11,10 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry, PartitionedParameterCoordinator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import set_z3_leaf_module, z3_leaf_module
+from torch.utils.hooks import RemovableHandle
 
-from agsel.blocks import decoder_layers
+from agsel.blocks import decoder_layers, hidden_states
+from agsel.errors import UserError
 from agsel.zero.gathering import gather_jointly, gather_now
 from agsel.zero.parameters import global_numel
 from agsel.zero.residency import Partition
@@ -115,11 +117,6 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         """The model parameters of a sub-group."""
         return list(self.fp16_groups[index])
 
-    @property
-    def is_recording_modules(self) -> bool:
-        """Whether DeepSpeed records, in this step, the order in which forward and backward visit the modules."""
-        return self._get_param_coordinator().is_record_trace()
-
     def prepare_selection(self) -> None:
         """Replace the flat gradient buffer of the whole model by buffers of the blocks that have a gradient.
 
@@ -150,6 +147,26 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         if bucket := getattr(coordinator, PREFETCH_BUCKET):  # 0 turns it off
             largest = max(global_numel(layer.parameters()) for layer in layers)
             setattr(coordinator, PREFETCH_BUCKET, max(bucket, largest))
+
+    def watch(self, engine: Any) -> list[RemovableHandle]:
+        """Let the backward that DeepSpeed records, to gather weights ahead of time by it, go down to the first layer.
+
+        DeepSpeed accepts a shorter backward than the recorded one, but forgets the record at a longer one: with frozen
+        layers at the bottom, prefetching would stop for two steps whenever a lower layer is selected than ever before.
+        DeepSpeed gives back the weights of a layer by the gradients of its positional arguments.
+        """
+
+        def on_forward(_: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+            hidden = hidden_states(*arguments)
+            if hidden is None:
+                raise UserError(
+                    "a model that calls its layers by keyword is not supported at zero_optimization.stage 3: use stage "
+                    "2, or let it call layer(hidden_states, ...)"
+                )
+            if torch.is_grad_enabled() and self._get_param_coordinator().is_record_trace():
+                hidden.requires_grad_()
+
+        return [decoder_layers(engine.module)[0].register_forward_pre_hook(on_forward)]
 
     def destroy(self) -> None:
         """Give the model back without leaf modules: another `deepspeed.initialize` would make gradients for them."""

@@ -25,6 +25,7 @@ from deepspeed.checkpoint import ds_to_universal, universal_checkpoint
 from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, FROZEN_PARAM_SHAPES, PARAM
 from deepspeed.runtime.utils import is_optimized_parameter
 
+from agsel.errors import MissingError, RunError, UserError
 from agsel.zero import guards
 from agsel.zero.consensus import first_rank_does
 
@@ -78,8 +79,8 @@ def find(engine: Any, load_dir: str, tag: Any, load_optimizer_states: bool, load
     """Look at the checkpoint that is to be loaded, on the first rank for all.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: files of it are missing, or it cannot be loaded by another number of ranks.
+        MissingError: there is none.
+        UserError: files of it are missing, or it cannot be loaded by another number of ranks.
     """
     look = partial(_look_at, engine, load_dir, tag, load_optimizer_states, load_module_only)
     return first_rank_does(look, engine.optimizer.dp_process_group)
@@ -110,7 +111,7 @@ def load(engine: Any, saved: Saved, stock_load: Callable[..., tuple[Any, Any]], 
         options: its arguments after the tag.
 
     Raises:
-        RuntimeError: on every rank, if the conversion failed.
+        RunError: on every rank, if the conversion failed.
     """
     with _converted(engine, saved) as copy:
         _load_untrained(engine, copy / saved.tag, options["load_module_strict"], options["custom_load_fn"])
@@ -127,7 +128,7 @@ def _look_at(engine: Any, load_dir: str, tag: Any, load_optimizer_states: bool, 
     ranks, stage = engine.seq_dp_world_size, int(engine.zero_optimization_stage())
     model_file = _first_model_file(engine, folder, tag)
     if not model_file.is_file():
-        raise FileNotFoundError(f"{folder / tag} holds no checkpoint of ZeRO stage {stage}: no {model_file.name}")
+        raise MissingError(f"{folder / tag} holds no checkpoint of ZeRO stage {stage}: no {model_file.name}")
     files = len(list(model_file.parent.glob("*_optim_states.pt")))
     as_it_is = Saved(folder, tag, ranks, convert=False)
     if stage < 3 and (load_module_only or not load_optimizer_states):  # whole weights are in the model file
@@ -139,7 +140,7 @@ def _look_at(engine: Any, load_dir: str, tag: Any, load_optimizer_states: bool, 
     if saved["dp_world_size"] == ranks and not must_convert:  # files of an older save lie under the same tag
         return as_it_is
     if files != (ranks := saved["dp_world_size"]):
-        raise ValueError(f"{folder / tag} is incomplete: {ranks} ranks saved it, it has {files} *_optim_states.pt")
+        raise UserError(f"{folder / tag} is incomplete: {ranks} ranks saved it, it has {files} *_optim_states.pt")
     if not load_module_only:
         _require_convertible(engine, folder / tag, saved, load_optimizer_states)
     return Saved(folder, tag, ranks, convert=True, state=saved.get(CLIENT_STATE_KEY))
@@ -148,18 +149,18 @@ def _look_at(engine: Any, load_dir: str, tag: Any, load_optimizer_states: bool, 
 def _require_convertible(engine: Any, path: Path, saved: dict[str, Any], load_optimizer_states: bool) -> None:
     ranks, state = saved["dp_world_size"], saved.get(CLIENT_STATE_KEY, {})
     if not load_optimizer_states:
-        raise ValueError(
+        raise UserError(
             f"load_optimizer_states=False is not supported at ZeRO stage 3 for {path}, which {ranks} ranks saved: load "
             f"it on {ranks} ranks, or use load_module_only=True"
         )
     if "adam_steps" not in state:
-        raise ValueError(
+        raise UserError(
             f"{path} was saved by {ranks} ranks without agsel, which keeps the Adam steps of the blocks: load it on "
             f"{ranks} ranks, or only its weights (load_module_only=True)"
         )
     groups = len(engine.optimizer.optimizer.param_groups)
     if state["blocks"] == list(engine.selection.blocks) and len(state["param_groups"]) != groups:
-        raise ValueError(
+        raise UserError(
             f"{path} has {len(state['param_groups'])} optimizer param groups, this run {groups}: build the optimizer "
             "as the saved run did"
         )
@@ -169,7 +170,7 @@ def _latest(folder: Path) -> str:
     try:
         return (folder / "latest").read_text().strip()
     except OSError:
-        raise FileNotFoundError(
+        raise MissingError(
             f"{folder} holds no checkpoint: it has no file named latest; name the folder that was given to "
             "save_checkpoint, or a tag"
         ) from None
@@ -216,7 +217,7 @@ def _convert(saved: Saved, copy: Path) -> None:
         _add_frozen_weights(source, copy / saved.tag / "zero")
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise RuntimeError(
+        raise RunError(
             f"{source} could not be converted for another number of ranks ({reason}): load it on {saved.ranks} ranks, "
             "or load another checkpoint"
         ) from error

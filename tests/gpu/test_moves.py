@@ -3,7 +3,7 @@
 import torch
 
 from agsel import AdaGradSelect
-from agsel.zero.selection import Moment
+from agsel.zero.timetable import Moment
 from tests.zero.test_moves import resident, selection_of
 
 
@@ -17,7 +17,7 @@ def test_states_are_evicted_after_their_last_use() -> None:
     for partition in partitions[:2]:
         partition.rows.fill_(7.0)
     selection.plan_step()
-    selection.move_states(Moment.FORWARD)
+    selection.timetable.move(Moment.FORWARD)
     assert resident(selection) == set()
     selection.residency.synchronize()
     assert all((partition.rows == 7.0).all() for partition in partitions[:2])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from itertools import combinations
 from typing import TypeVar
 
 import scipy.stats
 
-from agsel.policies import Plan, Policy
+from agsel.policies import BlockInfo, Plan, Policy
 
 AnyPolicy = TypeVar("AnyPolicy", bound=Policy)
 Outcome = TypeVar("Outcome", bound=Hashable)
@@ -19,19 +19,28 @@ SIGNIFICANCE = 1e-3
 """Seeds are fixed: a chi-square test that passes once passes until numpy changes its streams."""
 
 
+def layers(number: int) -> list[BlockInfo]:
+    return [BlockInfo(f"layers.{index}", 100) for index in range(number)]
+
+
 def started(policy: AnyPolicy, blocks: int = BLOCKS) -> AnyPolicy:
-    policy.start(blocks)
+    policy.start(layers(blocks))
     return policy
 
 
-def norms_of(step: int, blocks: int = BLOCKS) -> list[float]:
+def norms_of(step: int, blocks: int = BLOCKS) -> dict[int, float]:
     generator = random.Random(step)
-    return [generator.random() for _ in range(blocks)]
+    return {block: generator.random() for block in range(blocks)}
+
+
+def commit(policy: Policy, norms: Mapping[int, float]) -> tuple[int, ...]:
+    """The blocks that the step updates, ascending."""
+    return tuple(sorted(policy.commit(norms).blocks))
 
 
 def run(policy: Policy, steps: int) -> list[tuple[Plan, tuple[int, ...]]]:
     """Plan and selection of each step."""
-    return [(policy.plan(), policy.resolve(norms_of(policy.step, policy.number_of_blocks))) for _ in range(steps)]
+    return [(policy.plan(), commit(policy, norms_of(policy.step, policy.number_of_blocks))) for _ in range(steps)]
 
 
 def frequencies_from(policy: Policy, counts: list[int], draws: int) -> Counter[tuple[int, ...]]:
@@ -39,7 +48,7 @@ def frequencies_from(policy: Policy, counts: list[int], draws: int) -> Counter[t
     chosen: Counter[tuple[int, ...]] = Counter()
     for _ in range(draws):
         policy.counts = list(counts)
-        chosen[policy.resolve([0.0] * len(counts))] += 1
+        chosen[commit(policy, dict.fromkeys(range(len(counts)), 0.0))] += 1
     return chosen
 
 

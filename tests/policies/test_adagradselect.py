@@ -37,7 +37,7 @@ def test_epsilon_follows_its_formula(start: float, end: float) -> None:
     by_step = []
     for step in range(15):
         by_step.append(policy.epsilon)
-        policy.resolve(norms_of(step))
+        policy.commit(norms_of(step))
     assert by_step[:10] == pytest.approx([epsilon_at(step, 10, start, end) for step in range(10)], rel=1e-12)
     assert by_step[0] == start
     assert by_step[5] == pytest.approx(math.sqrt(start * end), rel=1e-12)
@@ -46,20 +46,20 @@ def test_epsilon_follows_its_formula(start: float, end: float) -> None:
 
 def test_epsilon_of_one_always_explores() -> None:
     policy = AdaGradSelect(fraction=0.3, explore_steps=500, epsilon_start=1.0, epsilon_end=1.0)
-    assert all(plan.explore for plan, _ in run(started(policy), 500))
+    assert all(plan.kind == "explore" for plan, _ in run(started(policy), 500))
 
 
 @pytest.mark.parametrize("explore_steps", [0, 1, 20])
 def test_after_the_phase_nothing_explores(explore_steps: int) -> None:
     policy = started(AdaGradSelect(fraction=0.3, explore_steps=explore_steps, epsilon_end=1.0))
-    assert [plan.explore for plan, _ in run(policy, 100)] == [step < explore_steps for step in range(100)]
+    assert [plan.kind == "explore" for plan, _ in run(policy, 100)] == [step < explore_steps for step in range(100)]
 
 
 def test_exploring_is_as_frequent_as_epsilon_says() -> None:
     """Chi-square over ten parts of the schedule, 1000 steps each."""
     start, end = 0.95, 0.1
     policy = AdaGradSelect(fraction=0.3, explore_steps=DRAWS, epsilon_start=start, epsilon_end=end, seed=3)
-    explored = np.array([plan.explore for plan, _ in run(started(policy), DRAWS)]).reshape(10, -1).sum(axis=1)
+    explored = np.array([plan.kind == "explore" for plan, _ in run(started(policy), DRAWS)]).reshape(10, -1).sum(axis=1)
     epsilon = np.array([epsilon_at(step, DRAWS, start, end) for step in range(DRAWS)]).reshape(10, -1)
     statistic = ((explored - epsilon.sum(axis=1)) ** 2 / (epsilon * (1 - epsilon)).sum(axis=1)).sum()
     assert scipy.stats.chi2.sf(statistic, df=10) > SIGNIFICANCE

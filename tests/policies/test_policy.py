@@ -7,15 +7,27 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import agsel.policies
-from agsel.policies import AdaGradSelect, FullFineTuning, Policy, RandomBlocks, TopK
-from tests.policies.running import BLOCKS, norms_of, run, started
+from agsel.errors import UserError
+from agsel.policies import (
+    METHODS,
+    AdaGradSelect,
+    FullFineTuning,
+    Plan,
+    Policy,
+    RandomBlocks,
+    TopK,
+    Update,
+    flags_of,
+)
+from tests.policies.running import BLOCKS, commit, layers, norms_of, run, started
 
 STEPS = 200
 SAVES = 40
@@ -46,12 +58,12 @@ def test_counts_move_on_both_kinds_of_step() -> None:
     kinds = set()
     for step in range(STEPS):
         before = list(policy.counts)
-        kinds.add(policy.plan().explore)
-        selected = policy.resolve(norms_of(step))
+        kinds.add(policy.plan().kind)
+        selected = commit(policy, norms_of(step))
         assert [after - count for after, count in zip(policy.counts, before, strict=True)] == [
             int(block in selected) for block in range(BLOCKS)
         ]
-    assert kinds == {True, False}
+    assert kinds == {"explore", "exploit"}
 
 
 @every_policy
@@ -59,9 +71,9 @@ def test_selections_are_ascending_and_planned(name: str) -> None:
     policy = started(POLICIES[name](0))
     for plan, selected in run(policy, STEPS):
         assert list(selected) == sorted(set(selected))
-        assert set(selected) <= set(plan.blocks)
-        assert plan.explore or selected == plan.blocks
-        assert not plan.explore or plan.blocks == tuple(range(BLOCKS))
+        assert set(selected) <= plan.trainable
+        assert plan.kind == "explore" or set(selected) == plan.trainable
+        assert plan.kind == "exploit" or plan.trainable == set(range(BLOCKS))
         assert len(selected) == (BLOCKS if name == "full" else 3)
 
 
@@ -72,13 +84,13 @@ def test_planning_again_changes_nothing(name: str) -> None:
         plans = [often.plan() for _ in range(3)]
         assert plans == [once.plan()] * 3
         assert often.state_dict() == once.state_dict()
-        assert often.resolve(norms_of(step)) == once.resolve(norms_of(step))
+        assert commit(often, norms_of(step)) == commit(once, norms_of(step))
 
 
 @every_policy
-def test_resolve_alone_is_a_whole_step(name: str) -> None:
+def test_commit_alone_is_a_whole_step(name: str) -> None:
     planned, unplanned = (started(POLICIES[name](0)) for _ in range(2))
-    assert [unplanned.resolve(norms_of(step)) for step in range(50)] == [chosen for _, chosen in run(planned, 50)]
+    assert [commit(unplanned, norms_of(step)) for step in range(50)] == [chosen for _, chosen in run(planned, 50)]
 
 
 @every_policy
@@ -105,7 +117,7 @@ def test_starting_again_forgets(name: str) -> None:
     policy = started(POLICIES[name](0))
     first = run(policy, 50)
     policy.plan()
-    policy.start(BLOCKS)
+    policy.start(layers(BLOCKS))
     assert run(policy, 50) == first
 
 
@@ -146,7 +158,7 @@ def test_the_number_of_blocks_is_truncated_but_not_by_floating_point(
 ) -> None:
     policy = started(TopK(fraction=fraction), blocks)
     assert policy.blocks_per_step == expected
-    assert len(policy.resolve([1.0] * blocks)) == expected
+    assert len(commit(policy, dict.fromkeys(range(blocks), 1.0))) == expected
 
 
 @pytest.mark.parametrize(
@@ -168,15 +180,15 @@ def test_the_number_of_blocks_is_truncated_but_not_by_floating_point(
 def test_exploring_picks_the_largest_norms_and_of_equal_ones_the_earlier(
     policy: Policy, norms: list[float], expected: tuple[int, ...]
 ) -> None:
-    policy.start(6)
-    assert policy.plan().explore
-    assert policy.resolve(norms) == expected
+    policy.start(layers(6))
+    assert policy.plan().kind == "explore"
+    assert commit(policy, dict(enumerate(norms))) == expected
 
 
 def test_full_fine_tuning_updates_everything_without_exploring() -> None:
     policy = started(FullFineTuning(), 3)
     assert run(policy, 5) == [(policy.plan(), (0, 1, 2))] * 5
-    assert not policy.plan().explore
+    assert policy.plan().kind == "exploit"
 
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -261,5 +273,123 @@ def test_policies_are_plain_python_and_numpy() -> None:
                 imported.add(str(node.module))
     assert "numpy" in imported
     others = {name for name in imported if name.split(".")[0] in ("torch", "deepspeed", "transformers", "trl")}
-    own = {name for name in imported if name.split(".")[0] == "agsel" and not name.startswith("agsel.policies.")}
+    own = {
+        name
+        for name in imported
+        if name.split(".")[0] == "agsel" and not name.startswith(("agsel.policies.", "agsel.errors"))
+    }
     assert not others | own
+
+
+@dataclass(kw_only=True)
+class Scripted(Policy):
+    """Does what it is given: a plan by step, and what it makes of the norms."""
+
+    plans: tuple[Plan, ...]
+    update: Update | None = None
+
+    def make_plan(self) -> Plan:
+        return self.plans[self.step]
+
+    def settings(self) -> dict[str, Any]:
+        return {"method": "Scripted"}
+
+    def choose(self, norms: Mapping[int, float]) -> Update:
+        return self.update or super().choose(norms)
+
+
+ALL = frozenset(range(BLOCKS))
+
+
+def test_a_step_may_update_nothing_and_counts_as_a_step() -> None:
+    policy = started(Scripted(plans=(Plan(ALL, Update(frozenset())), Plan.of([2, 4], fresh=[4]))))
+    assert policy.plan().kind == "probe"
+    assert policy.commit(norms_of(0)).blocks == frozenset()
+    assert (policy.step, sum(policy.counts)) == (1, 0)
+    assert policy.commit(norms_of(1)) == Update(frozenset({2, 4}), fresh=frozenset({4}))
+    assert policy.counts == [int(block in (2, 4)) for block in range(BLOCKS)]
+
+
+def test_a_choice_after_the_backward_sees_the_norms_of_all_trainable_blocks() -> None:
+    seen: list[Mapping[int, float]] = []
+
+    class Watching(Scripted):
+        def choose(self, norms: Mapping[int, float]) -> Update:
+            seen.append(norms)
+            return Update(frozenset({3}))
+
+    policy = started(Watching(plans=(Plan(frozenset({3, 5}), None), Plan.of([3]))))
+    assert policy.commit({3: 1.0, 5: 2.0}) == Update(frozenset({3}))
+    policy.commit({3: 4.0})
+    assert seen == [{3: 1.0, 5: 2.0}, {3: 4.0}]
+
+
+@pytest.mark.parametrize(
+    ("plan", "update", "words"),
+    [
+        (Plan.of([BLOCKS]), None, f"Scripted planned block {BLOCKS} at step 1"),
+        (Plan.of([]), None, "Scripted planned no block at step 1"),
+        (Plan(ALL - {2}, Update(frozenset({2}))), None, "Scripted updates block 2 at step 1"),
+        (Plan.of([1], fresh=[2]), None, "Scripted starts anew block 2 at step 1"),
+        (Plan(ALL - {2}, None), Update(frozenset({2})), "Scripted updates block 2 at step 1"),
+        (Plan(ALL, None), Update(frozenset({1}), fresh=frozenset({2})), "Scripted starts anew block 2 at step 1"),
+    ],
+)
+def test_a_rule_that_names_blocks_it_may_not_is_refused(plan: Plan, update: Update | None, words: str) -> None:
+    policy = started(Scripted(plans=(plan,), update=update))
+    with pytest.raises(UserError, match=words):
+        policy.commit(norms_of(0))
+
+
+def test_every_kind_of_plan_is_saved_and_restored() -> None:
+    plans = (Plan(ALL, None), Plan(ALL, Update(frozenset())), Plan.of([1, 2]), Plan.of([1, 2], fresh=[2]))
+    for number, plan in enumerate(plans):
+        policy, resumed = (started(Scripted(plans=plans)) for _ in range(2))
+        for step in range(number):
+            policy.update = Update(frozenset({1}))
+            policy.commit(norms_of(step))
+        policy.plan()
+        resumed.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+        assert resumed.plan() == plan
+        assert resumed.state_dict()["plan"] == policy.state_dict()["plan"]
+
+
+def test_plans_keep_the_form_that_earlier_checkpoints_have() -> None:
+    """Written by agsel before its plans had updates."""
+    policy = started(RandomBlocks(fraction=0.3, seed=1))
+    assert policy.state_dict()["plan"] is None
+    plan = policy.plan()
+    assert policy.state_dict()["plan"] == {"explore": False, "blocks": sorted(plan.trainable)}
+    state = policy.state_dict() | {"plan": {"explore": True, "blocks": list(range(BLOCKS))}}
+    policy.load_state_dict(state)
+    assert policy.plan() == Plan(ALL, None)
+
+
+def test_a_length_that_was_left_open_is_that_of_the_first_epoch() -> None:
+    policy = AdaGradSelect(fraction=0.3)
+    with pytest.raises(UserError, match="explore_steps is not given"):
+        policy.start(layers(BLOCKS))
+    policy.complete(epoch_steps=40)
+    assert policy.explore_steps == 40
+    chosen = AdaGradSelect(fraction=0.3, explore_steps=7)
+    chosen.complete(epoch_steps=40)
+    assert chosen.explore_steps == 7
+
+
+def test_a_copy_that_is_started_leaves_the_policy_as_it_is() -> None:
+    policy = started(TopK(fraction=0.5), 4)
+    run(policy, 3)
+    before = policy.state_dict()
+    twin = policy.started(layers(BLOCKS))
+    run(twin, 5)
+    assert (twin.blocks_per_step, policy.blocks_per_step) == (6, 2)
+    assert policy.state_dict() == before
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_facts_about_a_method_are_on_its_class(name: str) -> None:
+    policy = METHODS[name]
+    assert policy.method == name
+    assert policy.rule
+    for flag, field in flags_of(policy).items():
+        assert len(field.metadata["help"]) > 20, flag

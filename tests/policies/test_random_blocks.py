@@ -42,8 +42,8 @@ def test_only_applied_steps_count() -> None:
     for step in range(9):
         for _ in range(1 + step % 2):
             plan = policy.plan()
-        held.append(plan.blocks)
-        policy.resolve(norms_of(step, 80))
+        held.append(plan.trainable)
+        policy.commit(norms_of(step, 80))
     assert held[0:3] == [held[0]] * 3
     assert held[3:6] == [held[3]] * 3
     assert len(set(held)) == 3

@@ -152,14 +152,14 @@ def gradient_elements(stage: int, dtype: str, **options: Any) -> list[dict[str, 
     points: list[dict[str, Any]] = []
 
     def count(at: str) -> None:
-        point = {"at": at, "planned": planned, "explore": plan.explore, "full": full_bytes}
+        point = {"at": at, "planned": planned, "explore": plan.kind == "explore", "full": full_bytes}
         states = sum(12 * p.master.numel() for p in selection.residency.partitions if p.is_resident)
         live = settled_bytes(engine.module) - states
         points.append(point | {"held": held_gradients(engine, selection), "live": live})
 
     for step in range(5):
         plan = selection.policy.plan()
-        planned = {selection.blocks[index] for index in plan.blocks}
+        planned = {selection.blocks[index] for index in plan.trainable}
         for micro_step in range(2):
             ids = tiny_batch(step, micro_step, torch.distributed.get_rank()).to(engine.device)
             loss = engine(input_ids=ids, labels=ids).loss
@@ -239,17 +239,17 @@ def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool =
     for step in range(6):
         ids = tiny_batch(step, 0, torch.distributed.get_rank()).to(engine.device)
         plan = selection.policy.plan()
-        planned = tuple(selection.blocks[index] for index in plan.blocks)
+        planned = tuple(selection.blocks[index] for index in sorted(plan.trainable))
         before = selection.resident
         loss = engine(input_ids=ids, labels=ids).loss
         four_fifths = math.ceil(0.8 * len(planned))
-        assert len(selection.resident) == (0 if plan.explore else four_fifths)
+        assert len(selection.resident) == (0 if plan.kind == "explore" else four_fifths)
         assert set(selection.resident) <= {*before, *planned}
         engine.backward(loss)
         del loss
-        count("backward", last_explored if plan.explore else planned)
+        count("backward", last_explored if plan.kind == "explore" else planned)
         engine.step()
-        if plan.explore:
+        if plan.kind == "explore":
             last_explored = selection.last.selected
         count("step", selection.last.selected)
     return points

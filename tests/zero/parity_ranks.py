@@ -10,6 +10,7 @@ import torch
 
 import agsel
 from tests.cases import run_cases
+from tests.zero.rules import EveryClause
 from tests.zero.scenario import Record, Scenario, run_engine, start_engine
 
 PARITY = {
@@ -32,6 +33,12 @@ LEAF_MODULES = {"leaf_module": {"classes": ["transformers.models.llama.modeling_
 """For DeepSpeed, as it takes mixtures of experts by default: all gradients of such a module come at once."""
 PARITY["stage3-leaf-modules"] = Scenario(stage=3, clip=0.3, zero=LEAF_MODULES)
 PARITY["stage3-several-sub-groups"] = Scenario(stage=3, clip=0.3, zero={"sub_group_size": 1000})
+PARITY |= {
+    f"stage{stage}-every-clause": Scenario(
+        stage=stage, accumulation=2, clip=0.3, policy=partial(EveryClause, fraction=0.3, seed=5)
+    )
+    for stage in (1, 2, 3)
+}
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(
         stage=stage, dtype=dtype, policy=agsel.FullFineTuning, steps=6, accumulation=2, config=config

@@ -12,15 +12,21 @@ from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
 import agsel
 from agsel.zero import residency
 from agsel.zero.residency import POISON, SMALLEST_PART, SideStream
-from agsel.zero.selection import Moment
+from agsel.zero.timetable import Moment
 from tests.cases import run_cases
 from tests.tiny import tiny_model
 from tests.zero.parity_ranks import whole_weights
+from tests.zero.rules import EveryClause
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
 MIXED = partial(agsel.AdaGradSelect, fraction=0.5, explore_steps=500, epsilon_end=0.3, seed=4)
 NEW_SET_EVERY_STEP = partial(agsel.RandomBlocks, fraction=0.5, seed=4)
+POLICIES: dict[str, partial[agsel.Policy]] = {
+    "mixed": MIXED,
+    "new-set-every-step": NEW_SET_EVERY_STEP,
+    "every-clause": partial(EveryClause, fraction=0.4, seed=4),
+}
 VARIANTS: dict[str, dict[str, bool]] = {
     "kept": {"offload_states": False},
     "moved": {},
@@ -56,7 +62,8 @@ def watch_leaving(selection: Any) -> dict[str, list[tuple[int, int]]]:
     When a step has decided on them, at the end of its forward, and at the end of its backward.
     """
     leaving: dict[str, list[tuple[int, int]]] = {"decided": [], "forward": [], "backward": []}
-    move_states, resolve, residency = selection.move_states, selection.resolve, selection.residency
+    timetable, residency = selection.timetable, selection.residency
+    move, commit = timetable.move, selection.commit
 
     def note(point: str) -> None:
         leaving[point].append((residency.leaving_bytes, residency.exchanged_bytes))
@@ -64,15 +71,15 @@ def watch_leaving(selection: Any) -> dict[str, list[tuple[int, int]]]:
     def watched_move(moment: Moment) -> None:
         if moment is Moment.BACKWARD:
             note("forward")
-        move_states(moment)
+        move(moment)
         if moment is Moment.FORWARD and len(leaving["decided"]) == len(leaving["forward"]):
             note("decided")
 
-    def watched_resolve(*arguments: Any) -> Any:
+    def watched_commit(*arguments: Any) -> Any:
         note("backward")
-        return resolve(*arguments)
+        return commit(*arguments)
 
-    selection.move_states, selection.resolve = watched_move, watched_resolve
+    timetable.move, selection.commit = watched_move, watched_commit
     return leaving
 
 
@@ -157,7 +164,7 @@ def what_an_engine_sets(model: torch.nn.Module) -> list[Any]:
 CASES: dict[str, partial[Any]] = {
     f"stage{stage}-{name}": partial(poisoned_and_kept, stage, policy)
     for stage in (1, 2, 3)
-    for name, policy in {"mixed": MIXED, "new-set-every-step": NEW_SET_EVERY_STEP}.items()
+    for name, policy in POLICIES.items()
 }
 
 AGAIN = {f"again-{stage}": partial(trained_again, stage) for stage in (1, 2, 3)}

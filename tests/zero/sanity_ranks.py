@@ -33,7 +33,7 @@ def flip_a_bit(tensor: torch.Tensor) -> None:
 
 def frozen_block(engine: Any, selection: Any) -> tuple[str, Any]:
     """Name and module of the last layer that the coming step leaves out."""
-    planned = selection.policy.plan().blocks
+    planned = selection.policy.plan().trainable
     index = max(index for index in range(len(selection.blocks)) if index not in planned)
     return selection.blocks[index], engine.module.model.layers[index]
 

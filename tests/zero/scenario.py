@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import agsel
+from agsel.policies import BlockInfo
 from tests.cases import require_dtype
 from tests.distributed import RANKS
 from tests.tiny import tiny_batch, tiny_model
@@ -140,7 +141,8 @@ class Reference:
         }
         self.optimizers = {name: torch.optim.AdamW(parameters, **ADAM) for name, parameters in self.blocks.items()}  # type: ignore[arg-type]
         self.policy = scenario.policy()
-        self.policy.start(len(self.blocks))
+        infos = [BlockInfo(name, sum(p.numel() for p in parameters)) for name, parameters in self.blocks.items()]
+        self.policy.start(infos)
 
     def run(self) -> Record:
         record = Record()
@@ -148,11 +150,14 @@ class Reference:
             record.losses.append(self._gradients(step))
             names = list(self.blocks)
             plan = self.policy.plan()
-            norms = [self._norm(self.blocks[name]) for name in names]
-            selected = [names[index] for index in self.policy.resolve(norms)]
+            norms = {index: self._norm(self.blocks[names[index]]) for index in sorted(plan.trainable)}
+            update = self.policy.commit(norms)
+            selected = [names[index] for index in sorted(update.blocks)]
+            for index in update.fresh:
+                self.optimizers[names[index]].state.clear()
             record.selected.append(tuple(selected))
-            record.modes.append("explore" if plan.explore else "exploit")
-            record.norms.append({names[index]: norms[index] for index in plan.blocks})
+            record.modes.append(plan.kind)
+            record.norms.append({names[index]: norm for index, norm in norms.items()})
             record.grad_norms.append(self._update(selected))
         return record
 

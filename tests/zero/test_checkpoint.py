@@ -48,9 +48,8 @@ def test_the_save_was_hard(ranks: list[dict[str, Any]], stage: int) -> None:
     assert len(at_save["resident"]) < len(at_save["counts"])
     assert {"explore", "exploit"} <= set(ranks[0][f"resumed-{stage}"]["modes"])
     before_load = ranks[0][f"resumed-{stage}"]["planned before load"]
-    assert not at_save["planned"].explore
-    assert not before_load.explore
-    assert at_save["planned"].blocks != before_load.blocks
+    assert at_save["planned"].kind == before_load.kind == "exploit"
+    assert at_save["planned"].trainable != before_load.trainable
     assert ranks[0][f"resumed-{stage}"]["client state"] == 42
     assert len(ranks[0][f"resumed-{stage}"]["resident after load"]) < len(at_save["counts"])
 

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from agsel import AdaGradSelect, RandomBlocks
-from agsel.blocks import find_blocks
+from agsel.blocks import find_blocks, hidden_states
 from agsel.policies import Policy
 from agsel.zero import residency
-from agsel.zero.attach import hidden_states
+from agsel.zero.parameters import block_infos
 from agsel.zero.residency import POISON, Partition, Residency
-from agsel.zero.selection import LEAVING_IN_BACKWARD, SHARE_IN_FORWARD, Moment, Selection
+from agsel.zero.selection import Selection
+from agsel.zero.timetable import LEAVING_IN_BACKWARD, SHARE_IN_FORWARD, Moment
 from tests.tiny import tiny_model
+from tests.zero.rules import EveryClause
 
 LAYERS = 20
 ELEMENTS = 1000
@@ -33,14 +35,17 @@ def selection_of(masters: list[torch.Tensor], policy: Policy) -> Selection:
     blocks = [block for block in find_blocks(tiny_model(layers=LAYERS)) if block.is_layer]
     optimizer = torch.optim.AdamW([{"params": [master]} for master in masters])
     partitions = [Partition(layer, layer, master, optimizer) for layer, master in enumerate(masters)]
-    residency = Residency(partitions, masters[0].device, offload_states=True, pin_memory=True)
+    policy.start(block_infos(blocks))
+    device = masters[0].device
+    residency = Residency(partitions, device, offload_states=True, pin_memory=True, pinned=policy.pinned)
     selection = Selection(blocks, policy, residency, None, max_skipped_steps=1)
-    residency.adopt(selection.wanted_in_forward())
+    selection.adopt_states()
+    selection.plan_step()
     return selection
 
 
 def resident(selection: Selection) -> set[int]:
-    return {index for index in range(LAYERS) if selection.residency.is_resident(index)}
+    return set(selection.residency.resident_blocks())
 
 
 def one_step(selection: Selection) -> dict[Any, set[int]]:
@@ -48,11 +53,12 @@ def one_step(selection: Selection) -> dict[Any, set[int]]:
     selection.plan_step()
     history: dict[Any, set[int]] = {None: resident(selection)}
     for moment in Moment:
-        selection.move_states(moment)
-        selection.move_states(moment)  # of another micro-batch
+        selection.timetable.move(moment)
+        selection.timetable.move(moment)  # of another micro-batch
         history[moment] = resident(selection)
-    selected = selection.resolve(torch.arange(1.0, LAYERS + 1, dtype=torch.float64), loss_scale=1.0)
-    assert resident(selection) == set(selected)
+    update = selection.commit(torch.arange(1.0, LAYERS + 1, dtype=torch.float64), loss_scale=1.0)
+    assert update is not None
+    assert resident(selection) == update.blocks | selection.policy.pinned
     assert selection.residency.leaving_bytes == 0
     assert_own_states(selection)
     return history
@@ -87,7 +93,7 @@ def test_a_planned_exchange_needs_no_more_memory_and_moves_nothing_twice(
     one_step(selection)
     for _ in range(30):
         moved = selection.residency.moved_bytes
-        planned = set(policy.plan().blocks)
+        planned = set(policy.plan().trainable)
         history = one_step(selection)
         before = history[None]
         leaving, arriving = before - planned, planned - before
@@ -114,8 +120,8 @@ def test_states_moved_in_an_evaluation_can_be_stepped(masters: list[torch.Tensor
     selection = selection_of(masters, RandomBlocks(fraction=0.3, seed=2))
     with torch.inference_mode():
         for moment in Moment:
-            selection.move_states(moment)
-    arrived = [masters[layer] for layer in selection.policy.plan().blocks]
+            selection.timetable.move(moment)
+    arrived = [masters[layer] for layer in selection.policy.plan().trainable]
     optimizer = torch.optim.AdamW(arrived)
     for master in arrived:
         assert not master.is_inference()
@@ -129,7 +135,7 @@ def test_an_exchange_uses_the_memory_that_is_left(masters: list[torch.Tensor]) -
     rows = [partition.rows for partition in selection.residency.partitions if partition.is_resident]
     selection.plan_step()
     for moment in (Moment.FORWARD, Moment.BACKWARD):
-        selection.move_states(moment)
+        selection.timetable.move(moment)
         now = [partition.rows for partition in selection.residency.partitions if partition.is_resident]
         assert {id(own) for own in now} < {id(own) for own in rows}
 
@@ -150,7 +156,7 @@ def test_states_travel_with_the_layers_of_forward_and_backward(
     forward, backward = [], []
     for layer in range(LAYERS):
         hidden = (hidden * 1).requires_grad_(layer >= lowest)
-        selection.enter_layer(hidden, LAYERS - layer)
+        selection.timetable.enter_layer(hidden, LAYERS - layer)
         forward.append(moving.leaving_bytes)
         if hidden.requires_grad:
             hidden.register_hook(lambda _: backward.append(moving.leaving_bytes))
@@ -159,9 +165,9 @@ def test_states_travel_with_the_layers_of_forward_and_backward(
     assert leaving > arriving
     for_backward = min(LEAVING_IN_BACKWARD * leaving, arriving)
     assert moving.leaving_bytes == moving.exchanged_bytes, "room that is given back is free when the forward ends"
-    selection.move_states(Moment.BACKWARD)
+    selection.timetable.move(Moment.BACKWARD)
     at_once = moving.leaving_bytes
-    selection.enter_layer(hidden, 1)  # computed again, for its gradients
+    selection.timetable.enter_layer(hidden, 1)  # computed again, for its gradients
     assert at_once == moving.leaving_bytes == (forward[-1] if lowest < LAYERS else 0)
     if hidden.requires_grad:
         hidden.sum().backward()
@@ -211,3 +217,32 @@ def test_states_that_have_not_left_yet_can_be_called_back(masters: list[torch.Te
     moving.synchronize()
     assert moving.leaving_bytes == 0
     assert_own_states(selection)
+
+
+def test_pinned_states_never_leave_and_have_no_place_on_the_host(masters: list[torch.Tensor]) -> None:
+    """Whatever a step does: nothing, all, what is planned, or what is chosen among a few."""
+    selection = selection_of(masters, EveryClause(fraction=0.3, seed=3))
+    pinned, *movable = selection.residency.partitions
+    address = pinned.rows.data_ptr()
+    for _ in range(12):
+        history = one_step(selection)
+        assert all(0 in blocks for blocks in history.values())
+        assert pinned.rows.data_ptr() == address
+    assert pinned.home is None
+    assert all(partition.home is not None for partition in movable)
+    assert selection.counts["layers.0"] == 9, "all but the steps that measure"
+
+
+def test_states_that_start_anew_keep_their_master_alone(masters: list[torch.Tensor]) -> None:
+    selection = selection_of(masters, RandomBlocks(fraction=0.3, seed=2))
+    partition = selection.residency.partitions[4]
+    selection.residency.keep_only({4})
+    for value, row in enumerate(partition.rows):
+        row.fill_(value + 1)
+    state = partition._optimizer.state[partition.master]
+    state["step"] = partition._placed_step(7)
+    partition.start_anew()
+    assert (partition.master == 1).all()
+    assert not state["exp_avg"].any()
+    assert not state["exp_avg_sq"].any()
+    assert int(state["step"]) == 0

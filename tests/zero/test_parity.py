@@ -30,7 +30,7 @@ def test_equals_the_plain_loop(
     ranks: list[dict], references: dict[tuple, Record], loss_tolerance: float, name: str
 ) -> None:
     scenario = PARITY[name]
-    key = (scenario.accumulation, scenario.clip, scenario.blocks, scenario.tied)
+    key = (scenario.accumulation, scenario.clip, scenario.blocks, scenario.tied, str(scenario.policy()))
     if key not in references:
         references[key] = Reference(scenario).run()
     reference = references[key]

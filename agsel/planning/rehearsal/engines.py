@@ -15,6 +15,7 @@ from torch import nn
 from agsel.blocks import decoder_layers
 from agsel.planning.rehearsal.ledger import Kind, Ledger
 from agsel.planning.rehearsal.workload import Step, Workload
+from agsel.zero.timetable import late
 
 WORKSPACE_BYTES = 2 * 2**25
 """cuBLAS takes 32 MiB on Hopper GPUs, once for the forward's thread and once for the backward's."""
@@ -29,7 +30,7 @@ class Rank:
         self._parameters: list[nn.Parameter] = list(model.parameters())
         self._numels = {parameter: parameter.numel() for parameter in self._parameters}
         self._group_of = {parameter: index for index, group in enumerate(step.groups) for parameter in group}
-        self._triggers = {group[0] for group in step.groups[: len(step.groups) * 2 // 3 + 1]}
+        self._triggers = {group[0] for group in late(step.groups)}
         self._states: dict[int, torch.Tensor] = {}
         self._gradients: dict[int, list[torch.Tensor]] = {}
         self._waiting: list[nn.Parameter] = []

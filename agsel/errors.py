@@ -1,0 +1,44 @@
+"""Ends of a run that agsel foresaw. Their message is one line that says all; any other error is a bug or a fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class AgselError(Exception):
+    """An end that agsel foresaw: commands print the message as one line and no traceback."""
+
+
+class UserError(AgselError, ValueError):
+    """A setting, model or file that cannot work. The message names the setting and the remedy."""
+
+
+class MissingError(AgselError, FileNotFoundError):
+    """A file that must be there and is not."""
+
+
+class RunError(AgselError, RuntimeError):
+    """A run that cannot go on as it is: its ranks disagree, its gradients are not finite, its disk is full."""
+
+
+@contextmanager
+def complaints_of_libraries() -> Iterator[None]:
+    """Take the errors by which other packages refuse what the user gave them for the user's mistakes.
+
+    For calls that read settings, models and data, and run no code of agsel's, whose bugs would pass as mistakes.
+
+    Raises:
+        UserError: in place of a ValueError, OSError or ImportError, with its message.
+    """
+    try:
+        yield
+    except AgselError:
+        raise
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,213 @@
+"""Fine-tune a language model, updating only a few of its blocks at each step: what `launch/train.py` runs.
+
+deepspeed --num_gpus 4 --module agsel.train --config qwen2.5-0.5b-gsm8k --method adagradselect
+
+Settings: defaults, then the YAML file, then the command line (`--help`). The run folder `--output_dir` receives
+`config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
+"""
+
+import sys
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from datasets import Dataset
+from deepspeed.accelerator import get_accelerator
+from trl import get_peft_config, get_quantization_config
+
+import agsel
+from agsel.errors import UserError, complaints_of_libraries
+from agsel.runs import checkpoints, folder, resume
+from agsel.runs.preemption import SignalWatch, StopRequests, host_group
+from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
+from agsel.runs.trainer import ResumableTrainer
+from agsel.runs.watchdog import watched_ranks
+from agsel.training import train_blocks
+from agsel.training.configuration import Configuration, parse_configuration, write_configuration
+from agsel.training.data import load_rows, require_labels, to_training_format
+from agsel.training.export import export_model
+from agsel.training.fit import plan_of_run
+from agsel.training.identity import describe_for_resume
+from agsel.training.model import require_chat_template, require_model
+from agsel.training.output import direct_output, on_first_rank
+from agsel.training.summary import count_steps, describe_run
+from agsel.zero.consensus import first_rank_does, require_equal_settings
+
+
+def main(arguments: Sequence[str]) -> ResumableTrainer:
+    """Train as the command line says, to the end, where the model is exported, or until asked to stop."""
+    signals = SignalWatch()
+    with ends_in_one_line():
+        join_ranks()
+        configuration = parse_configuration(arguments, default_settings())
+        # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        warn_on_one_rank()
+    with watched_ranks(configuration.safety.rank_timeout), ends_in_one_line():
+        return train(configuration, signals)
+
+
+def train(configuration: Configuration, signals: SignalWatch) -> ResumableTrainer:
+    """Train and export as configured, on every rank."""
+    require_equal_settings(configuration.resolved)
+    group = host_group()
+    limit_waiting(configuration.training.ddp_timeout)
+    say_ignored(configuration)
+    run_folder = Path(configuration.training.output_dir)
+    checkpoint = find_checkpoint(run_folder, configuration.training.resume_from_checkpoint, group)
+
+    trainer = build_trainer(configuration)
+    policy = plan_run(trainer, configuration)
+
+    def attach(engine: Any) -> agsel.Selection:
+        return agsel.attach(
+            engine,
+            policy,
+            offload_states=configuration.selection.offload_states,
+            pin_memory=configuration.selection.pin_memory,
+            max_skipped_steps=configuration.safety.max_skipped_steps,
+            sanity_checks=configuration.safety.sanity_checks,
+        )
+
+    train_blocks(trainer, attach, blocks=configuration.taking_part)
+    run = prepare_resume(configuration, trainer, checkpoint)
+    first_rank_does(partial(write_configuration, configuration), group)
+    requests = StopRequests(run_folder, signals, group)
+    trainer.make_resumable(requests, run, group)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if requests.agreed:
+        say_goodbye(trainer, requests)
+    else:
+        export_model(trainer, run_folder / "model", group)
+        say_done(configuration)
+    return trainer
+
+
+def default_settings() -> dict[str, Any]:
+    """Where agsel's defaults differ from TRL's."""
+    return {
+        "deepspeed": "zero2",
+        "report_to": "tensorboard",
+        "use_cpu": get_accelerator().device_name() == "cpu",
+        "dtype": None,  # that of training
+        "assistant_only_loss": None,  # yes for datasets of messages
+    }
+
+
+def build_trainer(configuration: Configuration) -> ResumableTrainer:
+    """TRL's trainer with the dataset mapped and checked, and with block selection added."""
+    training, model = configuration.training, configuration.model
+    require_model(model, training)
+    rows = load(configuration, configuration.script.dataset_train_split)
+    held_out = None
+    if training.eval_strategy != "no":
+        held_out = load(configuration, configuration.script.dataset_test_split)
+    if training.assistant_only_loss is None:
+        training.assistant_only_loss = "messages" in rows.column_names
+    training.model_init_kwargs = (training.model_init_kwargs or {}) | {
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+    }
+    require_chat_template(model, training, rows)
+    with complaints_of_libraries():
+        trainer = ResumableTrainer(
+            model.model_name_or_path,
+            args=training,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    require_labels(trainer.train_dataset, len(rows), training.max_length)
+    if held_out is not None:
+        require_labels(trainer.eval_dataset, len(held_out), training.max_length)
+    # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
+    trainer.model.num_parameters = cache(trainer.model.num_parameters)
+    if configuration.selection.compile_layers:
+        agsel.compile_layers(trainer.model)
+    direct_output(trainer)
+    return trainer
+
+
+def find_checkpoint(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
+    """The checkpoint to resume from, verified, and said."""
+    found = folder.prepare(run_folder, wanted, group)
+    if found is not None:
+        on_first_rank(f"resume    {found}, every file verified")
+    elif wanted is not None:
+        on_first_rank(f"resume    {run_folder} holds no complete checkpoint: from the beginning")
+    return found
+
+
+def prepare_resume(configuration: Configuration, trainer: ResumableTrainer, checkpoint: Path | None) -> dict[str, Any]:
+    """What the run is like, after refusing or saying what differs from the run that saved the checkpoint."""
+    run = describe_for_resume(configuration, trainer)
+    if checkpoint is not None:
+        for sentence in resume.compare(checkpoints.Manifest.read(checkpoint).run, run):
+            on_first_rank(f"changed   {sentence}")
+    return run
+
+
+def load(configuration: Configuration, split: str) -> Dataset:
+    """One split of the dataset, as prompt and completion or messages; the first rank fills the cache."""
+    with configuration.training.main_process_first(desc="dataset"):
+        rows = load_rows(configuration.script.dataset_name, split, configuration.script.dataset_config)
+        return to_training_format(rows, configuration.data)
+
+
+def plan_run(trainer: ResumableTrainer, configuration: Configuration) -> agsel.Policy:
+    """The policy of the run, after saying what will happen and refusing what cannot fit."""
+    steps = count_steps(trainer)
+    policy = configuration.build_policy()
+    policy.complete(steps.of_first_epoch)
+    on_first_rank(describe_run(configuration, trainer, policy, steps))
+    check_memory(trainer, configuration, policy)
+    return policy
+
+
+def check_memory(trainer: ResumableTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
+    """Say what memory the run needs, and refuse what cannot fit, on all ranks."""
+    text, lacking = first_rank_does(partial(plan_of_run, configuration, trainer, policy), None)
+    on_first_rank(text)
+    if lacking and not configuration.selection.force:
+        raise UserError(f"{lacking}; --force true starts all the same")
+    if lacking:
+        on_first_rank(f"warning   {lacking}")
+
+
+def say_ignored(configuration: Configuration) -> None:
+    """Name what the file of `--config` sets for other methods than that of the run."""
+    if configuration.ignored:
+        listed = ", ".join(f"{name} {value}" for name, value in configuration.ignored.items())
+        on_first_rank(f"ignored   {configuration.selection.method} does not read {listed}")
+
+
+def say_goodbye(trainer: ResumableTrainer, requests: StopRequests) -> None:
+    """Leave the marker for whoever restarts the run."""
+    if dist.get_rank() == 0:
+        requests.mark(trainer.last_saved, trainer.state.global_step)
+    on_first_rank(
+        f"stopped   {requests.agreed} after step {trainer.state.global_step}; go on with the same command and "
+        "--resume_from_checkpoint auto"
+    )
+
+
+def say_done(configuration: Configuration) -> None:
+    """Name what the run folder holds now."""
+    shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
+    written = ", ".join(["model/", *shown, "selection.json", "config.yaml"])
+    on_first_rank(f"done      {configuration.training.output_dir}: {written}")
+
+
+def command() -> None:
+    """What a launcher starts on every rank."""
+    main(sys.argv[1:])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command()

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,12 @@ REFUSED_ZERO_SETTINGS = {
     "zenflow": {"topk_ratio": 0.05},
     "elastic_checkpoint": True,
 }
+BAD_INPUT = (
+    *REFUSED_ZERO_SETTINGS,
+    *("fraction", "unknown", "model", "file", "empty", "field", "row", "masked", "messages", "split", "stage"),
+    *("optimizer", "optim", "reentrant", "yaml", "output", "earlier run", "encoder", "bitsandbytes"),
+    *("no template", "no markers", "unread", "no module", "no policy"),
+)
 LAYERS = [f"layers.{index}" for index in range(4)]
 
 
@@ -34,6 +41,14 @@ def alone(*arguments: object, env: dict[str, str] | None = None) -> subprocess.C
     return subprocess.run(
         command, env=environment() | (env or {}), cwd=REPOSITORY, capture_output=True, text=True, timeout=200
     )
+
+
+def several_runs(folder: Path, cases: dict[str, list[str]]) -> dict[str, Any]:
+    """Exit code, output and step reached of command lines, run one after the other in one process."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    worker = alone(REPOSITORY / "tests" / "several_runs.py", folder / "cases.json")
+    assert worker.returncode == 0, worker.stderr[-6000:]
+    return json.loads(worker.stdout.partition("RESULT")[2])
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -224,8 +239,8 @@ def with_chat_template(folder: Path, template: str | None) -> Path:
     return folder
 
 
-def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[Path, Path], tmp_path: Path) -> None:
-    """One process for all of them: what matters here is that nothing but the line comes out, and exit code 1."""
+def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[str, Any], str]]:
+    """What is changed in the settings of a run, and words of the line that refuses it."""
     empty = save_rows(tmp_path / "empty.jsonl", 0)
     bad_row = save_rows(tmp_path / "bad_row.jsonl", 9, row_5={"answer": ""})
     talk = [{"role": "user", "content": "w3 w4 w5"}, {"role": "assistant", "content": "w3"}]
@@ -262,6 +277,9 @@ def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[P
         "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds the model of an earlier run"),
         "encoder": ({"model_name_or_path": encoder(tmp_path / "encoder")}, "is a BertForMaskedLM, which generates no"),
         "bitsandbytes": ({"load_in_4bit": True}, "bitsandbytes"),
+        "unread": ({"epsilon_start": 0.5, "method": "topk"}, "topk does not read --epsilon_start: leave it out"),
+        "no module": ({"method": "no_such_module:Rule"}, "no module 'no_such_module' (--method no_such_module:Rule)"),
+        "no policy": ({"method": "tests.round_robin:dataclass"}, "is no subclass of agsel.Policy"),
     }
     for name, (template, words) in {
         "no template": (None, "has no chat template: name one (--chat_template_path)"),
@@ -269,16 +287,31 @@ def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(parts: tuple[P
     }.items():
         model = with_chat_template(save_model(tmp_path / f"{name} model"), template)
         expected[name] = (messages | {"model_name_or_path": model, "max_length": 64}, words)
-    cases = {name: settings(*parts, tmp_path / name, **changed) for name, (changed, _) in expected.items()}
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    worker = alone(REPOSITORY / "tests" / "bad_input_worker.py", tmp_path / "cases.json")
-    assert worker.returncode == 0, worker.stderr[-6000:]
-    refusals = json.loads(worker.stdout.partition("RESULT")[2])
-    for name, (_, words) in expected.items():
-        code, errors = refusals[name]
-        assert code == 1, name
-        assert [words in line for line in said(errors)] == [True], f"{name}: {errors}"
-        assert "Traceback" not in errors
+    return expected
+
+
+@pytest.fixture(scope="module")
+def refused(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any]]:
+    """For each case the words, and the outcome. One process for all of them."""
+    folder = tmp_path_factory.mktemp("refused")
+    expected = bad_input(parts, folder)
+    cases = {name: settings(*parts, folder / name, **changed) for name, (changed, _) in expected.items()}
+    outcomes = several_runs(folder, cases)
+    return {name: (words, outcomes[name]) for name, (_, words) in expected.items()}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(
+    refused: dict[str, tuple[str, Any]], name: str
+) -> None:
+    words, (code, output, _) = refused[name]
+    assert code == 1
+    assert [words in line for line in said(output)] == [True], output
+    assert "Traceback" not in output
+
+
+def test_all_bad_input_is_tried(refused: dict[str, Any]) -> None:
+    assert set(refused) == set(BAD_INPUT)
 
 
 @pytest.mark.parametrize("changed", [{"method": "adagrad"}, {"max_length": 3}], ids=["early", "late"])

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from datasets import Dataset
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from agsel.planning.memory import MemoryPlan, Planner, heaviest, meta_copy, meta_model, spread_evenly
 from agsel.planning.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from agsel.planning.rehearsal.ledger import GRANULE, Ledger
-from agsel.policies import AdaGradSelect, RandomBlocks, TopK, blocks_of_fraction, fraction_of_blocks
-from agsel.training import SelectionArguments
-from agsel.training.fit import _kinds_of_steps, _local_ranks, _workload, plan_of_run, shortage
-from tests.distributed import REPOSITORY, launch
+from agsel.planning.shapes import MODEL_SHAPES
+from agsel.policies import (
+    AdaGradSelect,
+    FullFineTuning,
+    Policy,
+    RandomBlocks,
+    TopK,
+    blocks_of_fraction,
+    fraction_of_blocks,
+)
+from agsel.training.fit import _local_ranks, _workload, plan_of_run, shortage
+from tests.distributed import launch
+from tests.policies.running import layers as layers_of
 from tests.tiny import tiny_batch, tiny_model
 from tests.tiny_run import save_model, save_rows, settings
-
-sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
-import plan_memory
-
-from agsel.planning.shapes import MODEL_SHAPES
+from tools import plan_memory
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 LAYERS = 6  # of the built-in shape `tiny`
@@ -259,7 +265,7 @@ def test_a_fraction_that_is_advised_gives_the_blocks_that_fit(blocks: int) -> No
         TopK(fraction=float(fraction_of_blocks(blocks, blocks))),
         RandomBlocks(fraction=float(fraction_of_blocks(blocks, blocks))),
     ):
-        policy.start(blocks)
+        policy.start(layers_of(blocks))
         assert policy.blocks_per_step == blocks
 
 
@@ -273,19 +279,28 @@ def test_the_advice_of_a_run_is_the_count_that_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "explore_steps", "kinds"),
+    ("policy", "kinds"),
     [
-        ("adagradselect", None, ("explore", "exploit")),
-        ("adagradselect", 0, ("exploit",)),
-        ("topk", 0, ("explore",)),
-        ("random", 0, ("exploit",)),
-        ("full", 0, ("exploit",)),
+        (AdaGradSelect(), ("explore", "exploit")),
+        (AdaGradSelect(explore_steps=5), ("explore", "exploit")),
+        (AdaGradSelect(explore_steps=0), ("exploit",)),
+        (TopK(), ("explore",)),
+        (RandomBlocks(), ("exploit",)),
+        (FullFineTuning(), ("exploit",)),
     ],
+    ids=str,
 )
-def test_only_adagradselect_can_leave_exploring_out(
-    method: str, explore_steps: int | None, kinds: tuple[str, ...]
-) -> None:
-    assert _kinds_of_steps(SelectionArguments(method=method, explore_steps=explore_steps)) == kinds
+def test_a_method_knows_the_kinds_of_its_steps(policy: Policy, kinds: tuple[str, ...]) -> None:
+    assert policy.kinds_of_steps == kinds
+
+
+def test_a_step_that_only_measures_holds_the_gradients_of_all_and_the_states_of_none() -> None:
+    found = planner(workload(accumulation=2)).plan(2, ("probe", "explore"))
+    probe, explore = found.steps["probe"], found.steps["explore"]
+    assert probe.parts.get("states", 0) == 0
+    assert probe.parts["gradients"] == explore.parts["gradients"] > 0
+    assert probe.total <= explore.total
+    assert probe.flops == explore.flops
 
 
 @pytest.mark.parametrize(
@@ -331,12 +346,56 @@ def test_the_launcher_tells_how_many_ranks_share_the_host(
     assert _local_ranks() == ranks
 
 
-def test_a_model_that_cannot_be_planned_may_train() -> None:
-    configuration: Any = SimpleNamespace(selection=SimpleNamespace(compile_layers=False), training=SimpleNamespace())
-    text, lacking = plan_of_run(configuration, SimpleNamespace(model=nn.Linear(2, 2)), None)  # type: ignore[arg-type]
+class Asking(LlamaForCausalLM):
+    """Its forward depends on a value, which is not there on the meta device."""
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        assert len(torch.nonzero(input_ids))
+        return super().forward(input_ids, **options)
+
+
+def plan_of(model: nn.Module) -> tuple[str, str | None]:
+    """Of a run on GPUs of 80 GB."""
+    training = SimpleNamespace(
+        bf16=True,
+        fp16=False,
+        use_cpu=False,
+        device="cuda",
+        world_size=2,
+        packing=False,
+        padding_free=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+        use_liger_kernel=False,
+        hf_deepspeed_config=SimpleNamespace(config={"zero_optimization": {"stage": 2}}),
+        max_length=None,
+        pad_to_multiple_of=None,
+        label_smoothing_factor=0.0,
+        loss_type="nll",
+    )
+    configuration: Any = SimpleNamespace(
+        training=training,
+        selection=SimpleNamespace(compile_layers=False, offload_states=True),
+        taking_part="layers",
+    )
+    trainer: Any = SimpleNamespace(model=model, train_dataset=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
+    properties = SimpleNamespace(total_memory=80 * 10**9)
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+        return plan_of_run(configuration, trainer, TopK())
+
+
+def test_a_model_that_cannot_be_rehearsed_may_train() -> None:
+    text, lacking = plan_of(Asking(tiny_model().config))
     assert lacking is None
     assert text.startswith("memory    cannot be planned for this model: ")
     assert "\n" not in text
+
+
+def test_a_bug_of_the_planner_does_not_switch_the_refusal_off() -> None:
+    assert "explore" in plan_of(tiny_model())[0]
+    with mock.patch.object(Planner, "plan", side_effect=KeyError("a bug")), pytest.raises(KeyError, match="a bug"):
+        plan_of(tiny_model())
 
 
 @pytest.mark.parametrize("shape", MODEL_SHAPES)

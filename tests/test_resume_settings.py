@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +10,11 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from agsel.training import SelectionArguments
+from agsel.training.arguments import SelectionArguments
 from agsel.training.identity import describe_for_resume, fingerprint_of_rows
+from agsel.training.methods import build_policy
 from tests.distributed import REPOSITORY
-from tests.test_launch import alone, said, scalars
+from tests.test_launch import said, scalars, several_runs
 from tests.tiny import tiny_model
 from tests.tiny_run import save_model, save_rows, settings
 
@@ -96,10 +96,7 @@ def outcomes(folder: Path) -> dict[str, Any]:
         }
         arguments = always | changed | here | {"resume_from_checkpoint": folder / "saved" / "checkpoint-4"}
         cases[name] = settings(*parts, folder / name, **arguments)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    worker = alone(REPOSITORY / "tests" / "resume_settings_worker.py", folder / "cases.json")
-    assert worker.returncode == 0, worker.stderr[-6000:]
-    return json.loads(worker.stdout.partition("RESULT")[2])
+    return several_runs(folder, cases)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -148,8 +145,9 @@ def test_another_seed_of_the_selection_has_no_effect(folder: Path, outcomes: dic
     assert re.sub(r".*seed.*", "", other) == re.sub(r".*seed.*", "", nothing)
 
 
-def described(**selection: Any) -> dict[str, Any]:
+def described(method: str, **changed: Any) -> dict[str, Any]:
     """Of a run without a dataset file, a Trainer or an engine."""
+    chosen = {"select_fraction": 0.3, "selection_seed": None, "seed": 42} | changed
     training = SimpleNamespace(
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1,
@@ -170,7 +168,9 @@ def described(**selection: Any) -> dict[str, Any]:
     )
     configuration: Any = SimpleNamespace(
         training=training,
-        selection=SelectionArguments(**selection),
+        selection=SelectionArguments(method=method),
+        build_policy=lambda: build_policy(method, chosen),
+        taking_part="layers",
         zero_stage=2,
         model=SimpleNamespace(dtype="float32"),
     )
@@ -185,8 +185,8 @@ def described(**selection: Any) -> dict[str, Any]:
 
 def test_full_fine_tuning_does_not_mention_what_it_does_not_read() -> None:
     changed = {"select_fraction": 0.5, "selection_seed": 7}
-    assert described(method="full") == described(method="full", **changed)
-    assert described(method="topk") != described(method="topk", **changed)
+    assert described("full") == described("full", **changed)
+    assert described("topk") != described("topk", **changed)
 
 
 @pytest.mark.parametrize(("rows", "hashed"), [(1, 1), (999, 999), (1999, 1999), (2000, 1000), (2999, 1500)])

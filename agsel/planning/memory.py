@@ -17,8 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks
-from agsel.errors import UserError
-from agsel.planning.rehearsal import Peak, Rehearsal, Step, Workload
+from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Workload, running_model
 from agsel.policies import BlockInfo, StepKind
 from agsel.zero.parameters import block_infos, global_numel
 from agsel.zero.timetable import early
@@ -219,16 +218,16 @@ def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:
     """The same model without weights, PEFT adapters included. Works for a model that ZeRO-3 has partitioned.
 
     Raises:
-        UserError: the model is quantised.
+        CannotRehearseError: the model is quantised, or cannot be made without values.
     """
     adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
     base = model.get_base_model() if adapter is not None else model
     if getattr(base, "is_quantized", False):
-        raise UserError("its weights are quantised")
+        raise CannotRehearseError("its weights are quantised")
     config = copy.deepcopy(base.config)
     if config._attn_implementation != "eager":
         config._attn_implementation = None  # PyTorch's own kernels need as much memory as others, but no GPU
-    with torch.device("meta"):
+    with torch.device("meta"), running_model():
         twin = type(base)(config).to(dtype)
         if adapter is not None:
             from peft import get_peft_model

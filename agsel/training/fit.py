@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from agsel.planning.description import describe_memory
 from agsel.planning.memory import MemoryPlan, Planner, meta_copy
-from agsel.planning.rehearsal import Workload, ZeroSettings
+from agsel.planning.rehearsal import CannotRehearseError, Workload, ZeroSettings
 from agsel.planning.rehearsal.workload import Loss
 from agsel.policies import Policy, fraction_of_blocks, reads_fraction
 from agsel.training.configuration import Configuration
@@ -30,9 +30,8 @@ def plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy) 
     """
     try:
         return _plan_of_run(configuration, trainer, policy)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        return f"memory    cannot be planned for this model: {type(error).__name__}: {reason}", None
+    except CannotRehearseError as error:
+        return f"memory    cannot be planned for this model: {error}", None
     finally:
         if configuration.selection.compile_layers:
             torch._dynamo.reset()  # the rehearsal's graphs are of no use to the run

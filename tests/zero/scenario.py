@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -158,7 +159,8 @@ class Reference:
             record.selected.append(tuple(selected))
             record.modes.append(plan.kind)
             record.norms.append({names[index]: norm for index, norm in norms.items()})
-            record.grad_norms.append(self._update(selected))
+            measured = math.hypot(*norms.values())
+            record.grad_norms.append(self._update(selected) if selected else measured)
         return record
 
     def _gradients(self, step: int) -> float:

@@ -6,7 +6,8 @@ remembers the fullest moment; so no architecture is hard-coded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,28 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from agsel.compilation import compile_layers
+from agsel.errors import one_line
 from agsel.planning.rehearsal.engines import Partitioned, Replicated
 from agsel.planning.rehearsal.kernels import gpu_kernels, loss_kernels
 from agsel.planning.rehearsal.ledger import Ledger
 from agsel.planning.rehearsal.workload import Step, Workload
+
+
+class CannotRehearseError(Exception):
+    """The model's own code does not run on the meta device, where tensors have no values."""
+
+
+@contextmanager
+def running_model() -> Iterator[None]:
+    """Take torch's complaints about tensors without values for what they are; any other error is a bug.
+
+    Raises:
+        CannotRehearseError: so it is.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        raise CannotRehearseError(f"{type(error).__name__}: {one_line(error)[:200]}") from error
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,8 @@ class Rehearsal:
 
     def _forward_and_backward(self) -> None:
         kind = self._workload.loss
-        with gpu_kernels(self._model, self._workload), loss_kernels(self._model, kind, self._ledger):
+        kernels = gpu_kernels(self._model, self._workload)
+        with running_model(), kernels, loss_kernels(self._model, kind, self._ledger):
             outputs = self._model(**self._inputs(), use_cache=False)
             loss = outputs.loss if kind == "transformers" else outputs.logits
             del outputs

@@ -1,9 +1,8 @@
-"""Train with `launch/train.py`, then resume in the same process with changed settings, one case after the other.
+"""Run `agsel.train` in one process on one command line after the other.
 
-    python tests/resume_settings_worker.py CASES.json
+    python tests/several_runs.py CASES.json
 
-CASES.json maps a name to a command line; the first makes the checkpoints. Prints one JSON object that maps the name to
-[exit code, output, step reached].
+CASES.json maps a name to a command line. Prints one JSON object: name -> [exit code, output, step reached].
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import contextlib
 import io
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ def outcome(arguments: list[str]) -> tuple[int | str | None, str, int]:
             trainer: Any = train.main(arguments)
         except SystemExit as end:
             return end.code, output.getvalue(), 0
+        except Exception:
+            return 2, output.getvalue() + traceback.format_exc(), 0
     return 0, output.getvalue(), trainer.state.global_step
 
 

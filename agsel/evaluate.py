@@ -1,6 +1,6 @@
 """Measure a model on held-out prompts: how likely the right answers are, and how many it gives itself.
 
-    python launch/evaluate.py --model runs/demo/model --dataset runs/demo/data/two_step_heldout.jsonl \
+    python -m agsel.evaluate --model runs/demo/model --dataset runs/demo/data/two_step_heldout.jsonl \
         --prompt_field question --completion_field answer --completion_template " {answer}" --output after.json
 
 `nll` is the mean negative log-likelihood of the completions' tokens, end-of-sequence token included, in nats; text
@@ -28,7 +28,7 @@ from transformers import (
 )
 from trl.data_utils import common_prefix_length
 
-from agsel.errors import UserError
+from agsel.errors import UserError, complaints_of_libraries
 from agsel.runs.ranks import ends_in_one_line
 from agsel.training.arguments import DataArguments
 from agsel.training.data import load_rows, to_training_format
@@ -205,17 +205,18 @@ def load_model(arguments: EvaluationArguments) -> tuple[PreTrainedModel, PreTrai
     """Model, on the GPU if there is one, and tokenizer, padding on the left.
 
     Raises:
-        UserError: `--model` is not the folder of a model, but of a run.
-        OSError: no such model.
+        UserError: `--model` cannot be loaded, or is the folder of a run.
     """
     folder = Path(arguments.model)
     if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
         raise UserError(f"{folder} (--model) is the folder of a run: name its model, {folder / 'model'}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+    with complaints_of_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype).to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 @torch.inference_mode()
@@ -253,7 +254,8 @@ def main() -> None:
     """Print the results, one a line, and write them to `--output`."""
     with ends_in_one_line():
         parser = HfArgumentParser((EvaluationArguments, DataArguments), description=__doc__)
-        arguments, data = parser.parse_args_into_dataclasses()
+        with complaints_of_libraries():
+            arguments, data = parser.parse_args_into_dataclasses()
         if arguments.output:
             prepare_output(Path(arguments.output))
         results, verdicts = evaluate(arguments, data)

@@ -57,7 +57,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         (("--runs", "full:fast"), "'full:fast' is not METHOD:RATE[:STAGE]"),
         (("--runs", "full:1e-4:4"), "'full:1e-4:4' is not METHOD:RATE[:STAGE]"),
         (("--runs", "full:1e-4:2:2"), "'full:1e-4:2:2' is not METHOD:RATE[:STAGE]"),
-        (("--runs", "fool:1e-4"), "unknown method 'fool' in 'fool:1e-4': use one of full, adagradselect"),
+        (("--runs", "fool:1e-4"), "unknown method 'fool' in 'fool:1e-4': use one of adagradselect, topk"),
         (("--runs", "full:1e-4", "--config", "nowhere.yaml"), "nowhere.yaml, launch/recipes/ has some"),
         (("--runs", "full:1e-4"), "names no held-out rows (dataset_test_split): give a file of them (--heldout)"),
     ],

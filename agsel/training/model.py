@@ -11,7 +11,7 @@ from trl import ModelConfig, SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import is_conversational
 
-from agsel.errors import UserError
+from agsel.errors import UserError, complaints_of_libraries
 
 
 def require_model(model: ModelConfig, training: SFTConfig) -> None:
@@ -25,7 +25,7 @@ def require_model(model: ModelConfig, training: SFTConfig) -> None:
         config = AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         where = "" if Path(name).exists() else "no such folder here, and from the hub: "
         raise UserError(f"cannot load {name} (--model_name_or_path): {where}{error}") from error
     for architecture in config.architectures or ():
@@ -46,9 +46,10 @@ def require_chat_template(model: ModelConfig, training: SFTConfig, rows: Dataset
     if training.chat_template_path is not None or not is_conversational(rows[0]):
         return
     name = model.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
-    )
+    with complaints_of_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+        )
     if tokenizer.chat_template is None:
         raise UserError(
             f"the dataset holds messages, but the tokenizer of {name} has no chat template: name one "

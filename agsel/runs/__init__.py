@@ -1,0 +1,1 @@
+"""A run that cannot be lost: checkpoints, resume, preemption, the watchdog, and the Trainer that knows them."""

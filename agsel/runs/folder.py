@@ -1,0 +1,54 @@
+"""The run folder: can be written, belongs to this run, and which of its checkpoints the run goes on from."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from agsel.errors import UserError
+from agsel.runs import checkpoints, resume
+from agsel.zero.consensus import first_rank_does
+
+
+def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
+    """Make the folder, or refuse it, and return the checkpoint to go on from, verified. Every rank must call it.
+
+    Args:
+        run_folder: of this run.
+        wanted: as `agsel.runs.resume.find_checkpoint` takes it.
+        group: process group of all ranks, on the host.
+
+    Raises:
+        UserError: the folder cannot be written, or holds another run; or there is no such checkpoint.
+    """
+    first_rank_does(partial(make_run_folder, run_folder), group)
+    first_rank_does(partial(checkpoints.recover, run_folder), group)
+    if wanted is None:
+        first_rank_does(partial(require_no_earlier_run, run_folder), group)
+    return resume.find_checkpoint(wanted, run_folder, group)
+
+
+def make_run_folder(run_folder: Path) -> None:
+    """Refuse a folder that cannot be written before anything is loaded."""
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder (--output_dir), {error}: choose another") from error
+    if not os.access(run_folder, os.W_OK):
+        raise UserError(f"cannot write to the run folder {run_folder} (--output_dir): choose another")
+
+
+def require_no_earlier_run(run_folder: Path) -> None:
+    """Refuse a new run in the folder of another: it would resume from its checkpoints, delete them or its model."""
+    earlier = checkpoints.checkpoints_in(run_folder)
+    if earlier:
+        raise UserError(
+            f"{run_folder} (--output_dir) holds {earlier[-1].name} of an earlier run: go on with that "
+            "(--resume_from_checkpoint auto), or choose another folder"
+        )
+    if (run_folder / "model").exists():
+        raise UserError(
+            f"{run_folder} (--output_dir) holds the model of an earlier run: choose another folder, or move model/ away"
+        )

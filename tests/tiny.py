@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 61
@@ -25,6 +26,21 @@ def tiny_model(
     )
     torch.manual_seed(seed)
     return LlamaForCausalLM(config).to(dtype)
+
+
+def adapted_model(*, dropout: float = 0.0) -> PeftModel:
+    """The tiny model with LoRA adapters that add something from the start."""
+    adapters = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        lora_dropout=dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    model = tiny_model()
+    torch.manual_seed(1)
+    return get_peft_model(model, adapters)
 
 
 def tiny_batch(step: int, micro_step: int, rank: int, rows: int = 2) -> torch.Tensor:

@@ -133,7 +133,7 @@ def train(run: Run, output: Path, arguments: argparse.Namespace, passed_on: Sequ
     started = time.monotonic()
     command = ["deepspeed", "--num_gpus", str(arguments.ranks), "launch/train.py", "--config", str(arguments.config)]
     command += ["--method", run.method, "--learning_rate", run.learning_rate, "--output_dir", str(output)]
-    command += ["--deepspeed", f"ds_configs/zero{run.stage}.json", *passed_on]
+    command += ["--deepspeed", f"zero{run.stage}", *passed_on]
     subprocess.run(command, check=True, cwd=REPOSITORY, env=os.environ)
     return time.monotonic() - started
 

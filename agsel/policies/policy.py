@@ -93,12 +93,14 @@ class Probe:
     """A forward without gradient on the first rows of a step's batch, dropout off.
 
     Attributes:
-        suppressed: indices of the blocks whose adapters are scaled meanwhile.
+        suppressed: indices of the decoder layers whose adapters are scaled meanwhile.
         factor: by which.
+        rows: how many, on all ranks together; at least one on each.
     """
 
     suppressed: frozenset[int]
     factor: float
+    rows: int
 
 
 def setting(
@@ -132,7 +134,7 @@ class Policy(ABC):
 
     One step is `plan()` before the forward and `commit(norms)` after the backward. `plan` may be called again before
     `commit` and returns the same plan, so a step that is skipped (non-finite gradient) is simply tried again. A rule of
-    its own writes `make_plan`, and `choose` if it looks at norms.
+    its own writes `make_plan`, and `choose` if it looks at norms; `probes` and `observe`, if it wants losses first.
 
     Attributes:
         method: name on the command line.
@@ -195,12 +197,17 @@ class Policy(ABC):
         return None
 
     def probes(self) -> tuple[Probe, ...]:
-        """The forwards that the current step wants before its own; `observe` gets their losses."""
+        """The forwards that the current step wants before it is planned; `observe` gets their losses."""
         return ()
 
     def observe(self, losses: Sequence[float]) -> None:
         """The losses of `probes()`, averaged over the ranks."""
         raise NotImplementedError(f"{type(self).__name__} asks for probes but does not look at their losses")
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the current step has its plan."""
+        return self._plan is not None
 
     def plan(self) -> Plan:
         """The plan of the current step.

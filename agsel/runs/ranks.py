@@ -15,6 +15,7 @@ from deepspeed.comm.comm import mpi_discovery
 from deepspeed.utils.groups import _get_data_parallel_group
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
+
 from agsel.errors import AgselError, UserError, one_line
 
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")

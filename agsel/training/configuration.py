@@ -234,9 +234,9 @@ def _require_zero(settings: dict[str, Any]) -> None:
     """The DeepSpeed configuration has a stage that agsel can train and export."""
     zero = settings.get("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise UserError("zero_optimization is no JSON object (--deepspeed): ds_configs/ has one for each stage")
+        raise UserError("zero_optimization is no JSON object (--deepspeed): use zero1, zero2 or zero3")
     if zero.get("stage") not in (1, 2, 3):
-        raise UserError("zero_optimization.stage is not 1, 2 or 3 (--deepspeed): ds_configs/ has one of each")
+        raise UserError("zero_optimization.stage is not 1, 2 or 3 (--deepspeed): use zero1, zero2 or zero3")
     for name in REFUSED_ZERO_SETTINGS:
         value = zero.get(name)
         if value and (not isinstance(value, dict) or value.get("device") != "none"):
@@ -260,7 +260,7 @@ def _read_deepspeed(deepspeed: Any) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"{deepspeed} is no JSON (--deepspeed): {error}") from error
     if not isinstance(settings, dict):
-        raise UserError("the DeepSpeed settings are no JSON object (--deepspeed): ds_configs/ has examples")
+        raise UserError("the DeepSpeed settings are no JSON object (--deepspeed): zero1, zero2 and zero3 are examples")
     return settings
 
 

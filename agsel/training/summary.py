@@ -59,7 +59,7 @@ def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy,
 def _describe_blocks(model: nn.Module, taking_part: str, policy: Policy) -> list[str]:
     """The blocks that are selected from and the others, with their sizes, and how the selection is made."""
     blocks = find_blocks(model)
-    selectable = [block for block in blocks if block.is_layer or taking_part == "all"]
+    selectable = [block for block in blocks if block.trainable and (block.is_layer or taking_part == "all")]
     frozen = [block for block in blocks if block not in selectable]
     per_step = policy.started(block_infos(selectable)).blocks_per_step
     settings = ", ".join(f"{name} {value}" for name, value in policy.settings().items())

@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils.hooks import RemovableHandle
 
 from agsel.zero import universal
+from agsel.zero.probing import losses_of
 from agsel.zero.selection import Selection
 
 logger = logging.getLogger("agsel")
@@ -22,6 +24,7 @@ class SelectiveEngine(DeepSpeedEngine):
     relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
         DeepSpeedEngine: (
             "destroy",
+            "forward",
             "save_checkpoint",
             "load_checkpoint",
             "load_universal_checkpoint",
@@ -38,6 +41,15 @@ class SelectiveEngine(DeepSpeedEngine):
 
     selection: Selection
     hooks: list[RemovableHandle]
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """`DeepSpeedEngine.forward`, in a step's first micro-batch after the forwards that the policy asks for."""
+        begins_step = self.micro_steps % self.gradient_accumulation_steps() == 0
+        if begins_step and self.training and torch.is_grad_enabled() and (probes := self.selection.probes_wanted):
+            group = self.optimizer.dp_process_group
+            forward, names = super().forward, self.selection.blocks
+            self.selection.answer(losses_of(probes, forward, self.module, names, inputs, options, group))
+        return super().forward(*inputs, **options)
 
     def destroy(self) -> None:
         """`DeepSpeedEngine.destroy`, which also takes agsel's hooks off the model and leaves every block trainable.

@@ -26,6 +26,7 @@ ALLOW_UNTESTED = "AGSEL_ALLOW_UNTESTED"
 
 TESTED = {
     "DeepSpeedEngine.destroy": 0xB778EB76,
+    "DeepSpeedEngine.forward": 0xA737F79B,
     "DeepSpeedEngine.save_checkpoint": 0x3F1D5691,
     "DeepSpeedEngine.load_checkpoint": 0xFF67C709,
     "DeepSpeedEngine.load_universal_checkpoint": 0x210A5679,

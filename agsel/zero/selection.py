@@ -13,7 +13,7 @@ import torch
 
 from agsel.blocks import Block
 from agsel.errors import RunError, UserError
-from agsel.policies import Policy, StepKind, Update
+from agsel.policies import Policy, Probe, StepKind, Update
 from agsel.zero.consensus import checksum, global_squares
 from agsel.zero.residency import Residency
 from agsel.zero.sanity import SanityChecks
@@ -108,10 +108,24 @@ class Selection:
         """Take over the optimizer states that DeepSpeed holds, at the start and after a checkpoint load."""
         if self.sanity is not None:
             self.sanity.forget()
-        self.residency.adopt(self.timetable.wanted_in_forward(self.policy.plan()))
+        wanted = () if self.probes_wanted else self.timetable.wanted_in_forward(self.policy.plan())
+        self.residency.adopt(wanted)
+
+    @property
+    def probes_wanted(self) -> tuple[Probe, ...]:
+        """What the policy asks for before it plans the step, which then waits for the step's first forward."""
+        return () if self.policy.is_planned else self.policy.probes()
+
+    def answer(self, losses: Sequence[float]) -> None:
+        """Tell the policy the losses of the probes that it asked for; then it plans."""
+        self.policy.observe(losses)
+        self.policy.plan()
+        self.plan_step()
 
     def plan_step(self) -> None:
         """Before the forward: freeze what the plan leaves out."""
+        if self.probes_wanted:
+            return
         plan = self.policy.plan()
         self.timetable.begin(plan)
         for index, parameters in enumerate(self._parameters):

@@ -66,10 +66,11 @@ class Timetable:
     def move(self, moment: Moment) -> None:
         """Decide, once per step, where the plan wants optimizer partitions to be from this moment on.
 
-        They travel while the step computes, a part with each layer that it enters or leaves.
+        They travel while the step computes, a part with each layer that it enters or leaves. Between a step and the
+        plan of the next one, which may wait for probes, nothing moves.
         """
-        if self._moved is None or moment > self._moved:
-            self._residency.keep_only(self._wanted(moment))
+        if self._plan is not None and (self._moved is None or moment > self._moved):
+            self._residency.keep_only(self._wanted(self._plan, moment))
             self._moved = moment
             if moment is Moment.FORWARD:
                 most = LEAVING_IN_BACKWARD * self._residency.leaving_bytes
@@ -96,6 +97,7 @@ class Timetable:
         """What the step does is known: bring all of its partitions."""
         if self._plan is not None and self._plan.update is None:
             self._last_explored = update.blocks
+        self._plan = None
         self._residency.keep_only(update.blocks)
         self._residency.send()
 
@@ -127,12 +129,11 @@ class Timetable:
         self._residency.send(self._residency.leaving_bytes / max(1, self._layers_to_leave))
         self._layers_to_leave -= 1
 
-    def _wanted(self, moment: Moment) -> Collection[int]:
+    def _wanted(self, plan: Plan, moment: Moment) -> Collection[int]:
         """On an exploring plan the last moment's guess is the last exploring step's choice; most will be right."""
-        assert self._plan is not None, "a step that moves states has begun"
         if moment is not Moment.LATE_BACKWARD:
-            return self.wanted_in_forward(self._plan)
-        return self._plan.update.blocks if self._plan.update else self._last_explored
+            return self.wanted_in_forward(plan)
+        return plan.update.blocks if plan.update else self._last_explored
 
 
 def early(blocks: Sequence[int], resident: Collection[int] = ()) -> tuple[int, ...]:

@@ -15,13 +15,15 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry
 from deepspeed.utils import safe_get_full_fp32_param
+from peft.tuners.lora import LoraLayer
 
 import agsel
 from agsel.zero.gathering import JointGather, gather_jointly
 from tests.cases import run_cases
 from tests.distributed import RANKS
-from tests.tiny import tiny_batch
+from tests.tiny import adapted_model, tiny_batch
 from tests.zero.parity_ranks import LEAF_MODULES, whole_weights
+from tests.zero.rules import Asking
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
@@ -392,6 +394,22 @@ def fp32_storages(device: str) -> dict[int, int]:
     return {key: size for key, size in sizes.items() if size > SMALL_BUFFERS}
 
 
+def probes(stage: int) -> dict[str, Any]:
+    """What a policy that asks for losses is told, by step, in a run over adapters with dropout, which must be off."""
+    scenario = Scenario(stage=stage, blocks="layers", accumulation=2, policy=partial(Asking, fraction=0.5))
+    engine, selection = start_engine(scenario, model=adapted_model(dropout=0.5))
+    scales = [dict(module.scaling) for module in engine.module.modules() if isinstance(module, LoraLayer)]
+    engine.module.model.model.layers[1].eval()
+    training = [module.training for module in engine.module.modules()]
+    selected = []
+    for step in range(5):
+        train_step(engine, step, scenario.accumulation)
+        selected.append(selection.last.selected)
+    assert scales == [module.scaling for module in engine.module.modules() if isinstance(module, LoraLayer)]
+    assert training == [module.training for module in engine.module.modules()]
+    return {"answers": selection.policy.answers, "selected": selected}
+
+
 FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}}
 GRADIENTS = {
     "fp32": ("fp32", {}),
@@ -407,6 +425,7 @@ for stage in STAGES:
     CASES[f"twice-{stage}"] = partial(twice, stage)
     CASES[f"overlapped-{stage}"] = partial(overlapped_and_in_order, stage)
     CASES[f"kept-{stage}"] = partial(kept_states, stage)
+    CASES[f"probes-{stage}"] = partial(probes, stage)
     CASES[f"states-{stage}-exploit"] = partial(state_bytes, stage, EXPLOIT)
     CASES[f"states-{stage}-exploit-many"] = partial(state_bytes, stage, MANY)
     CASES[f"states-{stage}-explore"] = partial(state_bytes, stage, partial(agsel.TopK, fraction=0.4))

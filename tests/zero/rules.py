@@ -1,11 +1,11 @@
-"""A selection rule from outside the package that uses every clause of the contract of `agsel.Policy`."""
+"""Selection rules from outside the package, which together use every clause of the contract of `agsel.Policy`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from agsel.policies import FractionPolicy, Plan, Update
+from agsel.policies import BlockInfo, FractionPolicy, Plan, Probe, Update
 
 
 @dataclass(kw_only=True)
@@ -36,3 +36,31 @@ class EveryClause(FractionPolicy):
 
     def _draw(self, count: int) -> frozenset[int]:
         return frozenset(self._generator.choice(self.number_of_blocks, size=count, replace=False).tolist())
+
+
+@dataclass(kw_only=True)
+class Asking(FractionPolicy):
+    """Before every third step, asks what the loss is without half of the adapters; trains the half that matters more.
+
+    Attributes:
+        answers: what it was told, by step.
+    """
+
+    factor: float = 0.25
+
+    def start(self, blocks: Sequence[BlockInfo]) -> None:
+        super().start(blocks)
+        self.answers: dict[int, list[float]] = {}
+
+    def probes(self) -> tuple[Probe, ...]:
+        half = self.number_of_blocks // 2
+        lower, upper = frozenset(range(half)), frozenset(range(half, self.number_of_blocks))
+        return tuple(Probe(blocks, self.factor, rows=2) for blocks in (lower, upper)) if self.step % 3 == 0 else ()
+
+    def observe(self, losses: Sequence[float]) -> None:
+        self.answers[self.step] = list(losses)
+
+    def make_plan(self) -> Plan:
+        lower, upper = next(reversed(self.answers.values()))
+        half = self.number_of_blocks // 2
+        return Plan.of(range(half) if lower > upper else range(half, self.number_of_blocks))

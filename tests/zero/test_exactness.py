@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from tests.cases import launch_cases
+from tests.tiny import adapted_model, tiny_batch
 from tests.zero.exactness_ranks import CASES
 from tests.zero.scenario import Reference, Scenario
 
@@ -113,6 +115,29 @@ def test_only_planned_or_expected_blocks_have_device_state(ranks: list[dict], na
 def test_without_offloading_all_states_stay_on_the_device(ranks: list[dict], name: str) -> None:
     for rank in ranks:
         assert rank[name] == [True] * 4
+
+
+@pytest.mark.parametrize("name", cases("probes"))
+def test_a_policy_is_told_the_losses_that_it_asks_for_before_it_plans(ranks: list[dict], name: str) -> None:
+    """Against a plain model without dropout, whose layers' adapters are scaled by hand."""
+    expected = []
+    for suppressed in ((0, 1), (2, 3)):
+        model = adapted_model()
+        for layer in suppressed:
+            for module in model.model.model.layers[layer].modules():
+                if isinstance(module, LoraLayer):
+                    module.scaling["default"] *= 0.25
+        batches = [tiny_batch(0, 0, rank)[: max(1, 2 // len(ranks))] for rank in range(len(ranks))]
+        with torch.no_grad():
+            expected.append(sum(float(model(input_ids=ids, labels=ids).loss) for ids in batches) / len(ranks))
+    assert abs(expected[0] - expected[1]) > 1e-4
+    for rank in ranks:
+        assert set(rank[name]["answers"]) == {0, 3}
+        assert rank[name]["answers"][0] == pytest.approx(expected, abs=2e-6)
+        assert rank[name]["answers"] == ranks[0][name]["answers"]
+        for step, selected in enumerate(rank[name]["selected"]):
+            lower, upper = rank[name]["answers"][step // 3 * 3]
+            assert selected == (("layers.0", "layers.1") if lower > upper else ("layers.2", "layers.3"))
 
 
 def test_prefetching_survives_every_choice_of_blocks(ranks: list[dict]) -> None:

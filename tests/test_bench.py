@@ -20,25 +20,30 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from agsel.planning.shapes import MODEL_SHAPES
 from tests.distributed import REPOSITORY, environment, kill_session
 from tests.tiny import tiny_model
-
-sys.path.insert(0, str(REPOSITORY / "tools"))  # the scripts import each other as scripts do
-import bench
-import bench_methods
-import bench_probe
-import bench_scaling
-import plan_memory
+from tools import plan_memory
+from tools.bench import command, scaling, scaling_picture
+from tools.bench.compared_methods import METHODS
+from tools.bench.configurations import Configuration
+from tools.bench.picture import draw_group
+from tools.bench.plans import expand, read_plan
+from tools.bench.rows import median_row, read_rows
+from tools.bench.series import Series, strong_scaling, weak_scaling
+from tools.bench.starters import expected_set
+from tools.bench.stopwatch import Settings, Stopwatch, flops_per_token
+from tools.bench.table import COLUMNS
 
 PLAN = """
-- {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, lora-16], shapes: 2x16}
+- {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, trainer, lora-16], shapes: 2x16}
 - {models: tiny, stages: 3, methods: [full-layers, bound, exploit], shapes: 2x16}
 - {models: tiny, stages: 2, methods: badam, shapes: 2x16, checkpointing: on}
 - {models: tiny, stages: 1, methods: full, shapes: 2x16, ranks: 1}
 """
 STEPS = 4
 FEATURES = {
-    field.name: field.default for field in fields(bench.Configuration) if field.name not in ("model", "stage", "method")
+    field.name: field.default for field in fields(Configuration) if field.name not in ("model", "stage", "method")
 }
-TIMES = ("ms_per_step", "ms_p10", "ms_p90", "forward_ms", "backward_ms", "step_ms", "tokens_per_second")
+PHASES = ["forward_ms", "backward_ms", "step_ms"]
+TIMES = ["ms_per_step", "ms_p10", "ms_p90", *PHASES, "tokens_per_second"]
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +75,21 @@ def run(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def rows(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    return {(row["method"], row["stage"]): row for row in bench.read_rows(folder / "rows.jsonl")}
+    return {(row["method"], row["stage"]): row for row in read_rows(folder / "rows.jsonl")}
 
 
 def test_every_configuration_is_measured(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert len(rows) == 11
+    assert len(rows) == 12
     for row in rows.values():
         if row["method"] != "badam":
             assert row["error"] is None
-            assert all(math.isfinite(row[name]) and row[name] > 0 for name in TIMES), row
+            assert [name for name in TIMES if row[name] is None] == (PHASES if row["method"] == "trainer" else [])
+            assert all(math.isfinite(row[name]) and row[name] > 0 for name in TIMES if row[name] is not None), row
             assert row["ms_p10"] <= row["ms_per_step"] <= row["ms_p90"]
+
+
+def test_a_run_through_launch_train_leaves_nothing_behind(folder: Path) -> None:
+    assert not (folder / "trainer").exists()
 
 
 def test_each_number_of_ranks_has_a_launch_of_its_own(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -88,7 +98,7 @@ def test_each_number_of_ranks_has_a_launch_of_its_own(rows: dict[tuple[str, int]
 
 
 def test_a_configuration_that_cannot_run_says_why(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert rows["badam", 2]["error"] == "ValueError: the badam package supports ZeRO-3, or one GPU without DeepSpeed"
+    assert rows["badam", 2]["error"] == "UserError: the badam package supports ZeRO-3, or one GPU without DeepSpeed"
 
 
 def test_states_move_only_when_the_set_changes(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -110,16 +120,16 @@ def weights_of_a_layer() -> int:
 
 
 def test_skipped_steps_are_no_measurement(tmp_path: Path) -> None:
-    settings = bench_probe.Settings(steps=2, warmup=1, profile=False, folder=tmp_path)
+    settings = Settings(steps=2, warmup=1, profile=False, folder=tmp_path)
     policy = SimpleNamespace(step=0)
-    probe = bench_probe.Probe(bench.Configuration(model="tiny", stage=2, method="exploit"), settings)
-    probe.begin(tiny_model(), SimpleNamespace(policy=policy, residency=None))
+    stopwatch = Stopwatch(Configuration(model="tiny", stage=2, method="exploit"), settings)
+    stopwatch.begin(tiny_model(), SimpleNamespace(policy=policy, residency=None))
     for policy.step in (0, 1):
-        probe.mark("step")
-        probe.end_of_step()
-    probe.mark("step")
+        stopwatch.mark("step")
+        stopwatch.end_of_step()
+    stopwatch.mark("step")
     with pytest.raises(ValueError, match="2 of 3 steps were skipped"):
-        probe.end_of_step()
+        stopwatch.end_of_step()
 
 
 def test_profiles_are_of_the_training_step(folder: Path) -> None:
@@ -134,12 +144,12 @@ def test_table_has_every_row_and_its_ratios(folder: Path, rows: dict[tuple[str, 
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| explo")]
     exploit, bound, full = (rows[method, 2]["ms_per_step"] for method in ("exploit", "bound", "full"))
     assert [row[0] for row in cells] == ["exploit", "explore", "exploit"]
-    assert all(len(row) == len(bench.COLUMNS) for row in cells)
-    named = dict(zip(bench.COLUMNS, cells[0], strict=True))
+    assert all(len(row) == len(COLUMNS) for row in cells)
+    named = dict(zip(COLUMNS, cells[0], strict=True))
     assert named["time / bound"] == f"{exploit / bound:.3f}"
     assert named["full / time"] == f"{full / exploit:.2f}"
-    assert cells[2][bench.COLUMNS.index("full / time")] == "-"  # stage 3 has no row of full fine-tuning
-    assert "- badam: ValueError" in "\n".join(lines)
+    assert cells[2][COLUMNS.index("full / time")] == "-"  # stage 3 has no row of full fine-tuning
+    assert "- badam: UserError" in "\n".join(lines)
     assert f"--plan {folder}" in lines[-1]
 
 
@@ -156,7 +166,7 @@ def test_picture_is_a_png_and_is_made_again(folder: Path) -> None:
 
 @pytest.mark.parametrize(("layers", "fraction"), [(24, 0.3), (16, 0.5), (32, 0.1), (6, 0.3)])
 def test_expected_set_is_the_mean_of_random_sets(layers: int, fraction: float) -> None:
-    chosen = bench_methods.expected_set(layers, fraction)
+    chosen = expected_set(layers, fraction)
     draw = np.random.default_rng(0)
     means = np.mean([sorted(draw.permutation(layers)[: len(chosen)]) for _ in range(20_000)], axis=0)
     assert len(chosen) == max(1, int(fraction * layers))
@@ -182,14 +192,14 @@ def test_flops_are_those_that_torch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     other_half = 6 * 3 * 48 * sequence
-    expected = rows * sequence * (bench_probe.flops_per_token(model, sequence) + other_half)
+    expected = rows * sequence * (flops_per_token(model, sequence) + other_half)
     rotary_table = sequence * 48 // 4  # a product of positions and head size / 2 frequencies, once per forward
     assert counter.get_total_flops() == expected + rotary_table
 
 
 def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
     options = {"models": "tiny", "stages": [2, 3], "methods": ["full", "exploit"], "fractions": [0.1, 0.2]}
-    configurations = bench.expand([options, options | {"liger": "loss", "stages": 2, "methods": "bound"}])
+    configurations = expand([options, options | {"liger": "loss", "stages": 2, "methods": "bound"}])
     found = [(c.stage, c.method, c.fraction, c.liger) for c in configurations]
     for stage in (2, 3):
         assert [row for row in found if row[:2] == (stage, "full")] == [(stage, "full", 0.3, "none")]
@@ -203,14 +213,14 @@ def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
 def test_of_several_rounds_the_median_counts(times: list[float], expected: float) -> None:
     failed = {"error": "out of memory"}
     rows = [failed, *({"error": None, "ms_per_step": time} for time in times), failed]
-    assert bench.median_row(rows)["ms_per_step"] == expected
-    assert bench.median_row([failed]) == failed
+    assert median_row(rows)["ms_per_step"] == expected
+    assert median_row([failed]) == failed
 
 
 def test_the_plan_of_the_readme_is_one() -> None:
-    configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench.yaml").read_text()))
+    configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench.yaml").read_text()))
     assert len(configurations) == 50
-    assert {configuration.method for configuration in configurations} == set(bench.METHODS)
+    assert {configuration.method for configuration in configurations} == set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +236,7 @@ def test_the_plan_of_the_readme_is_one() -> None:
 )
 def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bench.expand([options])
+        expand([options])
 
 
 @pytest.mark.parametrize(
@@ -243,12 +253,9 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
         (("--table_only",), "has no rows.jsonl: measure first"),
     ],
 )
-def test_mistakes_end_in_one_line(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--output", str(tmp_path / "new"), *arguments])
+def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
-        bench.main()
+        command.main(["--output", str(tmp_path / "new"), *arguments])
     assert stop.value.code.startswith("agsel: error: ")
     assert message in stop.value.code
     assert "\n" not in stop.value.code
@@ -259,13 +266,12 @@ def test_mistakes_end_in_one_line(
 def test_a_plan_that_is_none_is_refused(plan: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(plan)
     with pytest.raises(ValueError, match="plan"):
-        bench.expand(bench.read_plan(tmp_path / "plan.yaml"))
+        expand(read_plan(tmp_path / "plan.yaml"))
 
 
-def test_scaling_without_rows_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", str(tmp_path)])
+def test_scaling_without_rows_ends_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"^agsel: error: .* has no rows.jsonl"):
-        bench_scaling.main()
+        scaling.main([str(tmp_path)])
 
 
 @pytest.mark.parametrize("option", ["gpus", "gpus_per_host", "micro_batch", "sequence", "accumulation"])
@@ -282,7 +288,7 @@ def test_bars_end_at_the_median_step_and_names_of_agsel_are_bold() -> None:
     full = FEATURES | shared | phases | {"method": "full", "ms_per_step": 100.0}
     trainer = FEATURES | shared | dict.fromkeys(phases) | {"method": "trainer", "ms_per_step": 50.0}
     times, memory = Figure().subplots(1, 2)
-    bench._draw_group(times, memory, "title", [full, trainer])
+    draw_group(times, memory, "title", [full, trainer])
     ends = [max(bar.get_x() + bar.get_width() for bar in bars) for bars in zip(*times.containers, strict=True)]
     assert ends == pytest.approx([100, 50])
     assert [bars[0].get_width() for bars in times.containers[:3]] == pytest.approx([100 / 6, 50, 100 / 3])
@@ -290,13 +296,13 @@ def test_bars_end_at_the_median_step_and_names_of_agsel_are_bold() -> None:
 
 
 def test_titles_of_scaling_say_what_stays_the_same() -> None:
-    def series(ranks: int, micro_batch: int) -> bench_scaling.Series:
-        one = bench.Configuration(model="tiny", stage=2, method="full", ranks=ranks, micro_batch=micro_batch)
-        return bench_scaling.Series(one, {})
+    def series(ranks: int, micro_batch: int) -> Series:
+        one = Configuration(model="tiny", stage=2, method="full", ranks=ranks, micro_batch=micro_batch)
+        return Series(one, {})
 
-    assert bench_scaling._title("weak", [series(1, 8)]) == "weak: 8 rows per GPU"
-    assert bench_scaling._title("strong", [series(1, 32), series(2, 16)]) == "strong: 32 rows in all"
-    assert bench_scaling._title("weak", [series(1, 8), series(1, 4)]) == "weak: equal rows per GPU"
+    assert scaling_picture.title("weak", [series(1, 8)]) == "weak: 8 rows per GPU"
+    assert scaling_picture.title("strong", [series(1, 32), series(2, 16)]) == "strong: 32 rows in all"
+    assert scaling_picture.title("weak", [series(1, 8), series(1, 4)]) == "weak: equal rows per GPU"
 
 
 def test_stages_differ_in_their_markers_and_the_ideal_grows_with_the_gpus() -> None:
@@ -304,12 +310,12 @@ def test_stages_differ_in_their_markers_and_the_ideal_grows_with_the_gpus() -> N
 
     series = []
     for stage, speed in ((1, 1000), (2, 3000)):
-        one = bench.Configuration(model="tiny", stage=stage, method="full", ranks=1)
+        one = Configuration(model="tiny", stage=stage, method="full", ranks=1)
         rows = {1: {"tokens_per_second": speed}, 4: {"tokens_per_second": speed / 2}}
-        series.append(bench_scaling.Series(one, rows))
+        series.append(Series(one, rows))
     axis = Figure().subplots()
-    bench_scaling._draw_model(axis, series)
-    ideals = [line for line in axis.lines if line.get_label() == bench_scaling.IDEAL]
+    scaling_picture.draw_model(axis, series)
+    ideals = [line for line in axis.lines if line.get_label() == scaling_picture.IDEAL]
     measured = [line for line in axis.lines if line not in ideals]
     assert [(line.get_xy1(), line.get_xy2()) for line in ideals] == [((0, 0), (1, 1)), ((0, 0), (1, 3))]
     assert [list(line.get_ydata()) for line in measured] == [[1, 2], [3, 6]]
@@ -321,19 +327,19 @@ def test_lines_tell_full_fine_tuning_and_states_that_stay_apart() -> None:
 
     shared = {"model": "tiny", "stage": 2, "ranks": 1}
     drawn = [
-        bench.Configuration(method="full", **shared),
-        bench.Configuration(method="exploit", **shared),
-        bench.Configuration(method="exploit", offload_states=False, **shared),
+        Configuration(method="full", **shared),
+        Configuration(method="exploit", **shared),
+        Configuration(method="exploit", offload_states=False, **shared),
     ]
     rows = {1: {"tokens_per_second": 1000}, 2: {"tokens_per_second": 900}}
     axis = Figure().subplots()
-    bench_scaling._draw_model(axis, [bench_scaling.Series(one, rows) for one in drawn])
-    measured = [line for line in axis.lines if line.get_label() != bench_scaling.IDEAL]
+    scaling_picture.draw_model(axis, [Series(one, rows) for one in drawn])
+    measured = [line for line in axis.lines if line.get_label() != scaling_picture.IDEAL]
     assert [line.get_linestyle() for line in measured] == ["--", "-", ":"]
 
 
 def test_ranks_multiply_too_and_are_compared_in_groups_of_their_own() -> None:
-    one, four = bench.expand([{"models": "tiny", "stages": 2, "methods": "full", "ranks": [1, 4]}])
+    one, four = expand([{"models": "tiny", "stages": 2, "methods": "full", "ranks": [1, 4]}])
     assert (one.ranks, four.ranks) == (1, 4)
     assert one.setting.endswith(", 1 rank")
     assert four.setting.endswith(", 4 ranks")
@@ -356,7 +362,7 @@ MILLISECONDS = {  # label, ranks, rows of a micro-batch
 
 
 @pytest.fixture
-def scaling(rows: dict[tuple[str, int], dict[str, Any]], tmp_path: Path) -> Path:
+def on_more_gpus(rows: dict[tuple[str, int], dict[str, Any]], tmp_path: Path) -> Path:
     """Rows of a real run, with other numbers of ranks, micro-batches and times."""
     with (tmp_path / "rows.jsonl").open("w") as file:
         for (method, ranks, micro_batch), time in MILLISECONDS.items():
@@ -369,25 +375,24 @@ def scaling(rows: dict[tuple[str, int], dict[str, Any]], tmp_path: Path) -> Path
     return tmp_path
 
 
-def test_efficiency_is_against_the_fewest_gpus(scaling: Path) -> None:
-    measured = bench.read_rows(scaling / "rows.jsonl")
-    full, exploit, *_ = bench_scaling.weak_scaling(measured)
+def test_efficiency_is_against_the_fewest_gpus(on_more_gpus: Path) -> None:
+    measured = read_rows(on_more_gpus / "rows.jsonl")
+    full, exploit, *_ = weak_scaling(measured)
     assert (full.configuration.method, list(full.rows)) == ("full", [1, 2, 4])
     assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 100 / 125, 100 / 160])
     assert [exploit.efficiency(ranks) for ranks in (1, 4)] == pytest.approx([1, 50 / 40])
     assert [full.efficiency_of_gradients(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 60 / 72.5, 60 / 90])
-    full, exploit = bench_scaling.strong_scaling(measured)
+    full, exploit = strong_scaling(measured)
     assert full.efficiency_of_gradients(2) is None
     assert [full.efficiency(ranks) for ranks in (1, 2, 4)] == pytest.approx([1, 300 / (2 * 200), 300 / (4 * 160)])
     assert exploit.efficiency(4) == pytest.approx(120 / (4 * 40))
 
 
-def test_scaling_is_shown_in_tables_and_a_picture(scaling: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", str(scaling)])
-    bench_scaling.main()
+def test_scaling_is_shown_in_tables_and_a_picture(on_more_gpus: Path) -> None:
+    scaling.main([str(on_more_gpus)])
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in (scaling / "scaling.md").read_text().splitlines()
+        for line in (on_more_gpus / "scaling.md").read_text().splitlines()
         if line.startswith("| tiny")
     ]
     full, exploit, smaller, staying, *lines = cells
@@ -407,14 +412,22 @@ def test_scaling_is_shown_in_tables_and_a_picture(scaling: Path, monkeypatch: py
     assert behind["full", "4", "62.5%"] == "-"
     assert behind["exploit", "4", "125.0%"] == "+62.5"
     assert behind["exploit", "4", "75.0%"] == "+28.1"
-    assert (scaling / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert (on_more_gpus / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_plan_of_the_scaling_table_is_one() -> None:
-    configurations = bench.expand(yaml.safe_load((bench.REPOSITORY / "tools" / "bench_scaling.yaml").read_text()))
+    configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench_scaling.yaml").read_text()))
     assert len(configurations) == 3 * 3 * (3 * 3 + 2 * 2)
     assert {one.ranks * one.micro_batch for one in configurations if one.micro_batch != 8} == {32}
 
 
-def test_every_method_has_a_way_to_start() -> None:
-    assert {*bench_methods.METHODS, "trainer"} == set(bench.METHODS)
+def test_what_a_method_is_follows_from_its_entry() -> None:
+    """Only launch/train.py builds an engine of its own, and it takes a policy; so do all that move states."""
+    assert [name for name, method in METHODS.items() if method.start is None] == ["trainer"]
+    moving = ["fixed", "exploit", "explore", "topk", "lisa", "trainer"]
+    assert [name for name, method in METHODS.items() if method.moves_states] == moving
+    reading = {name for name, method in METHODS.items() if method.reads_fraction}
+    assert reading == {"bound", *moving, "badam"}
+    kinds = {name: method.kinds_of_steps for name, method in METHODS.items() if method.kinds_of_steps}
+    exploiting = dict.fromkeys(("fixed", "exploit", "lisa", "trainer"), ("exploit",))
+    assert kinds == {"full": ("full",), "explore": ("explore",), "topk": ("explore",), **exploiting}

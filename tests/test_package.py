@@ -180,7 +180,6 @@ def test_what_is_imported_is_declared() -> None:
         for path in sources("agsel", "launch", "tools")
         for module in imported_by(path)
         if not is_standard(module) and not is_inside(module, {"agsel", "launch", "tools"})
-        if not path.with_name(f"{module}.py").is_file()  # scripts of tools/ import each other by name
         if not declared
         & {distribution(provider) for provider in providers.get(module.split(".")[0], [module.split(".")[0]])}
     }

@@ -1,4 +1,4 @@
-"""What tools/bench_ranks.py measures in a training run: time by phase, memory, and the traffic of optimizer states."""
+"""What is measured in a training run, on its ranks: time by phase, memory, and the traffic of optimizer states."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench import Configuration
-from deepspeed.accelerator import get_accelerator
 from torch import nn
 from torch._dynamo.utils import counters
 
 import agsel
 from agsel.errors import UserError
 from agsel.zero.parameters import global_shape
+from tools.bench.configurations import Configuration
+from tools.bench.device import allocated, device, elapsed, moment, peak, pinned, reset_peak, synchronize
 
 PROFILED_STEPS = 3
 COMPILED_WARMUP, QUIET_STEPS, LONGEST_WARMUP = 8, 4, 40
@@ -77,7 +77,7 @@ class Measurement:
     recompilations: int
 
 
-class Probe:
+class Stopwatch:
     """Watches one training run: warm-up, measured steps, then profiled ones if asked for.
 
     Moments are CUDA events on the compute stream, so that nothing waits for the host before the last measured step.
@@ -160,37 +160,40 @@ class Probe:
         return bool(new)
 
     def _conclude(self) -> Measurement:
-        steps = self._settings.steps
         self._require_no_skipped_step()
         synchronize()
-        moments = [at for _, at in self._moments]
-        milliseconds = np.array([elapsed(*pair) for pair in pairwise(moments)])
-        milliseconds = milliseconds.reshape(steps, -1)
-        names = np.array([phase for phase, _ in self._moments[1 : 1 + milliseconds.shape[1]]])
-        medians = {name: float(np.median(milliseconds[:, names == name].sum(1))) for name in set(names)}
-        totals = milliseconds.sum(1)
+        steps, residency = self._settings.steps, self._residency
         graphs = counters["stats"]["unique_graphs"]
         return Measurement(
-            ms_per_step=float(np.median(totals)),
-            ms_p10=float(np.percentile(totals, 10)),
-            ms_p90=float(np.percentile(totals, 90)),
-            forward_ms=medians.get("forward"),
-            backward_ms=medians.get("backward"),
-            step_ms=medians.get("step"),
+            **self._times(),
             baseline_bytes=self._baseline,
             initial_peak_bytes=self._initial_peak,
             first_peak_bytes=self._first_peak,
             peak_bytes=peak(),
             steady_bytes=allocated(),
             pinned_bytes=pinned() + self._locked_homes(),
-            moved_bytes_per_step=(self._residency.moved_bytes - self._moved) / steps if self._residency else 0.0,
-            exposed_ms=sum(elapsed(*pair) for pair in self._waits) / steps if self._residency else None,
+            moved_bytes_per_step=(residency.moved_bytes - self._moved) / steps if residency else 0.0,
+            exposed_ms=sum(elapsed(*pair) for pair in self._waits) / steps if residency else None,
             startup_seconds=self._startup,
             flops_per_token=self._flops,
             warmup_steps=self._warmup or 0,
             graphs=graphs,
             recompilations=graphs - self._graphs if self._configuration.compile else 0,
         )
+
+    def _times(self) -> dict[str, Any]:
+        """Milliseconds of the measured steps; of their phases None where these are not told apart."""
+        moments = [at for _, at in self._moments]
+        milliseconds = np.array([elapsed(*pair) for pair in pairwise(moments)]).reshape(self._settings.steps, -1)
+        names = np.array([phase for phase, _ in self._moments[1 : 1 + milliseconds.shape[1]]])
+        medians = {name: float(np.median(milliseconds[:, names == name].sum(1))) for name in set(names)}
+        totals = milliseconds.sum(1)
+        return {
+            "ms_per_step": float(np.median(totals)),
+            "ms_p10": float(np.percentile(totals, 10)),
+            "ms_p90": float(np.percentile(totals, 90)),
+            **{f"{phase}_ms": medians.get(phase) for phase in ("forward", "backward", "step")},
+        }
 
     def _require_no_skipped_step(self) -> None:
         """A skipped step is a quick one.
@@ -237,85 +240,3 @@ def flops_per_token(model: nn.Module, sequence: int) -> float:
     weights = sum(global_shape(module.weight).numel() for module in linear)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 6.0 * (weights + config.num_hidden_layers * config.num_attention_heads * head_size * sequence)
-
-
-LINK_BYTES, LINK_COPIES = 2**28, 8
-
-
-def host_link_bandwidth() -> tuple[float, float] | tuple[None, None]:
-    """Bytes per second to the device and to the host while every rank copies both ways, of the slowest rank.
-
-    None without a GPU. Collective.
-    """
-    if not on_cuda():
-        return None, None
-    hosts = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    devices = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=device()) for _ in range(2)]
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in streams]
-    for copies in (1, LINK_COPIES):  # the first is a warm-up
-        dist.barrier()
-        synchronize()
-        pairs = ((devices[0], hosts[0]), (hosts[1], devices[1]))
-        for stream, (target, source), (start, end) in zip(streams, pairs, events, strict=True):
-            with torch.cuda.stream(stream):
-                start.record()
-                for _ in range(copies):
-                    target.copy_(source, non_blocking=True)
-                end.record()
-        synchronize()
-    seconds = torch.tensor([elapsed(*pair) / 1000 for pair in events], device=device())
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    to_device, to_host = (LINK_BYTES * LINK_COPIES / seconds).tolist()
-    return to_device, to_host
-
-
-def on_cuda() -> bool:
-    """Whether DeepSpeed runs on CUDA; otherwise it runs on the CPU, where memory is not measured."""
-    return get_accelerator().device_name() == "cuda"
-
-
-def device() -> torch.device:
-    """This rank's device."""
-    return torch.device(get_accelerator().current_device_name())
-
-
-def synchronize() -> None:
-    """Wait until the device has done everything."""
-    if on_cuda():
-        torch.cuda.synchronize()
-
-
-def moment() -> Any:
-    """Now: an event on the compute stream, or on the CPU the clock's seconds."""
-    if not on_cuda():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed(first: Any, second: Any) -> float:
-    """Milliseconds between two moments."""
-    return first.elapsed_time(second) if on_cuda() else 1000 * (second - first)
-
-
-def allocated() -> int:
-    """Bytes in use on the device."""
-    return torch.cuda.memory_allocated() if on_cuda() else 0
-
-
-def peak() -> int:
-    """Largest number of bytes in use on the device since `reset_peak`."""
-    return torch.cuda.max_memory_allocated() if on_cuda() else 0
-
-
-def reset_peak() -> None:
-    """Forget earlier peaks."""
-    if on_cuda():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def pinned() -> int:
-    """Bytes of page-locked host memory that PyTorch has handed out."""
-    return torch.cuda.host_memory_stats()["active_bytes.current"] if on_cuda() else 0

@@ -1,0 +1,140 @@
+"""Speed and memory of training methods side by side on the same model, kernels and DeepSpeed.
+
+python tools/bench.py --models qwen2.5-0.5b --stages 2 --methods full bound exploit explore --ranks 2 \
+    --shapes 8x512 --liger all --output runs/bench
+
+Every option that takes several values multiplies the configurations; `--plan FILE` takes a YAML list of such option
+sets instead. One launch measures them all, one after another; `<output>/rows.jsonl` receives a line as soon as a
+configuration is done, `table.md` and `bench.png` are made from it at the end, or again with `--table_only`.
+With several `--ranks` there is one launch for each number; `tools/bench_scaling.py` compares them.
+Models have random weights: speed and memory do not depend on them. Without a GPU it runs on the CPU (`--models tiny`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from agsel.errors import AgselError, UserError, one_line
+from tools.bench.compared_methods import METHODS
+from tools.bench.configurations import LIGER, Configuration
+from tools.bench.picture import draw
+from tools.bench.plans import OPTIONS, expand, read_plan
+from tools.bench.rows import measured_rows
+from tools.bench.table import table
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure what the command line asks for, then write table and picture."""
+    options = _parser().parse_args(arguments)
+    folder = Path(options.output)
+    try:
+        code = 0 if options.table_only else launch(options, shlex.join(["python", "tools/bench.py", *arguments]))
+        rows = measured_rows(folder)
+    except (AgselError, OSError) as error:
+        sys.exit(f"agsel: error: {one_line(error)}")
+    text = table(rows, options.peak_tflops)
+    (folder / "table.md").write_text(text + "\n")
+    print(text)
+    draw(rows, folder / "bench.png")
+    sys.exit(code)
+
+
+def launch(options: argparse.Namespace, typed: str) -> int:
+    """Measure all configurations, one launch for each number of ranks. Returns the first exit code that is not 0.
+
+    Args:
+        options: of the command line.
+        typed: the command line, for the rows.
+    """
+    configurations = expand(read_plan(options.plan) if options.plan else [option_set(options)])
+    if options.rounds < 1:
+        raise UserError(f"rounds must be at least 1, got {options.rounds} (--rounds)")
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    counts = dict.fromkeys(configuration.ranks for configuration in configurations)
+    alike = [[one for one in configurations if one.ranks == ranks] for ranks in counts]
+    codes = [launch_ranks(options, typed, members * options.rounds) for members in alike]
+    return next(filter(None, codes), 0)
+
+
+def option_set(options: argparse.Namespace) -> dict[str, Any]:
+    """The option set of the command line."""
+    return {name: getattr(options, name) for name in OPTIONS}
+
+
+def launch_ranks(options: argparse.Namespace, typed: str, configurations: Sequence[Configuration]) -> int:
+    """Measure configurations of one number of ranks in one run of `measured_ranks`. Returns its exit code."""
+    folder = Path(options.output)
+    plan = {
+        "configurations": [asdict(configuration) for configuration in configurations],
+        "steps": options.steps,
+        "warmup": options.warmup,
+        "profile": options.profile,
+        "command": typed,
+    }
+    (folder / "plan.json").write_text(json.dumps(plan, indent=1))
+    command = ["deepspeed", "--num_gpus", str(configurations[0].ranks), "--master_port", str(_free_port())]
+    command += ["--module", "tools.bench.measured_ranks", str(folder.resolve())]
+    return subprocess.run(command, env=_environment()).returncode
+
+
+def _environment() -> dict[str, str]:
+    """That of the ranks. Where the command was typed, paths mean what they meant there, but `tools` is this one."""
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    on_cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | on_cpu
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_measured(parser)
+    parser.add_argument("--plan", type=Path, help="YAML list of option sets, instead of the options above")
+    parser.add_argument("--rounds", type=int, default=1, help="times to measure everything; the table shows the median")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before them; more, if layers compile")
+    parser.add_argument("--profile", action="store_true", help="also profile three steps of rank 0's main thread")
+    parser.add_argument("--output", default="runs/bench", help="folder for rows, table and picture; rows are added")
+    parser.add_argument("--table_only", action="store_true", help="make table and picture again, measure nothing")
+    parser.add_argument("--peak_tflops", type=float, default=989, help="of one GPU, for the MFU; H100 and H200: 989")
+    return parser
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    """The options of which a plan has sets."""
+    several: dict[str, Any] = {"nargs": "+"}
+    switch: dict[str, Any] = {"nargs": "+", "choices": ("on", "off")}
+    methods, kernels = ", ".join(METHODS), list(LIGER)
+    parser.add_argument("--models", default=["qwen2.5-0.5b"], help="built-in shape, folder or hub name", **several)
+    parser.add_argument("--stages", default=[2], type=int, help="ZeRO stages", **several)
+    parser.add_argument("--methods", default=["full", "bound", "exploit", "explore"], help=methods, **several)
+    parser.add_argument("--ranks", default=[2], type=int, help="processes, one a GPU", **several)
+    parser.add_argument("--fractions", default=[0.3], type=float, help="shares of the layers", **several)
+    parser.add_argument("--shapes", default=["8x512"], help="rows x tokens of a micro-batch per GPU", **several)
+    parser.add_argument(
+        "--liger", default=["none"], choices=kernels, help="its fused loss alone, or all of its kernels", **several
+    )
+    parser.add_argument("--checkpointing", default=["off"], help="gradient checkpointing", **switch)
+    parser.add_argument("--compile", default=["off"], help="compile every decoder layer", **switch)
+    parser.add_argument("--offload_states", default=["on"], help="agsel's own offloading", **switch)
+    parser.add_argument("--accumulation", default=[1], type=int, help="gradient accumulation steps", **several)

@@ -1,0 +1,133 @@
+"""The methods that are compared, one entry each; a policy of agsel takes a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import agsel
+from agsel.errors import UserError
+from agsel.policies import reads_fraction
+from tools.bench.configurations import Configuration
+from tools.bench.starters import (
+    PolicyOf,
+    Starter,
+    start_badam,
+    start_bound,
+    start_full,
+    start_full_layers,
+    start_lora,
+    start_selection,
+    start_zero_offload,
+)
+
+if TYPE_CHECKING:
+    from agsel.planning.memory import PlannedStep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        meaning: what it is, in a phrase.
+        start: what builds its engine; None if launch/train.py does.
+        policy: agsel's, for a fraction of the layers; None if agsel does not take part.
+        fraction_of_stock: whether a method without a policy reads the fraction, too.
+        kinds: of the steps that are measured, where they are not all kinds of the policy.
+    """
+
+    meaning: str
+    start: Starter | None
+    policy: PolicyOf | None = None
+    fraction_of_stock: bool = False
+    kinds: tuple[PlannedStep, ...] = ()
+
+    @property
+    def reads_fraction(self) -> bool:
+        """Whether the fraction of the layers makes a difference."""
+        return self.fraction_of_stock if self.policy is None else reads_fraction(self.policy(Configuration.fraction))
+
+    @property
+    def moves_states(self) -> bool:
+        """Whether agsel selects what is trained, and keeps the optimizer states of the rest in host memory."""
+        return self.policy is not None
+
+    @property
+    def kinds_of_steps(self) -> tuple[PlannedStep, ...]:
+        """What kinds of steps are measured, as the memory plan names them; none if it does not cover them."""
+        return self.kinds or (self.policy(Configuration.fraction).kinds_of_steps if self.policy else ())
+
+
+def selecting(meaning: str, policy: PolicyOf, kinds: tuple[PlannedStep, ...] = ()) -> Method:
+    """agsel with the policy made from the fraction."""
+    return Method(meaning=meaning, start=partial(start_selection, policy), policy=policy, kinds=kinds)
+
+
+def random_sets(every: int) -> Callable[[float], agsel.RandomBlocks]:
+    """A new random set of layers every so many steps."""
+    return lambda fraction: agsel.RandomBlocks(fraction=fraction, every=every)
+
+
+def exploiting(fraction: float) -> agsel.AdaGradSelect:
+    """Draws that are almost uniform: the most states to move."""
+    return agsel.AdaGradSelect(fraction=fraction, explore_steps=0, dirichlet_delta=1e6)
+
+
+def exploring(fraction: float) -> agsel.AdaGradSelect:
+    """Every step explores."""
+    return agsel.AdaGradSelect(fraction=fraction, explore_steps=10**9, epsilon_end=1.0)
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(meaning="full fine-tuning, stock DeepSpeed", start=start_full, kinds=("full",)),
+    "full-layers": Method(
+        meaning="full fine-tuning, stock DeepSpeed told to gather whole layers, as agsel does at ZeRO-3",
+        start=start_full_layers,
+    ),
+    "bound": Method(
+        meaning="the same number of layers trainable for ever, all else frozen, stock DeepSpeed",
+        start=start_bound,
+        fraction_of_stock=True,
+    ),
+    "fixed": selecting("agsel, one set of layers for ever", random_sets(every=10**9)),
+    "exploit": selecting("agsel, a new random set of layers at every step", exploiting),
+    "explore": selecting(
+        "agsel, the layers with the largest gradient norms, every step explores", exploring, kinds=("explore",)
+    ),
+    "topk": selecting("agsel's TopK policy", lambda fraction: agsel.TopK(fraction=fraction)),
+    "lisa": selecting("agsel, a new random set every 20 steps, as LISA", random_sets(every=20)),
+    "trainer": Method(
+        meaning="`exploit` through launch/train.py and TRL's own fused loss", start=None, policy=exploiting
+    ),
+    "lora-256": Method(meaning="LoRA r=256 on all linear layers, stock DeepSpeed", start=partial(start_lora, 256)),
+    "lora-16": Method(meaning="LoRA r=16 on all linear layers, stock DeepSpeed", start=partial(start_lora, 16)),
+    "zero-offload": Method(meaning="full fine-tuning, ZeRO-Offload (CPU Adam)", start=start_zero_offload),
+    "badam": Method(
+        meaning="the BAdam package, as many layers at a time, no switch while measured",
+        start=start_badam,
+        fraction_of_stock=True,
+    ),
+}
+
+
+def method_of(configuration: Configuration) -> Method:
+    """The method that the configuration names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if configuration.method not in METHODS:
+        raise UserError(f"unknown method {configuration.method!r} (--methods): use some of {', '.join(METHODS)}")
+    return METHODS[configuration.method]
+
+
+def canonical(configuration: Configuration) -> Configuration:
+    """The same configuration without the options its method does not read, so that it is measured once."""
+    method = method_of(configuration)
+    fraction = configuration.fraction if method.reads_fraction else Configuration.fraction
+    return replace(
+        configuration, fraction=fraction, offload_states=configuration.offload_states or not method.moves_states
+    )

@@ -19,7 +19,7 @@ import agsel
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
-BELOW = {"agsel.errors", "agsel.blocks", "agsel.compilation", "agsel.policies", "agsel.zero"}
+BELOW = {"agsel.errors", "agsel.upstream", "agsel.blocks", "agsel.compilation", "agsel.policies", "agsel.zero"}
 TRAINERS = {"accelerate", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl"}
 ALL_BELOW = BELOW | {
     "agsel",
@@ -34,11 +34,13 @@ ALL_BELOW = BELOW | {
 FLOORS = {
     "agsel/errors.py": set(),
     "agsel/shipped.py": set(),
+    "agsel/upstream.py": {"agsel.errors"},
     "agsel/blocks.py": {"agsel.errors", "torch"},
     "agsel/policies": {"agsel.errors", "numpy"},
     "agsel/compilation.py": {"agsel.blocks", "torch"},
     "agsel/zero": {
         "agsel.errors",
+        "agsel.upstream",
         "agsel.blocks",
         "agsel.policies",
         "deepspeed",

@@ -56,6 +56,9 @@ def limit_waiting(timeout: float) -> None:
 
     For ranks that all live but wait for each other. The arguments of the Trainer reach only the default group, and on
     the CPU not even that; DeepSpeed's own group would keep torch's 10 minutes, of gloo 30.
+
+    Raises:
+        RunError: as of `data_parallel_group`.
     """
     data_parallel_group()  # made now instead of with the engine
     for group in _world.pg_map:

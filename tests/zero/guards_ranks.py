@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -15,7 +16,7 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
 import agsel
-from agsel.zero import guards
+from agsel import upstream
 from tests.cases import message_of, run_cases
 from tests.tiny import tiny_model
 from tests.zero.scenario import ADAM, Scenario, start_engine
@@ -169,14 +170,12 @@ def head_left_out(model: Any) -> torch.optim.Optimizer:
 
 def changed_deepspeed(allowed: str) -> str | None:
     """A DeepSpeed one of whose overridden methods is not the tested one."""
-    tested = guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"]
-    guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"] = tested ^ 1
-    os.environ["AGSEL_ALLOW_UNTESTED"] = allowed
-    try:
+    changed = {"deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_flat_partition": "0"}
+    with (
+        mock.patch.dict(upstream.table()["checksums"]["agsel.zero.stage_1_and_2"], changed),
+        mock.patch.dict(os.environ, {"AGSEL_ALLOW_UNTESTED": allowed}),
+    ):
         return message_of(RuntimeError, lambda: start_engine(Scenario(stage=2)))
-    finally:
-        guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"] = tested
-        del os.environ["AGSEL_ALLOW_UNTESTED"]
 
 
 CASES: dict[str, Callable[[], str | None]] = {

@@ -16,7 +16,7 @@ from unittest import mock
 import deepspeed
 import torch
 
-from agsel.zero import guards
+from agsel import upstream
 from tests.cases import message_of, run_cases
 from tests.tiny import tiny_batch
 from tests.zero.checkpoint_ranks import SAVED_AFTER, SCENARIOS, SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET
@@ -263,7 +263,8 @@ def refusals() -> dict[str, str | None]:
 
 def changed_converter(engine: Any) -> str | None:
     """A DeepSpeed whose converter is not the tested one."""
-    with mock.patch.dict(guards.TESTED, {"deepspeed.checkpoint.ds_to_universal.main": 0}):
+    changed = {"deepspeed.checkpoint.ds_to_universal:main": "0"}
+    with mock.patch.dict(upstream.table()["checksums"]["agsel.zero.universal"], changed):
         return message_of(RuntimeError, lambda: engine.load_checkpoint(str(root() / "stage2")))
 
 

@@ -17,7 +17,7 @@ def require_supported_engine(engine: Any) -> None:
     Raises:
         UserError: naming the setting and what to use instead.
     """
-    if hasattr(engine, "selection"):
+    if isinstance(engine, DeepSpeedEngine) and "selection" in vars(engine):  # else the model would answer for it
         raise UserError("agsel.attach was called twice on one engine: keep the Selection it returned the first time")
     if type(engine) is not DeepSpeedEngine:
         raise UserError(

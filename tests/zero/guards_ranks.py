@@ -178,6 +178,13 @@ def changed_deepspeed(allowed: str) -> str | None:
         return message_of(RuntimeError, lambda: start_engine(Scenario(stage=2)))
 
 
+def model_with_a_selection() -> str | None:
+    """DeepSpeed's engine answers with attributes of its model."""
+    model = tiny_model()
+    model.selection = "of the model's own"
+    return message_of(ValueError, lambda: start_engine(Scenario(stage=2), model=model))
+
+
 CASES: dict[str, Callable[[], str | None]] = {
     "stage 0": stage_0,
     "bf16 optimizer": bf16_optimizer,
@@ -202,6 +209,7 @@ CASES: dict[str, Callable[[], str | None]] = {
     "attached twice": attached_twice,
     "changed deepspeed": partial(changed_deepspeed, "0"),
     "changed deepspeed, allowed": partial(changed_deepspeed, "1"),
+    "model with a selection": model_with_a_selection,
 }
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ REFUSED = {
 }
 
 
-ACCEPTED = ("changed deepspeed, allowed",)
+ACCEPTED = ("changed deepspeed, allowed", "model with a selection")
 
 
 @pytest.fixture(scope="module")

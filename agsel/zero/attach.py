@@ -69,6 +69,7 @@ def attach(
     guards.require_supported_optimizer(optimizer, selective_class.stock)
     upstream.require_tested(*_modules_behind(selective_class))
     guards.require_whole_groups(optimizer, selective_class.partitioned_groups(optimizer))
+    guards.warn_of_ignored_settings(engine)
     masters = selective_class.masters(optimizer)
     blocks, block_indices = _match_blocks(
         engine.module, [selective_class.parameters_of_partition(optimizer, index) for index in range(len(masters))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from agsel.errors import UserError
 from agsel.policies import Policy
+
+logger = logging.getLogger("agsel")
 
 
 def require_supported_engine(engine: Any) -> None:
@@ -30,6 +33,17 @@ def require_supported_engine(engine: Any) -> None:
     refused = _refused_settings(engine)
     if refused:
         raise UserError(refused[0])
+
+
+def warn_of_ignored_settings(engine: DeepSpeedEngine) -> None:
+    """Name what the user has set and agsel overrides without harm."""
+    zero = engine._config.zero_config
+    is_set = "reduce_scatter" in zero.model_fields_set and zero.reduce_scatter
+    if is_set and engine.zero_optimization_stage() < 3:
+        logger.warning(
+            "zero_optimization.reduce_scatter true has no effect at stages 1 and 2: agsel all-reduces whole buckets of "
+            "gradients; remove it"
+        )
 
 
 def _refused_settings(engine: DeepSpeedEngine) -> list[str]:

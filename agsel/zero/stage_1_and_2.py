@@ -53,7 +53,8 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def prepare_selection(self) -> None:
         """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory.
 
-        And let it all-reduce whole buckets in place, not slices of them: the same sums with less Python.
+        And let it all-reduce whole buckets in place, not slices of them: the same sums with less Python. So
+        `reduce_scatter` of the configuration has no effect here, of which `guards.warn_of_ignored_settings` tells.
         """
         self.reduce_scatter = self.postscale_gradients = False
         self._being_reduced: torch.Tensor | None = None

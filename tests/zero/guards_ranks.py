@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 
 import agsel
 from agsel import upstream
-from tests.cases import message_of, run_cases
+from tests.cases import logged, message_of, run_cases
 from tests.tiny import tiny_model
 from tests.zero.scenario import ADAM, Scenario, start_engine
 
@@ -185,6 +185,13 @@ def model_with_a_selection() -> str | None:
     return message_of(ValueError, lambda: start_engine(Scenario(stage=2), model=model))
 
 
+def said_of_reduce_scatter(stage: int, zero: dict[str, Any]) -> str:
+    """What agsel logs when the user has set it, or has not."""
+    with logged() as messages:
+        start_engine(Scenario(stage=stage, zero=zero))
+    return "\n".join(messages)
+
+
 CASES: dict[str, Callable[[], str | None]] = {
     "stage 0": stage_0,
     "bf16 optimizer": bf16_optimizer,
@@ -210,6 +217,11 @@ CASES: dict[str, Callable[[], str | None]] = {
     "changed deepspeed": partial(changed_deepspeed, "0"),
     "changed deepspeed, allowed": partial(changed_deepspeed, "1"),
     "model with a selection": model_with_a_selection,
+    "reduce_scatter 1": partial(said_of_reduce_scatter, 1, {"reduce_scatter": True}),
+    "reduce_scatter 2": partial(said_of_reduce_scatter, 2, {"reduce_scatter": True}),
+    "reduce_scatter 3": partial(said_of_reduce_scatter, 3, {"reduce_scatter": True}),
+    "reduce_scatter false": partial(said_of_reduce_scatter, 2, {"reduce_scatter": False}),
+    "reduce_scatter unset": partial(said_of_reduce_scatter, 2, {}),
 }
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 import agsel
+from agsel import shipped
 from tests.cases import launch_cases
 from tests.zero.guards_ranks import CASES
 
@@ -41,6 +43,13 @@ REFUSED = {
 
 
 ACCEPTED = ("changed deepspeed, allowed", "model with a selection")
+SAID = {
+    "reduce_scatter 1": True,
+    "reduce_scatter 2": True,
+    "reduce_scatter 3": False,
+    "reduce_scatter false": False,
+    "reduce_scatter unset": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +73,23 @@ def test_accepted_on_every_rank(ranks: list[dict[str, Any]], case: str) -> None:
     assert [rank[case] for rank in ranks] == [None] * len(ranks)
 
 
+@pytest.mark.parametrize("case", SAID)
+def test_a_setting_without_effect_is_named_if_the_user_has_made_it(ranks: list[dict[str, Any]], case: str) -> None:
+    """Once an engine; that it is DeepSpeed's default is nobody's mistake."""
+    for rank in ranks:
+        assert rank[case].count("\n") == 0
+        assert ("zero_optimization.reduce_scatter true has no effect" in rank[case]) == SAID[case]
+
+
+@pytest.mark.parametrize("name", shipped.names("ds_configs"))
+def test_no_shipped_configuration_makes_it(name: str) -> None:
+    file = shipped.zero_configuration(name)
+    assert file is not None
+    assert "reduce_scatter" not in json.loads(file.read_text())["zero_optimization"]
+
+
 def test_every_case_is_judged() -> None:
-    assert set(CASES) == {*REFUSED, *ACCEPTED}
+    assert set(CASES) == {*REFUSED, *ACCEPTED, *SAID}
 
 
 @pytest.mark.parametrize(

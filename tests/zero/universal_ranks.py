@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,7 @@ import deepspeed
 import torch
 
 from agsel import upstream
-from tests.cases import message_of, run_cases
+from tests.cases import logged, message_of, run_cases
 from tests.tiny import tiny_batch
 from tests.zero.checkpoint_ranks import SAVED_AFTER, SCENARIOS, SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET
 from tests.zero.parity_ranks import whole_weights
@@ -165,19 +162,6 @@ def continued(stage: int, name: str, first: int) -> dict[str, Any]:
 def left_over() -> list[str]:
     """Converted copies that were not removed."""
     return [copy.name for copy in root().glob(".universal-*")]
-
-
-@contextmanager
-def logged() -> Iterator[list[str]]:
-    """What agsel's logger says inside the context."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("agsel")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield messages
-    logger.removeHandler(handler)
 
 
 def leave_fragment_of_a_killed_run(folder: Path, tag: str) -> None:

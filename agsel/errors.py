@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -42,3 +43,9 @@ def complaints_of_libraries() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The message of an error in one line."""
     return " ".join(str(error).split())
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'answer'?` where a known name is close to `name`, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

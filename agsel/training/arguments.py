@@ -1,7 +1,5 @@
 """agsel's own command-line settings: which blocks are trained when, which columns are learnt, what ends a sick run."""
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from agsel.errors import UserError
@@ -147,9 +145,3 @@ class SafetyArguments:
             raise UserError(
                 f"sanity_checks must be a number of steps, or 0 for never, got {self.sanity_checks} (--sanity_checks)"
             )
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'answer'?` where a known name is close to `name`, else nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

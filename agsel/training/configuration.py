@@ -14,9 +14,9 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from agsel import shipped
-from agsel.errors import UserError, complaints_of_libraries
+from agsel.errors import UserError, complaints_of_libraries, suggestion
 from agsel.policies import Policy
-from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments, suggestion
+from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
 
 GROUPS = (ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, DataArguments, SafetyArguments)

@@ -9,8 +9,8 @@ from typing import Any
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from agsel.errors import UserError
-from agsel.training.arguments import DataArguments, suggestion
+from agsel.errors import UserError, suggestion
+from agsel.training.arguments import DataArguments
 
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 ROW_NUMBER = "agsel_row"

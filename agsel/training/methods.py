@@ -8,9 +8,8 @@ import inspect
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, get_type_hints
 
-from agsel.errors import AgselError, UserError, one_line
+from agsel.errors import AgselError, UserError, one_line, suggestion
 from agsel.policies import METHODS, Policy, flags_of
-from agsel.training.arguments import suggestion
 
 Field = dataclasses.Field[Any]
 

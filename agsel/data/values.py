@@ -1,0 +1,59 @@
+"""Values as files write them, and as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FileNumber(str):
+    """A number as it is written in a file. Format specifications, as in `{price:.2f}`, see its value."""
+
+    @property
+    def value(self) -> int | float:
+        """The number."""
+        return int(self) if self.lstrip("-").isdigit() else float(self)
+
+    def __format__(self, specification: str) -> str:
+        return format(self.value, specification) if specification else str(self)
+
+
+def plain(value: Any) -> Any:
+    """The same with numbers in place of their spelling, also inside lists and objects."""
+    if isinstance(value, FileNumber):
+        return value.value
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """The same without the null members of objects."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text, and not a number's spelling."""
+    return isinstance(value, str) and not isinstance(value, FileNumber)
+
+
+def as_text(value: Any) -> str:
+    """A value as a file would write it; nothing for null."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def kind_name(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if isinstance(value, bool):
+        return f"a truth value ({as_text(value)})"
+    if isinstance(value, FileNumber | int | float):
+        return f"a number ({value})"
+    names = {str: "text", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,346 @@
+"""What is asked of a model folder, and of the settings about it, before a run starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig
+
+from agsel.errors import UserError
+from agsel.training.model import require_model
+from agsel.training.tokenizer import (
+    load_tokenizer,
+    render,
+    require_chat_template,
+    require_known_tokens,
+    require_tokenizer,
+)
+from tests.test_launch import several_runs
+from tests.tiny import VOCABULARY, tiny_model
+from tests.tiny_run import save_model, save_rows, settings
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 12345\n"
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+TALK = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5"}]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("whole") / "model")
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    """A model folder to damage."""
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def training(**changed: Any) -> SFTConfig:
+    return SFTConfig(**{"output_dir": "run", "use_cpu": True, "bf16": False, "report_to": "none"} | changed)
+
+
+def named(folder: Path, **changed: Any) -> ModelConfig:
+    return ModelConfig(**{"model_name_or_path": str(folder), "dtype": None} | changed)
+
+
+def ask(folder: Path, **changed: Any) -> None:
+    require_model(named(folder), training(**changed))
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def change_config(**values: Any) -> Callable[[Path], object]:
+    return lambda folder: change(folder / "config.json", **values)
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(folder: Path) -> None:
+    with (folder / "model.safetensors").open("rb+") as file:
+        file.truncate((folder / "model.safetensors").stat().st_size - 1)
+
+
+def shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    tiny_model().save_pretrained(folder, max_shard_size="70KB")
+    assert {path.name for path in folder.glob("*.safetensors")} == {*SHARDS}
+
+
+def lose_a_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / SHARDS[1]).unlink()
+
+
+def cut_a_shard(folder: Path) -> None:
+    shard(folder)
+    (folder / SHARDS[0]).write_bytes((folder / SHARDS[0]).read_bytes()[:5000])
+
+
+def pickle(folder: Path, **options: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin", **options)
+
+
+def cut_pickle(folder: Path) -> None:
+    pickle(folder)
+    (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-100])
+
+
+def lose_a_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
+
+
+def leave_the_adapter(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pointer": (write("model.safetensors", POINTER), "model.safetensors is the pointer that Git LFS leaves"),
+    "pointer for a tokenizer": (write("tokenizer.json", POINTER), "tokenizer.json is the pointer that Git LFS leaves"),
+    "pointer for config.json": (write("config.json", POINTER), "config.json is the pointer that Git LFS leaves"),
+    "cut": (cut, "model.safetensors is damaged or cut short (Error while deserializing header: incomplete metadata"),
+    "header": (write("model.safetensors", "<html>404 Not Found</html>"), "header too large; it has 26 bytes)"),
+    "empty": (write("model.safetensors", ""), "model.safetensors is damaged or cut short"),
+    "no weights": (remove("model.safetensors"), "(--model_name_or_path) holds no weights: it needs model.safetensors"),
+    "shard": (lose_a_shard, f"{SHARDS[1]} is missing, which model.safetensors.index.json names (1 of 2 files are)"),
+    "cut shard": (cut_a_shard, f"{SHARDS[0]} is damaged or cut short"),
+    "cut pickle": (cut_pickle, "pytorch_model.bin is damaged or cut short (neither a zip archive nor a pickle"),
+    "pickled shard": (lose_a_pickle, "pytorch_model-1.bin is missing, which pytorch_model.bin.index.json names"),
+    "no config": (remove("config.json"), "(--model_name_or_path) is no model: it has no config.json"),
+    "adapter": (leave_the_adapter, "holds an adapter alone: merge it into its model"),
+    "no JSON": (write("config.json", '{"model_type": '), "config.json cannot be read, Expecting value"),
+    "a list": (write("config.json", "[]"), "config.json is no JSON object"),
+    "generation list": (write("generation_config.json", "[]"), "generation_config.json is no JSON object"),
+    "type": (change_config(model_type="lama"), "has the model_type 'lama', which transformers"),
+    "size": (change_config(hidden_size="28"), "(--model_name_or_path): Validation error for field 'hidden_size'"),
+    "null": (change_config(architectures=None), 'names no architecture: write, for example, "architectures": ["LlamaF'),
+    "none": (change_config(architectures=[]), "names no architecture"),
+    "base model": (change_config(architectures=["LlamaModel"]), "is a LlamaModel, which generates no text"),
+}
+
+
+def one_line(refusal: pytest.ExceptionInfo[UserError]) -> str:
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_folder_is_refused_before_it_is_loaded(folder: Path, fault: str) -> None:
+    damage, words = FAULTS[fault]
+    damage(folder)
+    with pytest.raises(UserError) as refusal:
+        ask(folder)
+    assert words in one_line(refusal)
+    assert "--model_name_or_path" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: None,
+        shard,
+        pickle,
+        lambda folder: pickle(folder, _use_new_zipfile_serialization=False),
+        remove("generation_config.json"),
+        write("tf_model.h5", POINTER),
+    ],
+    ids=["one file", "shards", "pickle", "old pickle", "no generation settings", "a pointer that nobody needs"],
+)
+def test_a_whole_folder_is_accepted(folder: Path, make: Callable[[Path], object]) -> None:
+    make(folder)
+    ask(folder)
+    LlamaForCausalLM.from_pretrained(folder)
+
+
+def test_weights_in_other_files_are_left_to_transformers(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.half.safetensors")
+    ask(folder, model_init_kwargs={"variant": "half"})
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"is a file \(--model_name_or_path\): name its folder"):
+        ask(folder / "model.safetensors")
+
+
+def test_a_name_that_is_no_folder_and_not_on_the_hub_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^cannot load no/where \(--model_name_or_path\): .*no such folder here"):
+        ask(Path("no/where"))
+
+
+def no_ending(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.eos_token = None
+
+
+def added(**tokens: Any) -> Callable[[PreTrainedTokenizerBase], object]:
+    return lambda tokenizer: tokenizer.add_special_tokens(tokens)
+
+
+def tokenizer_of(folder: Path, alter: Callable[[PreTrainedTokenizerBase], object]) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    alter(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(named(folder), training())
+
+
+TOKENIZERS: dict[str, tuple[Callable[[PreTrainedTokenizerBase], object], dict[str, str], str]] = {
+    "no ending": (no_ending, {}, "has no end-of-sequence token, by which a model learns to stop: name one of its"),
+    "ending": (no_ending, {"eos_token": "<end>"}, "'<end>' is no token of the tokenizer"),
+    "padding": (lambda tokenizer: None, {"pad_token": "<end>"}, "name one of its tokens (--pad_token)"),
+    "word": (lambda tokenizer: tokenizer.add_tokens(["w"]), {}, "has 62 tokens, but the model has an embedding of 61"),
+    "ending outside": (added(eos_token="<end>"), {}, "embedding of 61: token 61, '<end>', is none of them"),
+    "padding outside": (added(pad_token="<end>"), {}, "embedding of 61: token 61, '<end>', is none of them"),
+}
+
+
+@pytest.mark.parametrize("fault", TOKENIZERS)
+def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, fault: str) -> None:
+    alter, changed, words = TOKENIZERS[fault]
+    tokenizer = tokenizer_of(folder, alter)
+    config = LlamaConfig.from_pretrained(folder)
+    with pytest.raises(UserError) as refusal:
+        require_tokenizer(tokenizer, config, training(**changed))
+    assert words in one_line(refusal)
+    require_tokenizer(tokenizer, config, training(chat_template_path=str(folder)))  # brings its tokens along
+
+
+@pytest.mark.parametrize(
+    ("alter", "changed", "vocabulary"),
+    [
+        (no_ending, {"eos_token": "<eos>"}, VOCABULARY),
+        (lambda tokenizer: None, {}, VOCABULARY + 100),
+        (lambda tokenizer: tokenizer.add_tokens(["w"]), {}, VOCABULARY + 1),
+        (added(extra_special_tokens=["<image>"]), {}, VOCABULARY),
+    ],
+    ids=["named ending", "larger embedding", "word inside", "special token that may never occur"],
+)
+def test_a_tokenizer_that_fits_is_accepted(
+    folder: Path, alter: Callable[[PreTrainedTokenizerBase], object], changed: dict[str, str], vocabulary: int
+) -> None:
+    tokenizer = tokenizer_of(folder, alter)
+    require_tokenizer(tokenizer, LlamaConfig(vocab_size=vocabulary), training(**changed))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_cannot_be_read_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text((folder / name).read_text()[:20])
+    with pytest.raises(UserError, match=r"^cannot load the tokenizer of .*\(--model_name_or_path\): .*bring its files"):
+        load_tokenizer(named(folder), training())
+
+
+def test_a_folder_without_tokenizer_is_refused(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"^cannot load the tokenizer of ") as refusal:
+        load_tokenizer(named(folder), training())
+    one_line(refusal)
+
+
+@pytest.mark.parametrize("column", ["train_dataset", "eval_dataset"])
+def test_a_row_with_a_token_that_the_model_lacks_is_refused(whole: Path, column: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    rows = {"train_dataset": [[1, 60], [2]], "eval_dataset": None}
+    trainer: Any = SimpleNamespace(
+        model=tiny_model(),
+        processing_class=tokenizer,
+        **{name: tokens and Dataset.from_dict({"input_ids": tokens}) for name, tokens in rows.items()},
+    )
+    require_known_tokens(trainer)
+    setattr(trainer, column, Dataset.from_dict({"input_ids": [[1], [], [2, 61, 3]]}))
+    with pytest.raises(UserError, match=r"has 62 tokens, but the model has an embedding of 61: token 61, '<image>'"):
+        require_known_tokens(trainer)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('no such role') }}", "TemplateError: no such role"),
+        ("{% for message in messages %}{{ message }", "TemplateSyntaxError: "),
+        ("{{ messages[0].tool.name }}", "UndefinedError: "),
+        ("{{ messages[0].content + 1 }}", "TypeError: "),
+    ],
+    ids=["raises", "syntax", "undefined", "type"],
+)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_chat_template_that_fails_is_refused(folder: Path, template: str, words: str, by_name: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    path = folder / "own.jinja"
+    path.write_text(template)
+    if not by_name:
+        tokenizer.chat_template = template
+    with pytest.raises(UserError) as refusal:
+        require_chat_template(
+            tokenizer,
+            training(chat_template_path=str(path) if by_name else None),
+            Dataset.from_list([{"prompt": TALK[:1], "completion": TALK[1:]}]),
+        )
+    assert f"fails on row 0 of the dataset, {words}" in one_line(refusal)
+    assert "--chat_template_path" in str(refusal.value)
+
+
+def test_a_conversation_is_rendered(whole: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(whole)
+    for row in ({"messages": TALK}, {"prompt": TALK[:1], "completion": TALK[1:], "tools": "[]"}):
+        assert render(tokenizer, row, 0) == "w1 w3 w4 w0 w5 <eos> "
+    require_chat_template(tokenizer, training(chat_template_path=str(whole)), Dataset.from_list([{"messages": TALK}]))
+
+
+def test_a_chat_template_that_is_not_there_is_refused(whole: Path) -> None:
+    rows = Dataset.from_list([{"messages": TALK}])
+    with pytest.raises(UserError, match=r"^cannot read the chat template nowhere.jinja \(--chat_template_path\)"):
+        require_chat_template(AutoTokenizer.from_pretrained(whole), training(chat_template_path="nowhere.jinja"), rows)
+
+
+@pytest.fixture(scope="module")
+def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Run folders, and what their runs ended with."""
+    folder = tmp_path_factory.mktemp("runs")
+    model = shutil.copytree(whole, folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(model)
+    rows = save_rows(folder / "rows.jsonl", 8)
+    images = save_rows(folder / "images.jsonl", 8, row_5={"question": "w3 <image>"})
+    changed = {
+        "images": {"dataset_name": images},
+        "pointer": {"model_name_or_path": folder},
+    }
+    (folder / "config.json").write_text(POINTER)
+    cases = {
+        name: settings(model, rows, folder / name, **{"max_steps": 1} | values) for name, values in changed.items()
+    }
+    return folder, several_runs(folder, cases)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("images", "embedding of 61: token 61, '<image>', is none of them"),
+        ("pointer", "config.json is the pointer that Git LFS leaves"),
+    ],
+)
+def test_a_run_that_would_fail_ends_at_its_start_in_one_line(
+    runs: tuple[Path, dict[str, Any]], name: str, words: str
+) -> None:
+    code, output, _ = runs[1][name]
+    assert code == 1, output
+    assert [words in line for line in output.splitlines() if "agsel: error:" in line] == [True]
+    assert "Traceback" not in output

@@ -29,8 +29,9 @@ from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
-from agsel.training.export import export_model
+from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run
+from agsel.training.generation import require_generation_config
 from agsel.training.identity import describe_for_resume
 from agsel.training.model import require_model
 from agsel.training.output import direct_output, on_first_rank
@@ -128,6 +129,7 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
     if held_out is not None:
         require_labels(trainer.eval_dataset, len(held_out), training.max_length)
     require_known_tokens(trainer)
+    prepare_export(trainer)
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.selection.compile_layers:
@@ -139,6 +141,7 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
 def require_model_of_run(model: ModelConfig, training: SFTConfig) -> PreTrainedTokenizerBase:
     """Refuse, before anything is loaded, a model with which the run would fail. Returns its tokenizer."""
     config = require_model(model, training)
+    require_generation_config(model)
     tokenizer = load_tokenizer(model, training)
     require_tokenizer(tokenizer, config, training)
     return tokenizer

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig
 
 from agsel.errors import UserError
+from agsel.training.generation import mend, require_generation_config
 from agsel.training.model import require_model
 from agsel.training.tokenizer import (
     load_tokenizer,
@@ -185,6 +186,48 @@ def test_a_name_that_is_no_folder_and_not_on_the_hub_is_refused() -> None:
         ask(Path("no/where"))
 
 
+GENERATION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.6}),
+    "silent": ({"temperature": 0.6, "top_p": 0.9}, {"temperature": 0.6, "top_p": 0.9}),
+    "no beams": ({"early_stopping": True, "length_penalty": 2.0}, {"early_stopping": True, "length_penalty": 2.0}),
+    "scores": ({"output_scores": True}, {"output_scores": True}),
+    "padding": ({"pad_token_id": -1}, {"pad_token_id": -1}),
+    "sampling": ({"do_sample": True, "temperature": 0.6}, {}),
+}
+
+
+@pytest.mark.parametrize("name", GENERATION)
+def test_generation_settings_without_effect_are_unset(folder: Path, name: str) -> None:
+    given, unset = GENERATION[name]
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    require_generation_config(named(folder))
+    config = GenerationConfig.from_pretrained(folder)
+    assert mend(config) == unset
+    config.save_pretrained(folder)
+    kept = GenerationConfig.from_pretrained(folder)
+    assert {setting: getattr(kept, setting) for setting in given} == given | dict.fromkeys(unset)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"num_return_sequences": 3}, "`num_return_sequences` different than 1"),
+        ({"cache_implementation": "cash"}, "Invalid `cache_implementation`"),
+        ({"suppress_tokens": [2], "forced_eos_token_id": 2}, "Every token in `forced_eos_token_id`"),
+        ({"max_new_tokens": "5"}, "'<=' not supported"),
+    ],
+    ids=lambda given: next(iter(given), ""),
+)
+def test_generation_settings_that_contradict_each_other_are_refused(
+    folder: Path, given: dict[str, Any], words: str
+) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(given))
+    with pytest.raises(UserError) as refusal:
+        require_generation_config(named(folder))
+    assert words in one_line(refusal)
+    assert f"generation_config.json of {folder} (--model_name_or_path)" in str(refusal.value)
+
+
 def no_ending(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.eos_token = None
 
@@ -314,12 +357,14 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     """Run folders, and what their runs ended with."""
     folder = tmp_path_factory.mktemp("runs")
     model = shutil.copytree(whole, folder / "model")
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6}))
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(model)
     rows = save_rows(folder / "rows.jsonl", 8)
     images = save_rows(folder / "images.jsonl", 8, row_5={"question": "w3 <image>"})
     changed = {
+        "mended": {"save_strategy": "steps", "save_steps": 1},
         "images": {"dataset_name": images},
         "pointer": {"model_name_or_path": folder},
     }
@@ -328,6 +373,17 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         name: settings(model, rows, folder / name, **{"max_steps": 1} | values) for name, values in changed.items()
     }
     return folder, several_runs(folder, cases)
+
+
+def test_a_run_with_mended_generation_settings_exports_its_model(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, outcomes = runs
+    code, output, _ = outcomes["mended"]
+    assert code == 0, output
+    mended = "mended    generation settings of the model that have no effect are left out: temperature 0.6"
+    assert output.count(mended) == 1
+    LlamaForCausalLM.from_pretrained(folder / "mended" / "model")
+    assert "temperature" not in (folder / "mended" / "model" / "generation_config.json").read_text()
+    assert (folder / "mended" / "checkpoint-1" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run
 from agsel.training.generation import require_generation_config
 from agsel.training.identity import describe_for_resume
-from agsel.training.model import require_model
+from agsel.training.model import init_kwargs, require_model
 from agsel.training.output import direct_output, on_first_rank
 from agsel.training.summary import count_steps, describe_run
 from agsel.training.tokenizer import load_tokenizer, require_chat_template, require_known_tokens, require_tokenizer
@@ -110,11 +110,7 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
         held_out = load(configuration, configuration.script.dataset_test_split)
     if training.assistant_only_loss is None:
         training.assistant_only_loss = "messages" in rows.column_names
-    training.model_init_kwargs = (training.model_init_kwargs or {}) | {
-        "dtype": model.dtype,
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-    }
+    training.model_init_kwargs = init_kwargs(model, training)
     require_chat_template(tokenizer, training, rows)
     with complaints_of_libraries():
         trainer = ResumableTrainer(

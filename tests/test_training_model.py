@@ -17,7 +17,7 @@ from trl import ModelConfig, SFTConfig
 
 from agsel.errors import UserError
 from agsel.training.generation import mend, require_generation_config
-from agsel.training.model import require_model
+from agsel.training.model import agree_on_settings, init_kwargs, require_model
 from agsel.training.tokenizer import (
     load_tokenizer,
     render,
@@ -352,6 +352,41 @@ def test_a_chat_template_that_is_not_there_is_refused(whole: Path) -> None:
         require_chat_template(AutoTokenizer.from_pretrained(whole), training(chat_template_path="nowhere.jinja"), rows)
 
 
+@pytest.mark.parametrize(
+    ("setting", "name", "given", "other"),
+    [
+        ("attn_implementation", "attn_implementation", "eager", "sdpa"),
+        ("dtype", "dtype", "bfloat16", "float32"),
+        ("dtype", "torch_dtype", "bfloat16", "float32"),
+        ("model_revision", "revision", "v2", "v3"),
+    ],
+)
+def test_model_init_kwargs_win_over_defaults_and_contradict_flags(
+    folder: Path, setting: str, name: str, given: str, other: str
+) -> None:
+    model, arguments = named(folder), training(model_init_kwargs={name: given, "use_cache": False})
+    agree_on_settings(model, arguments)
+    assert getattr(model, setting) == given
+    told = {"dtype": None, "revision": "main", "attn_implementation": None, "use_cache": False}
+    assert init_kwargs(model, arguments) == told | {name.removeprefix("torch_"): given}
+
+    agree_on_settings(named(folder, **{setting: given}), training(model_init_kwargs={name: given}))
+    with pytest.raises(UserError, match=f"^--{setting} {other} and --model_init_kwargs .* {given} contradict"):
+        agree_on_settings(named(folder, **{setting: other}), training(model_init_kwargs={name: given}))
+
+
+def test_flags_alone_are_told_to_the_model(folder: Path) -> None:
+    model, arguments = named(folder, attn_implementation="eager"), training()
+    agree_on_settings(model, arguments)
+    assert init_kwargs(model, arguments) == {"dtype": None, "revision": "main", "attn_implementation": "eager"}
+
+
+def test_code_that_model_init_kwargs_trust_is_trusted_everywhere(folder: Path) -> None:
+    arguments = training(model_init_kwargs={"trust_remote_code": True})
+    agree_on_settings(named(folder), arguments)
+    assert arguments.trust_remote_code
+
+
 @pytest.fixture(scope="module")
 def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Run folders, and what their runs ended with."""
@@ -363,8 +398,9 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     tokenizer.save_pretrained(model)
     rows = save_rows(folder / "rows.jsonl", 8)
     images = save_rows(folder / "images.jsonl", 8, row_5={"question": "w3 <image>"})
+    eager = json.dumps({"attn_implementation": "eager"})
     changed = {
-        "mended": {"save_strategy": "steps", "save_steps": 1},
+        "mended": {"save_strategy": "steps", "save_steps": 1, "model_init_kwargs": eager},
         "images": {"dataset_name": images},
         "pointer": {"model_name_or_path": folder},
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -14,6 +15,13 @@ from trl import ModelConfig, SFTConfig
 from agsel.errors import UserError, one_line
 from agsel.training.weights import read_object, require_model_files, require_weights
 
+SAID_TWICE: dict[str, tuple[str, Any]] = {
+    "dtype": ("dtype", None),
+    "revision": ("model_revision", "main"),
+    "attn_implementation": ("attn_implementation", None),
+    "trust_remote_code": ("trust_remote_code", False),
+}
+"""What `--model_init_kwargs` calls a setting, the setting, and its default."""
 OTHER_WEIGHTS = {"gguf_file", "subfolder", "transformers_weights", "use_safetensors", "variant"}
 """In `--model_init_kwargs`: the weights are elsewhere than in the usual files."""
 
@@ -41,6 +49,34 @@ def require_model(model: ModelConfig, training: SFTConfig) -> PreTrainedConfig:
     if folder.is_dir() and not OTHER_WEIGHTS & (training.model_init_kwargs or {}).keys():
         require_weights(folder)
     return config
+
+
+def agree_on_settings(model: ModelConfig, training: SFTConfig) -> None:
+    """Let `--model_init_kwargs` and the settings of the same meaning say the same: what is given wins over a default.
+
+    Raises:
+        UserError: both are given, and differ.
+    """
+    given = dict(training.model_init_kwargs or {})
+    if "torch_dtype" in given:  # its older name
+        given["dtype"] = given.pop("torch_dtype")
+    for name, (setting, default) in SAID_TWICE.items():
+        holder = model if hasattr(model, setting) else training
+        value = getattr(holder, setting)
+        if given.get(name, value) == value:
+            continue
+        if value != default:
+            raise UserError(
+                f"--{setting} {value} and --model_init_kwargs {name} {given[name]} contradict each other: leave one out"
+            )
+        setattr(holder, setting, given[name])
+    training.model_init_kwargs = given or None
+
+
+def init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told: the user's `--model_init_kwargs`, and the settings that they have agreed on."""
+    told = {name: getattr(model, setting) for name, (setting, _) in SAID_TWICE.items() if hasattr(model, setting)}
+    return (training.model_init_kwargs or {}) | told
 
 
 @contextmanager

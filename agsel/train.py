@@ -33,8 +33,10 @@ from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run
 from agsel.training.generation import require_generation_config
 from agsel.training.identity import describe_for_resume
+from agsel.training.lora import settle_targets
 from agsel.training.model import init_kwargs, require_model
 from agsel.training.output import direct_output, on_first_rank
+from agsel.training.packages import require_packages
 from agsel.training.summary import count_steps, describe_run
 from agsel.training.tokenizer import load_tokenizer, require_chat_template, require_known_tokens, require_tokenizer
 from agsel.zero.consensus import first_rank_does, require_equal_settings
@@ -136,8 +138,11 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
 
 def require_model_of_run(model: ModelConfig, training: SFTConfig) -> PreTrainedTokenizerBase:
     """Refuse, before anything is loaded, a model with which the run would fail. Returns its tokenizer."""
+    require_packages(model, training)
     config = require_model(model, training)
     require_generation_config(model)
+    if model.use_peft:
+        settle_targets(model, config)
     tokenizer = load_tokenizer(model, training)
     require_tokenizer(tokenizer, config, training)
     return tokenizer

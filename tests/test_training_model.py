@@ -13,11 +13,14 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig
+from trl import ModelConfig, SFTConfig, get_peft_config
 
 from agsel.errors import UserError
+from agsel.training import packages
 from agsel.training.generation import mend, require_generation_config
+from agsel.training.lora import settle_targets
 from agsel.training.model import agree_on_settings, init_kwargs, require_model
+from agsel.training.packages import require_packages
 from agsel.training.tokenizer import (
     load_tokenizer,
     render,
@@ -387,6 +390,72 @@ def test_code_that_model_init_kwargs_trust_is_trusted_everywhere(folder: Path) -
     assert arguments.trust_remote_code
 
 
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["self_attn.q_proj"], {"self_attn.q_proj"}),
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        ([".*q_proj"], ".*q_proj"),
+        (["model.layers...self_attn.q_proj"], "model.layers...self_attn.q_proj"),
+        (["all-linear"], "all-linear"),
+        (None, None),
+    ],
+)
+def test_one_lora_target_is_a_name_unless_only_the_expression_fits(
+    whole: Path, targets: list[str] | None, expected: object
+) -> None:
+    model = named(whole, use_peft=True, lora_target_modules=targets)
+    settle_targets(model, LlamaConfig.from_pretrained(whole))
+    assert get_peft_config(model).target_modules == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"lora_target_modules": ["q_porj"]}, "no module 'q_porj' (--lora_target_modules); did you mean 'q_proj'?"),
+        ({"lora_target_modules": ["q_proj", "v"]}, "no module 'v' (--lora_target_modules)"),
+        ({"lora_target_modules": ["proj"]}, "no module 'proj' (--lora_target_modules)"),
+        ({"lora_target_modules": ["*q_proj"]}, "no module '*q_proj' (--lora_target_modules); did you mean 'q_proj'?"),
+        ({"lora_modules_to_save": ["head"]}, "no module 'head' (--lora_modules_to_save)"),
+    ],
+)
+def test_a_lora_target_that_is_in_no_module_is_refused(whole: Path, changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        settle_targets(named(whole, use_peft=True, **changed), LlamaConfig.from_pretrained(whole))
+    assert words in one_line(refusal)
+
+
+def test_a_model_whose_lora_targets_nobody_knows_is_refused(whole: Path) -> None:
+    config = LlamaConfig.from_pretrained(whole)
+    config.model_type = "smollm3"
+    with pytest.raises(UserError, match=r"which modules of a smollm3 model to adapt: name them \(--lora_target_mod"):
+        settle_targets(named(whole, use_peft=True), config)
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_training", "words"),
+    [
+        ({}, {"use_liger_kernel": True}, "--use_liger_kernel needs liger-kernel: pip install liger-kernel"),
+        ({"use_peft": True}, {}, "--use_peft needs peft: pip install peft"),
+        ({"load_in_4bit": True}, {}, "--load_in_4bit needs bitsandbytes: pip install bitsandbytes"),
+        ({"load_in_8bit": True}, {}, "--load_in_8bit needs bitsandbytes: pip install bitsandbytes"),
+        ({}, {"model_init_kwargs": {"gguf_file": "model.gguf"}}, "needs gguf: pip install gguf"),
+    ],
+)
+def test_a_package_that_a_setting_needs_is_named(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, of_model: dict[str, Any], of_training: dict[str, Any], words: str
+) -> None:
+    model, arguments = named(whole, **of_model), training(**of_training)
+    monkeypatch.setattr(packages, "find_spec", lambda name: object())
+    require_packages(model, arguments)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    require_packages(named(whole), training())
+    with pytest.raises(UserError) as refusal:
+        require_packages(model, arguments)
+    assert words in one_line(refusal)
+
+
 @pytest.fixture(scope="module")
 def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Run folders, and what their runs ended with."""
@@ -401,6 +470,7 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     eager = json.dumps({"attn_implementation": "eager"})
     changed = {
         "mended": {"save_strategy": "steps", "save_steps": 1, "model_init_kwargs": eager},
+        "adapted": {"use_peft": True, "lora_target_modules": "q_proj"},
         "images": {"dataset_name": images},
         "pointer": {"model_name_or_path": folder},
     }
@@ -420,6 +490,15 @@ def test_a_run_with_mended_generation_settings_exports_its_model(runs: tuple[Pat
     LlamaForCausalLM.from_pretrained(folder / "mended" / "model")
     assert "temperature" not in (folder / "mended" / "model" / "generation_config.json").read_text()
     assert (folder / "mended" / "checkpoint-1" / "manifest.json").is_file()
+
+
+def test_a_run_adapts_the_one_module_that_is_named(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, outcomes = runs
+    code, output, _ = outcomes["adapted"]
+    assert code == 0, output
+    assert json.loads((folder / "adapted" / "model" / "adapter_config.json").read_text())["target_modules"] == [
+        "q_proj"
+    ]
 
 
 @pytest.mark.parametrize(

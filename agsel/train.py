@@ -32,6 +32,7 @@ from agsel.training.data import load_rows, require_labels, to_training_format
 from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run
 from agsel.training.generation import require_generation_config
+from agsel.training.hub import require_hub
 from agsel.training.identity import describe_for_resume
 from agsel.training.lora import settle_targets
 from agsel.training.model import init_kwargs, require_model
@@ -139,6 +140,7 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
 def require_model_of_run(model: ModelConfig, training: SFTConfig) -> PreTrainedTokenizerBase:
     """Refuse, before anything is loaded, a model with which the run would fail. Returns its tokenizer."""
     require_packages(model, training)
+    first_rank_does(partial(require_hub, training), None)
     config = require_model(model, training)
     require_generation_config(model)
     if model.use_peft:

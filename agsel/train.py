@@ -38,6 +38,7 @@ from agsel.training.lora import settle_targets
 from agsel.training.model import init_kwargs, require_model
 from agsel.training.output import direct_output, on_first_rank
 from agsel.training.packages import require_packages
+from agsel.training.room import require_room_for_run
 from agsel.training.summary import count_steps, describe_run
 from agsel.training.tokenizer import load_tokenizer, require_chat_template, require_known_tokens, require_tokenizer
 from agsel.zero.consensus import first_rank_does, require_equal_settings
@@ -182,6 +183,7 @@ def plan_run(trainer: ResumableTrainer, configuration: Configuration) -> agsel.P
     policy = configuration.build_policy()
     policy.complete(steps.of_first_epoch)
     on_first_rank(describe_run(configuration, trainer, policy, steps))
+    first_rank_does(partial(require_room_for_run, configuration, trainer, steps), None)
     check_memory(trainer, configuration, policy)
     return policy
 

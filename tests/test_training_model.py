@@ -20,12 +20,13 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from agsel.errors import UserError
-from agsel.training import hub, packages
+from agsel.training import hub, packages, room
 from agsel.training.generation import mend, require_generation_config
 from agsel.training.hub import require_hub
 from agsel.training.lora import settle_targets
 from agsel.training.model import agree_on_settings, init_kwargs, require_model
 from agsel.training.packages import require_packages
+from agsel.training.summary import Steps
 from agsel.training.tokenizer import (
     load_tokenizer,
     render,
@@ -519,6 +520,58 @@ def test_nothing_is_asked_of_the_hub_without_need(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"^--push_to_hub cannot work offline: unset HF_HUB_OFFLINE"):
         require_hub(training(push_to_hub=True))
     assert huggingface_hub.is_offline_mode()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"save_strategy": "no", "save_total_limit": 2}, 0),
+        ({"save_strategy": "steps", "save_steps": 10}, 1),
+        ({"save_strategy": "steps", "save_steps": 10, "save_total_limit": 1}, 2),
+        ({"save_strategy": "steps", "save_steps": 10, "save_total_limit": 30}, 10),
+        ({"save_strategy": "steps", "save_steps": 0.5, "save_total_limit": 3}, 2),
+        ({"save_strategy": "epoch", "save_total_limit": 2}, 3),
+        ({"save_strategy": "epoch", "save_total_limit": 9}, 4),
+        ({"save_strategy": "best", "eval_strategy": "steps", "save_total_limit": 9, "metric_for_best_model": "x"}, 1),
+    ],
+)
+def test_a_checkpoint_more_than_are_kept_needs_room(changed: dict[str, Any], expected: int) -> None:
+    assert room.checkpoints_at_once(training(**changed), Steps(per_epoch=30, total=100)) == expected
+
+
+def needed(monkeypatch: pytest.MonkeyPatch, run_folder: Path, model: Any, **changed: Any) -> int:
+    """Bytes for which `require_room_for_run` asks."""
+    asked: list[int] = []
+    monkeypatch.setattr(room, "require_room", lambda folder, number: asked.append(number))
+    of_run = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 1} | changed
+    stage, blocks = of_run.pop("stage", 2), of_run.pop("blocks", "layers")
+    arguments = training(output_dir=str(run_folder), **of_run)
+    configuration: Any = SimpleNamespace(training=arguments, zero_stage=stage, taking_part=blocks)
+    room.require_room_for_run(configuration, SimpleNamespace(model=model), Steps(per_epoch=30, total=100))
+    return asked[0]
+
+
+def test_a_run_needs_room_for_the_model_and_its_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny_model()
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    assert needed(monkeypatch, tmp_path, model, save_strategy="no") == 4 * everything
+    assert needed(monkeypatch, tmp_path, model) == 4 * everything + 2 * (8 * everything + 12 * layers)
+    assert needed(monkeypatch, tmp_path, model, blocks="all") == 4 * everything + 2 * 20 * everything
+    assert needed(monkeypatch, tmp_path, model, stage=3) == 4 * everything + 2 * (4 * everything + 12 * layers)
+    assert needed(monkeypatch, tmp_path, model, bf16=True) == 2 * everything + 2 * (4 * everything + 12 * layers)
+    for step in (10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert needed(monkeypatch, tmp_path, model) == 4 * everything + 8 * everything + 12 * layers
+
+
+def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    room.require_room(tmp_path, free // 2)
+    with pytest.raises(UserError, match=r"^the run writes [\d.]+ GB to .*, [\d.]+ GB are free there") as refusal:
+        room.require_room(tmp_path, free * 2)
+    for setting in ("--output_dir", "--save_total_limit", "--save_strategy no"):
+        assert setting in one_line(refusal)
 
 
 @pytest.fixture(scope="module")

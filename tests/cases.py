@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -174,3 +176,16 @@ def message_of(error: type[Exception], action: Callable[[], Any]) -> str | None:
     except error as raised:
         return str(raised)
     return None
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What agsel's logger says inside the context."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("agsel")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+    logger.removeHandler(handler)

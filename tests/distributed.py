@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -15,7 +17,7 @@ RANKS = int(os.environ.get("AGSEL_TEST_RANKS", "2"))
 """Ranks of a launch that does not name their number."""
 SHARED_GPU = os.environ.get("AGSEL_TEST_SHARED_GPU") == "1"
 """Whether all ranks of a GPU test share the first GPU: their times say nothing, their results are right."""
-PATIENCE = 1200 if SHARED_GPU else 300
+PATIENCE = 1200 if SHARED_GPU else 900 if os.environ.get("AGSEL_TEST_DEVICE") == "cuda" else 300
 """Seconds that a launch may take."""
 
 
@@ -92,7 +94,9 @@ def remove_shared_memory(port: int) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that is free, below those that systems hand out for connections, so that none takes it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

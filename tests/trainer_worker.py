@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import agsel
+from agsel import upstream
 from agsel.training import add_selection
 from tests.distributed import REPOSITORY
 from tests.tiny import tiny_batch, tiny_model
@@ -67,6 +69,14 @@ def train(folder: Path) -> Trainer:
     )
     rows = [{"input_ids": row, "labels": row} for row in tiny_batch(0, 0, 0, rows=24)]
     trainer = Trainer(tiny_model(), arguments, train_dataset=rows)
+    changed = {"transformers.trainer:Trainer._prepare_for_training": "0"}
+    with (
+        mock.patch.dict(upstream.table()["checksums"]["agsel.training.attachment"], changed),
+        pytest.raises(
+            RuntimeError, match=r"transformers .* differs .* transformers\.trainer:Trainer\._prepare_for_train"
+        ),
+    ):
+        add_selection(trainer, agsel.FullFineTuning())
     add_selection(trainer, agsel.AdaGradSelect(fraction=0.5, explore_steps=3))
     with pytest.raises(ValueError, match="add_selection was called twice"):
         add_selection(trainer, agsel.FullFineTuning())

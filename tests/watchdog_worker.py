@@ -6,10 +6,10 @@ import time
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils.groups import _get_data_parallel_group
 
 from agsel.runs.ranks import limit_waiting
 from agsel.runs.watchdog import watched_ranks
+from agsel.zero.groups import data_parallel_group
 
 SECONDS = 5.0
 
@@ -45,7 +45,7 @@ def wait_in_vain(rank: int) -> None:
         time.sleep(4)
         return
     try:
-        dist.all_reduce(torch.zeros(1), group=_get_data_parallel_group())
+        dist.all_reduce(torch.zeros(1), group=data_parallel_group())
     except RuntimeError:
         print("gave up waiting", flush=True)
 

@@ -6,7 +6,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-[ "${AGSEL_TEST_SHARED_GPU:-}" != 1 ] || export PYTEST_TIMEOUT=1500
+export AGSEL_TEST_DEVICE=cuda PYTEST_TIMEOUT=1500
 logs=$(mktemp -d)
 declare -A running
 for file in tests/gpu/test_*.py; do

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 from deepspeed.comm.comm import mpi_discovery
-from deepspeed.utils.groups import _get_data_parallel_group
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 from agsel.errors import AgselError, UserError, one_line
+from agsel.zero.groups import data_parallel_group
 
 MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 DEFAULT_PORT = 29500
@@ -56,8 +56,11 @@ def limit_waiting(timeout: float) -> None:
 
     For ranks that all live but wait for each other. The arguments of the Trainer reach only the default group, and on
     the CPU not even that; DeepSpeed's own group would keep torch's 10 minutes, of gloo 30.
+
+    Raises:
+        RunError: as of `data_parallel_group`.
     """
-    _get_data_parallel_group()  # DeepSpeed makes it now instead of with the engine
+    data_parallel_group()  # made now instead of with the engine
     for group in _world.pg_map:
         _set_pg_timeout(timedelta(seconds=timeout), group)
 

@@ -15,12 +15,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
+from agsel import upstream
 from agsel.errors import RunError
 from agsel.runs import checkpoints
 from agsel.runs.preemption import StopRequests, start_worker
 from agsel.zero.selection import TooManySkippedStepsError
 
 logger = logging.getLogger("agsel")
+
+RELIES_ON = {SFTTrainer: ("_inner_training_loop", "_maybe_log_save_evaluate")}
+"""Methods whose inner working this module depends on, besides those that the code names."""
 
 
 class StoppedInEvaluation(Exception):  # noqa: N818
@@ -46,7 +50,11 @@ class ResumableTrainer(SFTTrainer):
             requests: to stop.
             run: for the manifests.
             group: process group of all ranks, on the host.
+
+        Raises:
+            RunError: this transformers or TRL differs from the tested one where agsel overrides it.
         """
+        upstream.require_tested(__name__)
         self._requests, self._run, self._group = requests, run, group
         self._staging: Path | None = None
         self.add_callback(_StepBorders(self, requests))

@@ -11,14 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.training_args import OptimizerNames
 
 import agsel
+from agsel import upstream
 from agsel.errors import UserError
 from agsel.policies import Policy
 from agsel.training.callback import SelectionCallback
 from agsel.zero import Selection
 from agsel.zero.guards import require_policy
+
+RELIES_ON = {
+    Trainer: ("_prepare_for_training", "create_optimizer"),
+    deepspeed_integration: ("deepspeed_load_checkpoint",),
+}
+"""What makes optimizer and engine and loads checkpoints; see `_when_engine_is_made`."""
 
 Attach = Callable[[Any], Selection]
 """Takes the engine, and calls `agsel.attach` on it."""
@@ -50,6 +58,7 @@ def add_selection(
 
     Raises:
         UserError: as of `train_blocks`, or `policy` is none.
+        RunError: as of `train_blocks`.
     """
     require_policy(policy)
 
@@ -80,8 +89,10 @@ def train_blocks(trainer: Trainer, attach: Attach, *, blocks: Literal["layers", 
     Raises:
         UserError: called twice, no DeepSpeed, an optimizer in the DeepSpeed configuration, `--optim` is no AdamW of
             torch, or gradient checkpointing is reentrant.
+        RunError: this transformers differs from the tested one where it makes the engine.
     """
     _require_supported_trainer(trainer)
+    upstream.require_tested(__name__)
     trainer.args.gradient_checkpointing_kwargs = (trainer.args.gradient_checkpointing_kwargs or {}) | {
         "use_reentrant": False
     }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 from transformers import Trainer
 
+from agsel import upstream
 from agsel.blocks import Block, find_blocks
 from agsel.monitor import block_ranges
 from agsel.policies import Policy
@@ -30,7 +31,12 @@ class Steps(NamedTuple):
 
 
 def count_steps(trainer: Trainer) -> Steps:
-    """How many optimizer steps `trainer.train()` will do."""
+    """How many optimizer steps `trainer.train()` will do.
+
+    Raises:
+        RunError: this transformers differs from the tested one where it counts them.
+    """
+    upstream.require_tested(__name__)
     values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     _, per_epoch, *_, total = values
     return Steps(per_epoch, total)

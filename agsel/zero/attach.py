@@ -9,10 +9,11 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from agsel import upstream
 from agsel.blocks import Block, find_blocks
 from agsel.errors import UserError
 from agsel.policies import Policy
-from agsel.zero import guards
+from agsel.zero import guards, universal
 from agsel.zero.consensus import require_equal_settings
 from agsel.zero.engine import SelectiveEngine
 from agsel.zero.host_memory import require_host_memory
@@ -66,8 +67,9 @@ def attach(
     optimizer: Any = engine.optimizer
     selective_class = SELECTIVE_CLASSES[engine.zero_optimization_stage()]
     guards.require_supported_optimizer(optimizer, selective_class.stock)
-    guards.require_tested_deepspeed(SelectiveEngine.relies_on | selective_class.relies_on)
+    upstream.require_tested(*_modules_behind(selective_class))
     guards.require_whole_groups(optimizer, selective_class.partitioned_groups(optimizer))
+    guards.warn_of_ignored_settings(engine)
     masters = selective_class.masters(optimizer)
     blocks, block_indices = _match_blocks(
         engine.module, [selective_class.parameters_of_partition(optimizer, index) for index in range(len(masters))]
@@ -107,6 +109,14 @@ def attach(
     engine.hooks = selection.timetable.watch(engine, blocks) + optimizer.watch(engine)
     selection.plan_step()
     return selection
+
+
+def _modules_behind(selective_class: type) -> list[str]:
+    """Those of this package: all but the optimizers of other stages and the conversion, which sees to itself."""
+    others = {universal.__name__, *(each.__module__ for each in SELECTIVE_CLASSES.values())}
+    others.remove(selective_class.__module__)
+    modules = upstream.table()["checksums"]
+    return [module for module in modules if module.startswith(f"{__package__}.") and module not in others]
 
 
 def _match_blocks(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -17,27 +17,22 @@ from agsel.zero.selection import Selection
 
 logger = logging.getLogger("agsel")
 
+RELIES_ON = {
+    DeepSpeedEngine: (
+        "load_module_state_dict",
+        "_load_checkpoint",
+        "_load_zero_checkpoint",
+        "_get_ckpt_name",
+        "_take_model_step",
+        "_backward_prologue",
+        "_backward_epilogue",
+    )
+}
+"""Methods of DeepSpeed whose inner working agsel depends on, besides those that the code names."""
+
 
 class SelectiveEngine(DeepSpeedEngine):
     """`DeepSpeedEngine` with block selection; made from one by `agsel.attach`, which sets both attributes."""
-
-    relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
-        DeepSpeedEngine: (
-            "destroy",
-            "forward",
-            "save_checkpoint",
-            "load_checkpoint",
-            "load_universal_checkpoint",
-            "load_module_state_dict",
-            "_load_checkpoint",
-            "_load_zero_checkpoint",
-            "_get_ckpt_name",
-            "_take_model_step",
-            "_backward_prologue",
-            "_backward_epilogue",
-        )
-    }
-    """Methods of the stock class that this class replaces or whose inner working agsel depends on."""
 
     selection: Selection
     hooks: list[RemovableHandle]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -16,6 +16,20 @@ from agsel.errors import RunError
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
 
+RELIES_ON = {
+    DeepSpeedZeroOptimizer: (
+        "_restore_from_bit16_weights",
+        "gradient_reduction_w_predivide",
+        "_add_full_reduction_to_compact_grad_partition",
+        "process_gradients",
+        "reduce_ready_partitions_and_remove_grads",
+        "_release_ipg_buffers",
+        "load_hp_checkpoint_state_from_checkpoint_dir",
+        "update_lp_params",
+    )
+}
+"""Methods of DeepSpeed whose inner working agsel depends on, besides those that the code names."""
+
 
 class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     """DeepSpeed's ZeRO-1/2 optimizer that keeps gradients, steps and gathers for the selected blocks only."""
@@ -23,40 +37,6 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     ready_for_gradients: bool
 
     stock = DeepSpeedZeroOptimizer
-    relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
-        DeepSpeedZeroOptimizer: (
-            "initialize_optimizer_states",
-            "backward_prologue",
-            "offload_states",
-            "refresh_fp32_params",
-            "_restore_from_bit16_weights",
-            "step",
-            "_optimizer_step",
-            "_lazy_init_hp_params_optimizer_state",
-            "independent_gradient_partition_epilogue",
-            "get_all_grad_tensors",
-            "get_flat_partition",
-            "_build_compact_grad_partition_buffer",
-            "reduce_independent_p_g_buckets_and_remove_grads",
-            "reduce_ipg_grads",
-            "average_tensor",
-            "gradient_reduction_w_predivide",
-            "_add_full_reduction_to_compact_grad_partition",
-            "get_gradient_for_reduction",
-            "clear_grad_attribute",
-            "process_gradients",
-            "reduce_ready_partitions_and_remove_grads",
-            "setup_buckets",
-            "_release_ipg_buffers",
-            "_use_compact_grad_partition_buffer",
-            "free_grad_in_param_list",
-            "_load_universal_checkpoint",
-            "_link_all_hp_params",
-            "load_hp_checkpoint_state_from_checkpoint_dir",
-            "update_lp_params",
-        )
-    }
-    """Methods of the stock class that this class replaces or whose inner working it depends on."""
 
     def masters(self) -> list[torch.Tensor]:
         """The fp32 partition of every param group."""
@@ -73,7 +53,8 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
     def prepare_selection(self) -> None:
         """Drop the views into fp32 partitions that DeepSpeed hangs on parameters: they would pin evicted memory.
 
-        And let it all-reduce whole buckets in place, not slices of them: the same sums with less Python.
+        And let it all-reduce whole buckets in place, not slices of them: the same sums with less Python. So
+        `reduce_scatter` of the configuration has no effect here, of which `guards.warn_of_ignored_settings` tells.
         """
         self.reduce_scatter = self.postscale_gradients = False
         self._being_reduced: torch.Tensor | None = None

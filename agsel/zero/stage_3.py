@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
@@ -19,6 +19,36 @@ from agsel.zero.gathering import gather_jointly, gather_now
 from agsel.zero.parameters import global_numel
 from agsel.zero.residency import Partition
 from agsel.zero.selective_step import SelectiveStep
+
+RELIES_ON = {
+    DeepSpeedZeroOptimizer_Stage3: (
+        "_restore_from_bit16_weights",
+        "_setup_for_real_optimizer",
+        "create_reduce_and_remove_grad_hooks",
+        "partition_grads",
+        "_load_universal_checkpoint",
+        "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+        "load_module_checkpoint_state_from_checkpoint_dir_stage3",
+        "load_hp_checkpoint_state",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
+    ),
+    DeepSpeedZeRoOffload: ("setup_zero_stage3_hooks", "_remove_module_hooks", "_register_deepspeed_module"),
+    PartitionedParameterCoordinator: (
+        "is_record_trace",
+        "reset_step",
+        "_invalidate_trace",
+        "_clean_inflight_param_registry",
+        "_fetch_sub_module_impl",
+        "__all_gather_params",
+        "__all_gather_params_",
+        "release_sub_module",
+        "release_and_reset_all",
+    ),
+    InflightParamRegistry: ("__setitem__",),
+    Init: ("_convert_to_deepspeed_param", "_all_gather", "_partition_param"),
+}
+"""Methods of DeepSpeed whose inner working agsel depends on, besides those that the code names."""
 
 GRADIENT_MAP = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 GATHER_STREAM = "_DeepSpeedZeRoOffload__allgather_stream"
@@ -62,48 +92,6 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     grad_partitions_flat_buffer: torch.Tensor
 
     stock = DeepSpeedZeroOptimizer_Stage3
-    relies_on: ClassVar[dict[Any, tuple[str, ...]]] = {
-        DeepSpeedZeroOptimizer_Stage3: (
-            "destroy",
-            "offload_states",
-            "refresh_fp32_params",
-            "_restore_from_bit16_weights",
-            "backward_prologue",
-            "step",
-            "_optimizer_step",
-            "_pre_step",
-            "_post_step",
-            "_partition_all_parameters",
-            "_reassign_or_swap_out_partitioned_parameters",
-            "_setup_for_real_optimizer",
-            "create_reduce_and_remove_grad_hooks",
-            "reduce_ready_partitions_and_remove_grads",
-            "independent_gradient_partition_epilogue",
-            "partition_grads",
-            "_get_param_coordinator",
-            "_get_fp32_opt_state_partition",
-            "_load_universal_checkpoint",
-            "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
-            "load_module_checkpoint_state_from_checkpoint_dir_stage3",
-            "load_hp_checkpoint_state",
-            "checkpoint_event_prologue",
-            "checkpoint_event_epilogue",
-        ),
-        DeepSpeedZeRoOffload: ("setup_zero_stage3_hooks", "_remove_module_hooks", "_register_deepspeed_module"),
-        PartitionedParameterCoordinator: (
-            "reset_step",
-            "_invalidate_trace",
-            "_clean_inflight_param_registry",
-            "_fetch_sub_module_impl",
-            "__all_gather_params",
-            "__all_gather_params_",
-            "release_sub_module",
-            "release_and_reset_all",
-        ),
-        InflightParamRegistry: ("__setitem__",),
-        Init: ("_convert_to_deepspeed_param", "_all_gather", "_partition_param"),
-    }
-    """Methods of the stock classes that this class replaces or whose inner working it depends on."""
 
     def masters(self) -> list[torch.Tensor]:
         """The fp32 partition of every sub-group."""

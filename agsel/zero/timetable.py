@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -101,7 +102,7 @@ class Timetable:
         self._residency.keep_only(update.blocks)
         self._residency.send()
 
-    def watch(self, engine: Any, blocks: Sequence[Block]) -> list[RemovableHandle]:
+    def watch(self, engine: DeepSpeedEngine, blocks: Sequence[Block]) -> list[RemovableHandle]:
         """Let an engine's model tell how far a step has come. Returns the hooks.
 
         It begins at the first layer: models read a value from the device while they make the attention mask, which

@@ -25,8 +25,8 @@ from deepspeed.checkpoint import ds_to_universal, universal_checkpoint
 from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS, FROZEN_PARAM_SHAPES, PARAM
 from deepspeed.runtime.utils import is_optimized_parameter
 
+from agsel import upstream
 from agsel.errors import MissingError, RunError, UserError
-from agsel.zero import guards
 from agsel.zero.consensus import first_rank_does
 
 logger = logging.getLogger("agsel")
@@ -34,7 +34,6 @@ logger = logging.getLogger("agsel")
 CLIENT_STATE_KEY = "agsel"
 RELIES_ON = {
     ds_to_universal: (
-        "main",
         "extract_zero_shards",
         "extract_zero_shards_stage3",
         "dump_param_fragment",
@@ -48,7 +47,7 @@ RELIES_ON = {
     ),
     universal_checkpoint: ("load_hp_checkpoint_state",),
 }
-"""Functions of DeepSpeed whose inner working this module depends on."""
+"""Functions of DeepSpeed whose inner working this module depends on, besides those that the code names."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ def _converted(engine: Any, saved: Saved) -> Iterator[Path]:
 
 def _convert(saved: Saved, copy: Path) -> None:
     """In this process only: one forked from it could not use CUDA."""
-    guards.require_tested_deepspeed(RELIES_ON)
+    upstream.require_tested(__name__)
     source = saved.path
     options = Namespace(
         input_folder=str(source),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -15,8 +16,8 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
 import agsel
-from agsel.zero import guards
-from tests.cases import message_of, run_cases
+from agsel import upstream
+from tests.cases import logged, message_of, run_cases
 from tests.tiny import tiny_model
 from tests.zero.scenario import ADAM, Scenario, start_engine
 
@@ -169,14 +170,26 @@ def head_left_out(model: Any) -> torch.optim.Optimizer:
 
 def changed_deepspeed(allowed: str) -> str | None:
     """A DeepSpeed one of whose overridden methods is not the tested one."""
-    tested = guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"]
-    guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"] = tested ^ 1
-    os.environ["AGSEL_ALLOW_UNTESTED"] = allowed
-    try:
+    changed = {"deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_flat_partition": "0"}
+    with (
+        mock.patch.dict(upstream.table()["checksums"]["agsel.zero.stage_1_and_2"], changed),
+        mock.patch.dict(os.environ, {"AGSEL_ALLOW_UNTESTED": allowed}),
+    ):
         return message_of(RuntimeError, lambda: start_engine(Scenario(stage=2)))
-    finally:
-        guards.TESTED["DeepSpeedZeroOptimizer.get_flat_partition"] = tested
-        del os.environ["AGSEL_ALLOW_UNTESTED"]
+
+
+def model_with_a_selection() -> str | None:
+    """DeepSpeed's engine answers with attributes of its model."""
+    model = tiny_model()
+    model.selection = "of the model's own"
+    return message_of(ValueError, lambda: start_engine(Scenario(stage=2), model=model))
+
+
+def said_of_reduce_scatter(stage: int, zero: dict[str, Any]) -> str:
+    """What agsel logs when the user has set it, or has not."""
+    with logged() as messages:
+        start_engine(Scenario(stage=stage, zero=zero))
+    return "\n".join(messages)
 
 
 CASES: dict[str, Callable[[], str | None]] = {
@@ -203,6 +216,12 @@ CASES: dict[str, Callable[[], str | None]] = {
     "attached twice": attached_twice,
     "changed deepspeed": partial(changed_deepspeed, "0"),
     "changed deepspeed, allowed": partial(changed_deepspeed, "1"),
+    "model with a selection": model_with_a_selection,
+    "reduce_scatter 1": partial(said_of_reduce_scatter, 1, {"reduce_scatter": True}),
+    "reduce_scatter 2": partial(said_of_reduce_scatter, 2, {"reduce_scatter": True}),
+    "reduce_scatter 3": partial(said_of_reduce_scatter, 3, {"reduce_scatter": True}),
+    "reduce_scatter false": partial(said_of_reduce_scatter, 2, {"reduce_scatter": False}),
+    "reduce_scatter unset": partial(said_of_reduce_scatter, 2, {}),
 }
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def changed_while_frozen(stage: int) -> tuple[str, str | None]:
     train_step(engine, 0, 1)
     name, layer = frozen_block(engine, selection)
     weight = layer.mlp.down_proj.weight
-    before(selection, "resolve", lambda: flip_a_bit(getattr(weight, "ds_tensor", weight)))
+    before(selection, "commit", lambda: flip_a_bit(getattr(weight, "ds_tensor", weight)))
     return name, message_of(SanityError, lambda: train_step(engine, 1, 1))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 import agsel
+from agsel import shipped
 from tests.cases import launch_cases
 from tests.zero.guards_ranks import CASES
 
@@ -32,7 +34,21 @@ REFUSED = {
     "head left out": ("in no optimizer param group (lm_head.weight", "agsel.block_param_groups"),
     "frozen after grouping": ("param group 2 was frozen at deepspeed.initialize", "leave every block"),
     "attached twice": ("called twice", "keep the Selection"),
-    "changed deepspeed": ("differs from the tested 0.19.8 in DeepSpeedZeroOptimizer.get_flat_partition", "install"),
+    "changed deepspeed": (
+        "deepspeed 0.19.8 differs from the tested 0.19.8 in "
+        "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.get_flat_partition: ",
+        "install deepspeed==0.19.8, or set AGSEL_ALLOW_UNTESTED=1",
+    ),
+}
+
+
+ACCEPTED = ("changed deepspeed, allowed", "model with a selection")
+SAID = {
+    "reduce_scatter 1": True,
+    "reduce_scatter 2": True,
+    "reduce_scatter 3": False,
+    "reduce_scatter false": False,
+    "reduce_scatter unset": False,
 }
 
 
@@ -52,9 +68,28 @@ def test_refused_by_name_on_every_rank(ranks: list[dict[str, Any]], case: str) -
         assert "\n" not in message
 
 
-def test_a_changed_deepspeed_can_be_allowed(ranks: list[dict[str, Any]]) -> None:
-    assert ranks[0]["changed deepspeed, allowed"] is None
-    assert set(CASES) == {*REFUSED, "changed deepspeed, allowed"}
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_accepted_on_every_rank(ranks: list[dict[str, Any]], case: str) -> None:
+    assert [rank[case] for rank in ranks] == [None] * len(ranks)
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_setting_without_effect_is_named_if_the_user_has_made_it(ranks: list[dict[str, Any]], case: str) -> None:
+    """Once an engine; that it is DeepSpeed's default is nobody's mistake."""
+    for rank in ranks:
+        assert rank[case].count("\n") == 0
+        assert ("zero_optimization.reduce_scatter true has no effect" in rank[case]) == SAID[case]
+
+
+@pytest.mark.parametrize("name", shipped.names("ds_configs"))
+def test_no_shipped_configuration_makes_it(name: str) -> None:
+    file = shipped.zero_configuration(name)
+    assert file is not None
+    assert "reduce_scatter" not in json.loads(file.read_text())["zero_optimization"]
+
+
+def test_every_case_is_judged() -> None:
+    assert set(CASES) == {*REFUSED, *ACCEPTED, *SAID}
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ REFUSED = {
     "incomplete": "is incomplete: 2 ranks saved it, it has 1 *_optim_states.pt",
     "truncated": "could not be converted for another number of ranks (RuntimeError: Pytorch",
     "stock": "saved by 2 ranks without agsel",
-    "changed converter": "differs from the tested 0.19.8 in deepspeed.checkpoint.ds_to_universal.main",
+    "changed converter": "differs from the tested 0.19.8 in deepspeed.checkpoint.ds_to_universal:main",
     "other blocks": "the saved selection is over 4 blocks (layers.0 ...), this run's over 7",
     "no optimizer states": "load_optimizer_states=False is not supported at ZeRO stage 3",
     "load_universal": "checkpoint.load_universal is not supported: remove it",

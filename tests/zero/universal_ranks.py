@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +13,8 @@ from unittest import mock
 import deepspeed
 import torch
 
-from agsel.zero import guards
-from tests.cases import message_of, run_cases
+from agsel import upstream
+from tests.cases import logged, message_of, run_cases
 from tests.tiny import tiny_batch
 from tests.zero.checkpoint_ranks import SAVED_AFTER, SCENARIOS, SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET
 from tests.zero.parity_ranks import whole_weights
@@ -167,19 +164,6 @@ def left_over() -> list[str]:
     return [copy.name for copy in root().glob(".universal-*")]
 
 
-@contextmanager
-def logged() -> Iterator[list[str]]:
-    """What agsel's logger says inside the context."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("agsel")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield messages
-    logger.removeHandler(handler)
-
-
 def leave_fragment_of_a_killed_run(folder: Path, tag: str) -> None:
     """Of a conversion of more ranks, which a careless conversion would take for a piece of the weight."""
     weight = root() / f".universal-{folder.name}-{tag}" / tag / "tmp" / "model.layers.0.mlp.up_proj.weight" / "0"
@@ -263,7 +247,8 @@ def refusals() -> dict[str, str | None]:
 
 def changed_converter(engine: Any) -> str | None:
     """A DeepSpeed whose converter is not the tested one."""
-    with mock.patch.dict(guards.TESTED, {"deepspeed.checkpoint.ds_to_universal.main": 0}):
+    changed = {"deepspeed.checkpoint.ds_to_universal:main": "0"}
+    with mock.patch.dict(upstream.table()["checksums"]["agsel.zero.universal"], changed):
         return message_of(RuntimeError, lambda: engine.load_checkpoint(str(root() / "stage2")))
 
 

@@ -7,7 +7,11 @@ optimizer partition per block and per rank.
 
 from __future__ import annotations
 
+import dis
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -40,8 +44,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """Name the blocks of a decoder model in forward order: `embed`, `layers.0` ..., `final_norm`, `head`.
 
     Works on any Hugging Face decoder (the layer classes are read from `_no_split_modules`), also inside PEFT or another
-    wrapper, and on plain modules whose layers are one `nn.ModuleList`. Blocks without parameters (a head tied to the
-    embedding) are left out; frozen parameters outside the decoder (a vision tower) are in no block.
+    wrapper, and on plain modules whose layers are one `nn.ModuleList`. What is used before the layers is in `embed`, a
+    norm after them in `final_norm`, anything else after them in `head`: the code of the forward tells, and where it
+    does not, the order in which modules are registered. Blocks without parameters (a head tied to the embedding) are
+    left out; frozen parameters outside the decoder (a vision tower) are in no block.
 
     Raises:
         UserError: no decoder layers are found, the model is an encoder-decoder, or a trainable parameter falls in no
@@ -124,18 +130,68 @@ def _block_names(model: nn.Module) -> dict[int, str]:
     layers, *other_stacks = _layer_stacks(model, decoder)
     in_layers = {id(p): f"layers.{i}" for i, layer in reversed(list(enumerate(layers))) for p in layer.parameters()}
     elsewhere = {id(p) for stack in other_stacks for p in stack.parameters()}
-    norms = {id(p) for module in decoder.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
-    around = {}
-    rest = EMBED
-    for name, parameter in decoder.named_parameters():
-        key = id(parameter)
-        if key in in_layers:
-            rest = HEAD if decoder is model else EMBED  # who does not tell the head has it after the layers
-        elif key not in elsewhere:
-            around[key] = EMBED if "emb" in name else FINAL_NORM if key in norms else rest
+    around = {key: block for key, block in _around(layers, decoder, model).items() if key not in elsewhere}
     head = dict.fromkeys(_ids_of_submodule(model, "get_output_embeddings"), HEAD)
     embedding = dict.fromkeys(_ids_of_submodule(model, "get_input_embeddings"), EMBED)
-    return in_layers | around | head | embedding
+    return around | in_layers | head | embedding
+
+
+def _around(layers: nn.ModuleList, decoder: nn.Module, model: nn.Module) -> dict[int, str]:
+    """Block name by `id(parameter)` of what is used before and after the layers.
+
+    Around the decoder only what is surely used after it belongs to the language model; a vision tower comes before.
+    """
+    norms = {id(p) for module in model.modules() if _is_norm(module) for p in module.parameters(recurse=False)}
+    inside = {*decoder.modules()}
+    found: dict[int, str] = {}
+    for outer, inner in _way_to(layers, model):
+        names = [name.partition(".")[0] for name, _ in outer.named_parameters()]
+        orders = [_in_order_of_use(type(outer)), *([names] if outer in inside else [])]
+        after = {name for name in {*names} if _is_after(name, inner, orders)}
+        for name, parameter in zip(names, outer.parameters(), strict=True):
+            if name in after:
+                found[id(parameter)] = FINAL_NORM if id(parameter) in norms else HEAD
+            elif outer in inside:
+                found[id(parameter)] = EMBED
+    return found
+
+
+def _way_to(layers: nn.ModuleList, model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """From the model inward: a module, and the name of that in it which holds the layers."""
+    path = next(name for name, module in model.named_modules() if module is layers)
+    for name in filter(None, path.split(".")):
+        yield model, name
+        model = getattr(model, name)
+
+
+def _is_after(name: str, layers: str, orders: list[list[str]]) -> bool:
+    """Whether the last mention of a name comes after that of the layers, in the first of the orders with both."""
+    for order in orders:
+        places = {known: place for place, known in enumerate(order)}
+        if {name, layers} <= places.keys():
+            return places[name] > places[layers]
+    return False
+
+
+def _in_order_of_use(kind: type[nn.Module], method: str = "forward", callers: tuple[str, ...] = ()) -> list[str]:
+    """What the forward of a module reads of the module, by name, itself or in methods that it calls."""
+    code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
+    order = []
+    for name in _read_of_self(code) if code else ():
+        order.append(name)
+        if name not in callers and inspect.isfunction(getattr(kind, name, None)):
+            order += _in_order_of_use(kind, name, (*callers, name))
+    return order
+
+
+def _read_of_self(code: CodeType) -> Iterator[str]:
+    loaded = ""
+    for instruction in dis.get_instructions(code):
+        if inspect.iscode(instruction.argval):  # a comprehension
+            yield from _read_of_self(instruction.argval)
+        elif loaded == "self" and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield instruction.argval
+        loaded = instruction.argrepr.split(", ")[-1]  # newer Pythons load two variables at once
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -157,7 +213,7 @@ def _layer_stacks(model: nn.Module, decoder: nn.Module) -> list[nn.ModuleList]:
         raise UserError(
             f"no decoder layers found in {type(model).__name__}: agsel needs an nn.ModuleList of layers of one class"
         )
-    stacks.sort(key=len, reverse=True)
+    stacks.sort(key=lambda layers: (len(layers) == _configured_layers(model), len(layers)), reverse=True)
     longest = sum(len(layers) == len(stacks[0]) for layers in stacks)
     if longest > 1:
         raise UserError(
@@ -165,6 +221,13 @@ def _layer_stacks(model: nn.Module, decoder: nn.Module) -> list[nn.ModuleList]:
             "of decoder-only models; use one of those"
         )
     return stacks
+
+
+def _configured_layers(model: nn.Module) -> int | None:
+    """How many layers the language model has, if it says so."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
 
 
 def _outermost_lists(root: nn.Module) -> list[nn.ModuleList]:

@@ -16,7 +16,8 @@ import deepspeed
 import torch.distributed as dist
 from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
-from trl import get_peft_config, get_quantization_config
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 import agsel
 from agsel.errors import UserError, complaints_of_libraries
@@ -28,12 +29,18 @@ from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
 from agsel.training.configuration import Configuration, parse_configuration, write_configuration
 from agsel.training.data import load_rows, require_labels, to_training_format
-from agsel.training.export import export_model
+from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run
+from agsel.training.generation import require_generation_config
+from agsel.training.hub import require_hub
 from agsel.training.identity import describe_for_resume
-from agsel.training.model import require_chat_template, require_model
+from agsel.training.lora import settle_targets
+from agsel.training.model import init_kwargs, require_model
 from agsel.training.output import direct_output, on_first_rank
+from agsel.training.packages import require_packages
+from agsel.training.room import require_room_for_run
 from agsel.training.summary import count_steps, describe_run
+from agsel.training.tokenizer import load_tokenizer, require_chat_template, require_known_tokens, require_tokenizer
 from agsel.zero.consensus import first_rank_does, require_equal_settings
 
 
@@ -100,19 +107,15 @@ def default_settings() -> dict[str, Any]:
 def build_trainer(configuration: Configuration) -> ResumableTrainer:
     """TRL's trainer with the dataset mapped and checked, and with block selection added."""
     training, model = configuration.training, configuration.model
-    require_model(model, training)
+    tokenizer = require_model_of_run(model, training)
     rows = load(configuration, configuration.script.dataset_train_split)
     held_out = None
     if training.eval_strategy != "no":
         held_out = load(configuration, configuration.script.dataset_test_split)
     if training.assistant_only_loss is None:
         training.assistant_only_loss = "messages" in rows.column_names
-    training.model_init_kwargs = (training.model_init_kwargs or {}) | {
-        "dtype": model.dtype,
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-    }
-    require_chat_template(model, training, rows)
+    training.model_init_kwargs = init_kwargs(model, training)
+    require_chat_template(tokenizer, training, rows)
     with complaints_of_libraries():
         trainer = ResumableTrainer(
             model.model_name_or_path,
@@ -125,12 +128,27 @@ def build_trainer(configuration: Configuration) -> ResumableTrainer:
     require_labels(trainer.train_dataset, len(rows), training.max_length)
     if held_out is not None:
         require_labels(trainer.eval_dataset, len(held_out), training.max_length)
+    require_known_tokens(trainer)
+    prepare_export(trainer)
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.selection.compile_layers:
         agsel.compile_layers(trainer.model)
     direct_output(trainer)
     return trainer
+
+
+def require_model_of_run(model: ModelConfig, training: SFTConfig) -> PreTrainedTokenizerBase:
+    """Refuse, before anything is loaded, a model with which the run would fail. Returns its tokenizer."""
+    require_packages(model, training)
+    first_rank_does(partial(require_hub, training), None)
+    config = require_model(model, training)
+    require_generation_config(model)
+    if model.use_peft:
+        settle_targets(model, config)
+    tokenizer = load_tokenizer(model, training)
+    require_tokenizer(tokenizer, config, training)
+    return tokenizer
 
 
 def find_checkpoint(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
@@ -165,6 +183,7 @@ def plan_run(trainer: ResumableTrainer, configuration: Configuration) -> agsel.P
     policy = configuration.build_policy()
     policy.complete(steps.of_first_epoch)
     on_first_rank(describe_run(configuration, trainer, policy, steps))
+    first_rank_does(partial(require_room_for_run, configuration, trainer, steps), None)
     check_memory(trainer, configuration, policy)
     return policy
 

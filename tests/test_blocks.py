@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granite": {},
     "jamba": {"attn_layer_offset": 0, "attn_layer_period": 2, "mamba_d_state": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "llama": {},
     "mamba": {},
     "mistral": {},
@@ -140,24 +141,25 @@ def test_the_forward_meets_the_parameters(family: str, tied: bool) -> None:
     model = tiny_decoder(family, tie_word_embeddings=tied)
     expected = expected_blocks(model)
     unmet = {name for name, _ in model.named_parameters()} - expected.keys()
-    assert all(".conv1d." in name or ".dt_proj." in name for name in unmet), unmet
+    assert all(re.search(r"\.(conv1d|dt_proj|conv\.conv)\.", name) for name in unmet), unmet
     assert {"embed", *NAMES_OF_LAYERS} <= {*expected.values()}
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
 
 
-def test_projections_around_the_layers_go_with_the_embedding() -> None:
+def test_projections_around_the_layers_go_with_the_embedding_and_the_head() -> None:
     """As in OPT-350m, whose embedding is narrower than its layers."""
-    model = tiny_decoder("opt", word_embed_proj_dim=8, do_layer_norm_before=False)
-    assert list(members(model)) == ["embed", *NAMES_OF_LAYERS]
-    around_the_layers = ("embed_tokens", "embed_positions", "project_in", "project_out")
-    assert {*members(model)["embed"]} == {f"model.decoder.{name}.weight" for name in around_the_layers}
+    found = members(tiny_decoder("opt", word_embed_proj_dim=8, do_layer_norm_before=False))
+    assert list(found) == ["embed", *NAMES_OF_LAYERS, "head"]
+    before_the_layers = ("embed_tokens", "embed_positions", "project_in")
+    assert {*found["embed"]} == {f"model.decoder.{name}.weight" for name in before_the_layers}
+    assert found["head"] == ["model.decoder.project_out.weight"]
 
 
 def test_the_inputs_of_every_layer_go_with_the_embedding() -> None:
     """Gemma 4 embeds once more for every layer. It registers those parameters after the layers."""
     found = members(tiny_decoder("gemma4_text", vocab_size_per_layer_input=32, hidden_size_per_layer_input=4))
     assert list(found) == ["embed", *NAMES_OF_LAYERS, "final_norm"]
-    embeddings = ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection")
+    embeddings = ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
     assert {*found["embed"]} == {f"model.{name}.weight" for name in embeddings}
 
 
@@ -206,6 +208,37 @@ def test_a_plain_module() -> None:
     assert {*found["embed"]} == {"token.weight", "positions"}
     assert {*found["layers.1"]} == {f"stack.1.{name}" for name, _ in PlainLayer(5).named_parameters()}
     assert found["final_norm"] == ["last.weight", "last.bias"]
+    assert found["head"] == ["output.weight", "output.bias"]
+
+
+class Unordered(PlainDecoder):
+    """Registers what comes after the layers before them, gives it names that mislead, and counts the layers early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.last, self.output
+        stack = self._modules.pop("stack")
+        self.embedding_norm = nn.LayerNorm(8)
+        self.output = nn.Linear(8, 32)
+        self.stack = stack
+        self.norm_of_embedding = nn.LayerNorm(8)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.norm_of_embedding(self.token(tokens) + self.positions)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        depth = len(self.stack)
+        hidden = self.embed(tokens) / depth
+        hidden = sum([layer(hidden) for layer in self.stack], start=hidden)
+        return self.output(self.embedding_norm(hidden))
+
+
+def test_the_forward_tells_what_comes_before_and_after_the_layers() -> None:
+    found = members(Unordered())
+    assert list(found) == ["embed", *NAMES_OF_LAYERS, "final_norm", "head"]
+    norm = ("norm_of_embedding.weight", "norm_of_embedding.bias")
+    assert {*found["embed"]} == {"token.weight", "positions", *norm}
+    assert found["final_norm"] == ["embedding_norm.weight", "embedding_norm.bias"]
     assert found["head"] == ["output.weight", "output.bias"]
 
 

@@ -53,7 +53,7 @@ FLOORS = {
     "agsel/monitor": {"torch", "tensorboard", "matplotlib", "numpy"},
     "agsel/planning": BELOW | {"torch", "transformers", "peft"},
     "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "psutil", *TRAINERS},
-    "agsel/training": ALL_BELOW,
+    "agsel/training": ALL_BELOW | {"huggingface_hub", "peft", "safetensors"},
     "agsel/evaluate.py": ALL_BELOW | {"agsel.training"},
     "agsel/train.py": ALL_BELOW | {"agsel.training"},
 }

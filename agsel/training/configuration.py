@@ -18,6 +18,7 @@ from agsel.errors import UserError, complaints_of_libraries, suggestion
 from agsel.policies import Policy
 from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
+from agsel.training.model import agree_on_settings
 
 GROUPS = (ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, DataArguments, SafetyArguments)
 USAGE = "deepspeed [--num_gpus N] launch/train.py [--config RECIPE] [--SETTING VALUE ...]"
@@ -276,6 +277,7 @@ def _deepspeed_file(name: str) -> Path:
 def _complete(configuration: Configuration) -> None:
     """Derive what the user left open, and check what depends on several groups."""
     training, model = configuration.training, configuration.model
+    agree_on_settings(model, training)
     engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     model.dtype = model.dtype or engine_dtype
     if engine_dtype == "float32" and model.dtype != "float32":

@@ -1,14 +1,17 @@
 """The trained model as an ordinary Hugging Face folder, from any ZeRO stage."""
 
 import shutil
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
-from agsel.errors import RunError
+from agsel.errors import RunError, UserError, one_line
 from agsel.runs.checkpoints import fault_of_disk
+from agsel.training.generation import mend
+from agsel.training.output import on_first_rank
 from agsel.zero.consensus import first_rank_does
 
 
@@ -28,6 +31,36 @@ def export_model(trainer: Trainer, folder: Path, group: Any = None) -> None:
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # at stage 3 gathered by all ranks
     first_rank_does(partial(_write, trainer, weights, folder), group)
+
+
+def prepare_export(trainer: Trainer, group: Any = None) -> None:
+    """Mend, or refuse before training, what could not be saved after it. Every rank must call it.
+
+    Args:
+        trainer: before training.
+        group: as in `export_model`.
+
+    Raises:
+        UserError: on every rank; transformers refuses to save what it has loaded.
+    """
+    unset = mend(trainer.model.generation_config)
+    if unset:
+        listed = ", ".join(f"{name} {value}" for name, value in unset.items())
+        on_first_rank(f"mended    generation settings of the model that have no effect are left out: {listed}")
+    first_rank_does(partial(_rehearse, trainer), group)
+
+
+def _rehearse(trainer: Trainer) -> None:
+    """Write everything but the weights to where nobody looks."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for part in (model.config, model.generation_config, trainer.processing_class):
+                part.save_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"the model (--model_name_or_path) could be trained, but not saved: {one_line(error)}; correct it"
+            ) from error
 
 
 def _write(trainer: Trainer, weights: dict[str, Any], folder: Path) -> None:

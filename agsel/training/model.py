@@ -1,65 +1,126 @@
-"""What a run needs of its model and tokenizer, asked before the ranks load them together."""
+"""What a run needs of its model, asked before the ranks load it together."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
-from datasets import Dataset
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig, SFTConfig
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational
 
-from agsel.errors import UserError, complaints_of_libraries
+from agsel.errors import UserError, one_line
+from agsel.training.weights import read_object, require_model_files, require_weights
+
+SAID_TWICE: dict[str, tuple[str, Any]] = {
+    "dtype": ("dtype", None),
+    "revision": ("model_revision", "main"),
+    "attn_implementation": ("attn_implementation", None),
+    "trust_remote_code": ("trust_remote_code", False),
+}
+"""What `--model_init_kwargs` calls a setting, the setting, and its default."""
+OTHER_WEIGHTS = {"gguf_file", "subfolder", "transformers_weights", "use_safetensors", "variant"}
+"""In `--model_init_kwargs`: the weights are elsewhere than in the usual files."""
 
 
-def require_model(model: ModelConfig, training: SFTConfig) -> None:
-    """Refuse a model by its name.
+def require_model(model: ModelConfig, training: SFTConfig) -> PreTrainedConfig:
+    """Refuse a model by its name, and in a local folder by its files.
+
+    Returns:
+        The configuration of the model.
 
     Raises:
-        UserError: it is not there, or generates no text.
+        UserError: it is not there, is damaged, names no architecture, or generates no text.
     """
-    name = model.model_name_or_path
+    folder = Path(model.model_name_or_path)
+    if folder.is_file():
+        raise UserError(
+            f"{folder} is a file (--model_name_or_path): name its folder, with config.json and tokenizer; of a GGUF "
+            f"""file the name goes to --model_init_kwargs '{{"gguf_file": "{folder.name}"}}'"""
+        )
+    if folder.is_dir():
+        require_model_files(folder)
+        _require_known_type(folder)
+    config = _load_config(model, training)
+    _require_architecture(config, model.model_name_or_path)
+    if folder.is_dir() and not OTHER_WEIGHTS & (training.model_init_kwargs or {}).keys():
+        require_weights(folder)
+    return config
+
+
+def agree_on_settings(model: ModelConfig, training: SFTConfig) -> None:
+    """Let `--model_init_kwargs` and the settings of the same meaning say the same: what is given wins over a default.
+
+    Raises:
+        UserError: both are given, and differ.
+    """
+    given = dict(training.model_init_kwargs or {})
+    if "torch_dtype" in given:  # its older name
+        given["dtype"] = given.pop("torch_dtype")
+    for name, (setting, default) in SAID_TWICE.items():
+        holder = model if hasattr(model, setting) else training
+        value = getattr(holder, setting)
+        if given.get(name, value) == value:
+            continue
+        if value != default:
+            raise UserError(
+                f"--{setting} {value} and --model_init_kwargs {name} {given[name]} contradict each other: leave one out"
+            )
+        setattr(holder, setting, given[name])
+    training.model_init_kwargs = given or None
+
+
+def init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told: the user's `--model_init_kwargs`, and the settings that they have agreed on."""
+    told = {name: getattr(model, setting) for name, (setting, _) in SAID_TWICE.items() if hasattr(model, setting)}
+    return (training.model_init_kwargs or {}) | told
+
+
+@contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """Take whatever other packages stumble over for a fault of the file they read; no code of agsel's runs in it.
+
+    Raises:
+        UserError: in place of any error.
+    """
     try:
-        config = AutoConfig.from_pretrained(
+        yield
+    except Exception as error:
+        raise UserError(f"cannot load {what} (--model_name_or_path): {one_line(error).rstrip('.')}{remedy}") from error
+
+
+def _load_config(model: ModelConfig, training: SFTConfig) -> PreTrainedConfig:
+    name = model.model_name_or_path
+    where = "" if Path(name).exists() else "; there is no such folder here either"
+    with loading(name, where):
+        return AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        where = "" if Path(name).exists() else "no such folder here, and from the hub: "
-        raise UserError(f"cannot load {name} (--model_name_or_path): {where}{error}") from error
-    for architecture in config.architectures or ():
+
+
+def _require_known_type(folder: Path) -> None:
+    config = read_object(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING and "auto_map" not in config:
+        raise UserError(
+            f"{folder / 'config.json'} has the model_type {kind!r}, which transformers {transformers.__version__} does "
+            "not know: correct it, or update transformers (--model_name_or_path)"
+        )
+
+
+def _require_architecture(config: PreTrainedConfig, name: str) -> None:
+    if not config.architectures:
+        wanted = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, "LlamaForCausalLM")
+        raise UserError(
+            f"config.json of {name} (--model_name_or_path) names no architecture: write, for example, "
+            f'"architectures": ["{wanted}"]'
+        )
+    for architecture in config.architectures:
         known = getattr(transformers, architecture, None)
         if known is not None and not known.can_generate():
             raise UserError(
                 f"{name} (--model_name_or_path) is a {architecture}, which generates no text: use a decoder model"
             )
-
-
-def require_chat_template(model: ModelConfig, training: SFTConfig, rows: Dataset) -> None:
-    """Refuse messages without a chat template that fits; one that is named (`--chat_template_path`) is TRL's to check.
-
-    Raises:
-        UserError: the tokenizer has no template, or one that does not mark the words of the assistant if only these
-            are learnt.
-    """
-    if training.chat_template_path is not None or not is_conversational(rows[0]):
-        return
-    name = model.model_name_or_path
-    with complaints_of_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
-        )
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the dataset holds messages, but the tokenizer of {name} has no chat template: name one "
-            "(--chat_template_path), or make text of the columns (--prompt_template, --completion_template)"
-        )
-    if training.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
-        try:
-            get_training_chat_template(tokenizer)
-        except ValueError as error:
-            raise UserError(
-                f"the chat template of {name} does not tell which words are the assistant's: name one with generation "
-                "markers (--chat_template_path), or learn from all words (--assistant_only_loss false)"
-            ) from error

@@ -1,0 +1,75 @@
+"""Which modules get adapters, asked before the model is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+
+import torch
+import transformers
+from transformers import PreTrainedConfig
+from trl import ModelConfig
+
+from agsel.errors import UserError
+from agsel.training.arguments import suggestion
+
+ALL_LINEAR = "all-linear"
+
+
+def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
+    """Take a single name in `--lora_target_modules` for a name, where TRL makes a regular expression of it.
+
+    Raises:
+        UserError: the model has no such module, or nobody knows what to adapt in it.
+    """
+    targets = model.lora_target_modules
+    if targets is None:
+        _require_known_targets(model, config)
+    architecture = getattr(transformers, config.architectures[0], None)
+    if architecture is None:  # a model's own code is not run before it is loaded
+        return
+    names = module_names(architecture, config)
+    _require_modules(model.lora_modules_to_save or [], names, "--lora_modules_to_save")
+    if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
+        model.lora_target_modules = targets = _name_or_expression(targets, names)
+    if isinstance(targets, list):
+        _require_modules(targets, names, "--lora_target_modules")
+
+
+def module_names(architecture: type[transformers.PreTrainedModel], config: PreTrainedConfig) -> list[str]:
+    """Of all modules of a model that is not loaded."""
+    with torch.device("meta"):
+        return [name for name, _ in architecture(config).named_modules()]
+
+
+def _name_or_expression(target: str, names: Collection[str]) -> list[str] | str:
+    is_name = any(_is_named(target, name) for name in names)
+    return target if not is_name and _is_expression_for(target, names) else [target]
+
+
+def _is_named(target: str, name: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def _is_expression_for(target: str, names: Collection[str]) -> bool:
+    try:
+        return any(re.fullmatch(target, name) for name in names)
+    except re.error:
+        return False
+
+
+def _require_modules(wanted: Iterable[str], names: Collection[str], setting: str) -> None:
+    for target in wanted:
+        if not any(_is_named(target, name) for name in names):
+            alike = suggestion(target, {name.rpartition(".")[2] for name in names})
+            raise UserError(f"the model has no module {target!r} ({setting}){alike or ': correct the name'}")
+
+
+def _require_known_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # slow to import, and rarely needed
+
+    if not model.lora_target_parameters and config.model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise UserError(
+            f"PEFT does not know which modules of a {config.model_type} model to adapt: name them "
+            f"(--lora_target_modules), for example {ALL_LINEAR}"
+        )

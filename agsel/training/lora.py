@@ -10,8 +10,7 @@ import transformers
 from transformers import PreTrainedConfig
 from trl import ModelConfig
 
-from agsel.errors import UserError
-from agsel.training.arguments import suggestion
+from agsel.errors import UserError, suggestion
 
 ALL_LINEAR = "all-linear"
 

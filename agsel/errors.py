@@ -49,3 +49,12 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'answer'?` where a known name is close to `name`, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@contextmanager
+def said_of(what: str) -> Iterator[None]:
+    """Say of which of several things a `UserError` is, unless it does already."""
+    try:
+        yield
+    except UserError as error:
+        raise error if what in str(error) else UserError(f"{what}: {error}") from error

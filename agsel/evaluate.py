@@ -10,6 +10,7 @@ in the same number (`--answer_pattern`). Runs on one GPU, else on the CPU.
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from trl.data_utils import common_prefix_length
 
+from agsel.data.fields import Fields, with_line_breaks
+from agsel.data.formats import read_rows
+from agsel.data.sources import Source
+from agsel.data.tokens import Learning, encode_text
 from agsel.errors import UserError, complaints_of_libraries
 from agsel.runs.ranks import ends_in_one_line
-from agsel.training.arguments import DataArguments
-from agsel.training.data import load_rows, to_training_format
 
 
 @dataclass
@@ -85,14 +87,9 @@ class Example(NamedTuple):
 
 
 def encode(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Tokenise a row as TRL's SFTTrainer does: prompt and completion in one string, an end-of-sequence token added.
-
-    The completion starts where the tokens of the prompt alone and of both together part.
-    """
-    if not completion.endswith(tokenizer.eos_token):
-        completion += tokenizer.eos_token
-    prompt_ids, sequence = tokenizer(prompt)["input_ids"], tokenizer(prompt + completion)["input_ids"]
-    return Example(prompt_ids, sequence, common_prefix_length(prompt_ids, sequence))
+    """A row as it is tokenised for training."""
+    tokens = encode_text(tokenizer, prompt, completion, Learning())
+    return Example(tokenizer(prompt)["input_ids"], tokens.ids, tokens.learnt.index(True))
 
 
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -186,16 +183,15 @@ def judge(rows: Sequence[dict[str, str]], texts: Sequence[str], pattern: str) ->
     return verdicts
 
 
-def load_prompts(arguments: EvaluationArguments, data: DataArguments) -> list[dict[str, str]]:
+def load_prompts(arguments: EvaluationArguments, fields: Fields) -> list[dict[str, str]]:
     """The rows to evaluate: `prompt` and `completion` of each.
 
     Raises:
         UserError: no such data, or rows of messages.
     """
-    rows = to_training_format(
-        load_rows(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config), data
-    )
-    if "completion" not in rows.column_names or not isinstance(rows[0]["prompt"], str):
+    source = Source(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
+    rows, _ = read_rows(source, fields)
+    if rows.data.column("completion").null_count:
         raise UserError("only rows of prompt and completion texts can be evaluated: name them with --prompt_field")
     rows = rows.select(range(min(len(rows), arguments.limit or len(rows))))
     return rows.select_columns(["prompt", "completion"]).to_list()
@@ -220,9 +216,9 @@ def load_model(arguments: EvaluationArguments) -> tuple[PreTrainedModel, PreTrai
 
 
 @torch.inference_mode()
-def evaluate(arguments: EvaluationArguments, data: DataArguments) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(arguments: EvaluationArguments, fields: Fields) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(results, one verdict per row unless generation is skipped)."""
-    rows = load_prompts(arguments, data)
+    rows = load_prompts(arguments, fields)
     model, tokenizer = load_model(arguments)
     examples = [encode(row["prompt"], row["completion"], tokenizer) for row in rows]
     loss, tokens = answer_loss(model, examples, arguments.batch_size)
@@ -253,12 +249,12 @@ def prepare_output(path: Path) -> None:
 def main() -> None:
     """Print the results, one a line, and write them to `--output`."""
     with ends_in_one_line():
-        parser = HfArgumentParser((EvaluationArguments, DataArguments), description=__doc__)
+        parser = HfArgumentParser((EvaluationArguments, Fields), description=__doc__)
         with complaints_of_libraries():
-            arguments, data = parser.parse_args_into_dataclasses()
+            arguments, fields = parser.parse_args_into_dataclasses(with_line_breaks(sys.argv[1:]))
         if arguments.output:
             prepare_output(Path(arguments.output))
-        results, verdicts = evaluate(arguments, data)
+        results, verdicts = evaluate(arguments, fields)
         for name, value in results.items():
             print(f"{name:18}{value:.4f}" if isinstance(value, float) else f"{name:18}{value}")
         if arguments.output:

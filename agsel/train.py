@@ -14,42 +14,45 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
-from datasets import Dataset
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 import agsel
-from agsel.errors import UserError, complaints_of_libraries
+from agsel.data.fields import Fields
+from agsel.errors import UserError, complaints_of_libraries, said_of
 from agsel.runs import checkpoints, folder, resume
 from agsel.runs.preemption import SignalWatch, StopRequests, host_group
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
-from agsel.runs.trainer import ResumableTrainer
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
-from agsel.training.configuration import Configuration, parse_configuration, write_configuration
-from agsel.training.data import load_rows, require_labels, to_training_format
+from agsel.training.configuration import Configuration, configure, write_configuration
+from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
 from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run
 from agsel.training.generation import require_generation_config
 from agsel.training.hub import require_hub
-from agsel.training.identity import describe_for_resume
+from agsel.training.identity import describe_settings, describe_trainer
 from agsel.training.lora import settle_targets
 from agsel.training.model import init_kwargs, require_model
 from agsel.training.output import direct_output, on_first_rank
 from agsel.training.packages import require_packages
 from agsel.training.room import require_room_for_run
-from agsel.training.summary import count_steps, describe_run
+from agsel.training.row_trainer import RowTrainer, choose_learning
+from agsel.training.settings import read_settings
+from agsel.training.summary import count_steps, describe_run, require_step
 from agsel.training.tokenizer import load_tokenizer, require_chat_template, require_known_tokens, require_tokenizer
 from agsel.zero.consensus import first_rank_does, require_equal_settings
 
 
-def main(arguments: Sequence[str]) -> ResumableTrainer:
+def main(arguments: Sequence[str]) -> RowTrainer:
     """Train as the command line says, to the end, where the model is exported, or until asked to stop."""
     signals = SignalWatch()
     with ends_in_one_line():
         join_ranks()
-        configuration = parse_configuration(arguments, default_settings())
+        settings = read_settings(arguments, default_settings())
+        require_data(settings.values, settings.group(Fields))
+        configuration = configure(settings)
         # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         warn_on_one_rank()
@@ -57,7 +60,7 @@ def main(arguments: Sequence[str]) -> ResumableTrainer:
         return train(configuration, signals)
 
 
-def train(configuration: Configuration, signals: SignalWatch) -> ResumableTrainer:
+def train(configuration: Configuration, signals: SignalWatch) -> RowTrainer:
     """Train and export as configured, on every rank."""
     require_equal_settings(configuration.resolved)
     group = host_group()
@@ -65,8 +68,10 @@ def train(configuration: Configuration, signals: SignalWatch) -> ResumableTraine
     say_ignored(configuration)
     run_folder = Path(configuration.training.output_dir)
     checkpoint = find_checkpoint(run_folder, configuration.training.resume_from_checkpoint, group)
+    data = load(configuration)
+    refuse_other_run(configuration, data, checkpoint)
 
-    trainer = build_trainer(configuration)
+    trainer = build_trainer(configuration, data)
     policy = plan_run(trainer, configuration)
 
     def attach(engine: Any) -> agsel.Selection:
@@ -80,7 +85,7 @@ def train(configuration: Configuration, signals: SignalWatch) -> ResumableTraine
         )
 
     train_blocks(trainer, attach, blocks=configuration.taking_part)
-    run = prepare_resume(configuration, trainer, checkpoint)
+    run = prepare_resume(configuration, data, trainer, checkpoint)
     first_rank_does(partial(write_configuration, configuration), group)
     requests = StopRequests(run_folder, signals, group)
     trainer.make_resumable(requests, run, group)
@@ -104,31 +109,39 @@ def default_settings() -> dict[str, Any]:
     }
 
 
-def build_trainer(configuration: Configuration) -> ResumableTrainer:
-    """TRL's trainer with the dataset mapped and checked, and with block selection added."""
+def load(configuration: Configuration) -> RunData:
+    """The rows of the run; the first rank fills the cache."""
+    with configuration.training.main_process_first(desc="dataset"):
+        data = load_data(configuration.resolved, configuration.fields)
+    for line in data.said:
+        on_first_rank(f"data      {line}")
+    return data
+
+
+def build_trainer(configuration: Configuration, data: RunData) -> RowTrainer:
+    """TRL's trainer with the rows as tokens."""
     training, model = configuration.training, configuration.model
     tokenizer = require_model_of_run(model, training)
-    rows = load(configuration, configuration.script.dataset_train_split)
-    held_out = None
-    if training.eval_strategy != "no":
-        held_out = load(configuration, configuration.script.dataset_test_split)
-    if training.assistant_only_loss is None:
-        training.assistant_only_loss = "messages" in rows.column_names
+    learning = choose_learning(training, data.train)
+    require_chat_template(tokenizer, training, data.train, learning)
     training.model_init_kwargs = init_kwargs(model, training)
-    require_chat_template(tokenizer, training, rows)
     with complaints_of_libraries():
-        trainer = ResumableTrainer(
+        trainer = RowTrainer(
             model.model_name_or_path,
             args=training,
-            train_dataset=rows,
-            eval_dataset=held_out,
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
+            learning=learning,
         )
-    require_labels(trainer.train_dataset, len(rows), training.max_length)
-    if held_out is not None:
-        require_labels(trainer.eval_dataset, len(held_out), training.max_length)
+    require_labels(trainer.train_dataset, data.train, training.max_length)
+    if data.held_out is not None:
+        with said_of(EVALUATION):
+            require_labels(trainer.eval_dataset, data.held_out, training.max_length)
     require_known_tokens(trainer)
+    for name, report in trainer.token_reports.items():
+        on_first_rank(f"tokens    {name}: {report}")
     prepare_export(trainer)
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
@@ -161,25 +174,27 @@ def find_checkpoint(run_folder: Path, wanted: str | None, group: Any) -> Path | 
     return found
 
 
-def prepare_resume(configuration: Configuration, trainer: ResumableTrainer, checkpoint: Path | None) -> dict[str, Any]:
+def refuse_other_run(configuration: Configuration, data: RunData, checkpoint: Path | None) -> None:
+    """Refuse to resume what settings and rows tell to be another run, before anything long is done."""
+    if checkpoint is not None:
+        resume.compare(checkpoints.Manifest.read(checkpoint).run, describe_settings(configuration, data.train))
+
+
+def prepare_resume(
+    configuration: Configuration, data: RunData, trainer: RowTrainer, checkpoint: Path | None
+) -> dict[str, Any]:
     """What the run is like, after refusing or saying what differs from the run that saved the checkpoint."""
-    run = describe_for_resume(configuration, trainer)
+    run = describe_settings(configuration, data.train) | describe_trainer(trainer, data.train)
     if checkpoint is not None:
         for sentence in resume.compare(checkpoints.Manifest.read(checkpoint).run, run):
             on_first_rank(f"changed   {sentence}")
     return run
 
 
-def load(configuration: Configuration, split: str) -> Dataset:
-    """One split of the dataset, as prompt and completion or messages; the first rank fills the cache."""
-    with configuration.training.main_process_first(desc="dataset"):
-        rows = load_rows(configuration.script.dataset_name, split, configuration.script.dataset_config)
-        return to_training_format(rows, configuration.data)
-
-
-def plan_run(trainer: ResumableTrainer, configuration: Configuration) -> agsel.Policy:
+def plan_run(trainer: RowTrainer, configuration: Configuration) -> agsel.Policy:
     """The policy of the run, after saying what will happen and refusing what cannot fit."""
     steps = count_steps(trainer)
+    require_step(trainer, steps)
     policy = configuration.build_policy()
     policy.complete(steps.of_first_epoch)
     on_first_rank(describe_run(configuration, trainer, policy, steps))
@@ -188,7 +203,7 @@ def plan_run(trainer: ResumableTrainer, configuration: Configuration) -> agsel.P
     return policy
 
 
-def check_memory(trainer: ResumableTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
+def check_memory(trainer: RowTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
     """Say what memory the run needs, and refuse what cannot fit, on all ranks."""
     text, lacking = first_rank_does(partial(plan_of_run, configuration, trainer, policy), None)
     on_first_rank(text)
@@ -205,7 +220,7 @@ def say_ignored(configuration: Configuration) -> None:
         on_first_rank(f"ignored   {configuration.selection.method} does not read {listed}")
 
 
-def say_goodbye(trainer: ResumableTrainer, requests: StopRequests) -> None:
+def say_goodbye(trainer: RowTrainer, requests: StopRequests) -> None:
     """Leave the marker for whoever restarts the run."""
     if dist.get_rank() == 0:
         requests.mark(trainer.last_saved, trainer.state.global_step)

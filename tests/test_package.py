@@ -23,6 +23,7 @@ BELOW = {"agsel.errors", "agsel.upstream", "agsel.blocks", "agsel.compilation", 
 TRAINERS = {"accelerate", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl"}
 ALL_BELOW = BELOW | {
     "agsel",
+    "agsel.data",
     "agsel.shipped",
     "agsel.monitor",
     "agsel.planning",
@@ -38,6 +39,7 @@ FLOORS = {
     "agsel/blocks.py": {"agsel.errors", "torch"},
     "agsel/adapters.py": {"agsel.errors", "torch", "peft"},
     "agsel/policies": {"agsel.errors", "numpy"},
+    "agsel/data": {"agsel.errors", "datasets", "fsspec", "pyarrow", "transformers", "trl"},
     "agsel/compilation.py": {"agsel.blocks", "torch"},
     "agsel/zero": {
         "agsel.errors",
@@ -53,7 +55,7 @@ FLOORS = {
     "agsel/monitor": {"torch", "tensorboard", "matplotlib", "numpy"},
     "agsel/planning": BELOW | {"torch", "transformers", "peft"},
     "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "psutil", *TRAINERS},
-    "agsel/training": ALL_BELOW | {"huggingface_hub", "peft", "safetensors"},
+    "agsel/training": ALL_BELOW | {"huggingface_hub", "peft", "pyarrow", "pydantic", "safetensors"},
     "agsel/evaluate.py": ALL_BELOW | {"agsel.training"},
     "agsel/train.py": ALL_BELOW | {"agsel.training"},
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agsel.data.fields import Fields
 from agsel.errors import UserError
 from agsel.policies import AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
 from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
@@ -39,7 +40,8 @@ def test_the_command_line_is_frozen() -> None:
         "dirichlet_draw": "topk",
         "select_every": 1,
     }
-    assert defaults(DataArguments) == {
+    assert defaults(DataArguments) == {"datasets": None, "eval_dataset": None, "eval_split_fraction": None}
+    assert defaults(Fields) == {
         "prompt_field": None,
         "completion_field": None,
         "prompt_template": None,
@@ -49,7 +51,7 @@ def test_the_command_line_is_frozen() -> None:
 
 
 def test_every_flag_explains_itself() -> None:
-    for arguments in (SelectionArguments, method_arguments(AdaGradSelect, ()), DataArguments, SafetyArguments):
+    for arguments in (SelectionArguments, method_arguments(AdaGradSelect, ()), Fields, DataArguments, SafetyArguments):
         for field in dataclasses.fields(arguments):
             assert len(field.metadata["help"]) > 40, field.name
             assert "%" not in field.metadata["help"], "argparse expands % signs"

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from agsel.training.configuration import Configuration, parse_configuration, write_configuration
+from agsel.training.configuration import Configuration, configure, write_configuration
+from agsel.training.settings import read_settings
 from tests.distributed import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
@@ -42,7 +43,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def parse(*arguments: object) -> Configuration:
-    return parse_configuration([str(argument) for argument in arguments], DEFAULTS)
+    return configure(read_settings([str(argument) for argument in arguments], DEFAULTS))
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(recipe: Path) -> None:
@@ -248,6 +249,7 @@ def test_help_says_how_to_start_and_ends_with_the_settings_of_agsel(capsys: pyte
         "block selection:",
         "settings of the methods:",
         "columns of the dataset:",
+        "datasets:",
         "safety:",
     ]
 
@@ -259,6 +261,6 @@ def test_there_are_recipes() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     configuration = parse("--config", path, "--bf16", "false")
-    assert configuration.data.prompt_field or configuration.data.prompt_template
+    assert configuration.fields.prompt_field or configuration.fields.prompt_template
     assert f"launch/train.py --config launch/recipes/{path.name}" in path.read_text()
     assert configuration.ignored == {}

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import version
+from itertools import dropwhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,7 @@ MODULES = (
     *sorted(f"{zero.__name__}.{file.stem}" for file in Path(*zero.__path__).glob("[!_]*.py")),
     "agsel.runs.trainer",
     "agsel.training.attachment",
+    "agsel.training.row_trainer",
     "agsel.training.summary",
 )
 """Those of agsel that know the inside of other packages."""
@@ -113,7 +115,8 @@ def _derived_classes(module: ModuleType) -> list[type]:
 def _of_class(derived: type) -> Iterator[tuple[Any, str]]:
     """The class with every name that it, or a mixin of agsel's, defines or uses on `self` or `super()`."""
     for part in derived.__mro__:
-        if upstream.package_of(part.__module__) == "agsel":
+        recorded_there = part is not derived and any(map(_is_stock, part.__mro__))
+        if upstream.package_of(part.__module__) == "agsel" and not recorded_there:
             yield from ((derived, name) for name in vars(part))
             tree = ast.parse(textwrap.dedent(inspect.getsource(part)))
             names = vars(import_module(part.__module__))
@@ -141,14 +144,14 @@ def _attributes(tree: ast.AST, names: Mapping[str, Any], owners: Mapping[str, An
 
 
 def _full_names(owner: Any, function: str) -> set[str]:
-    """Of a function of a module, or of a method: by every package that could define it. Empty if it is none."""
+    """Of a function of a module, or of a method: by its packages, and those that could override it. Empty if none."""
     if inspect.ismodule(owner):
         value = inspect.unwrap(getattr(owner, function, None))  # type: ignore[arg-type]
         is_function = inspect.isfunction(value) and upstream.package_of(value.__module__) in PACKAGES
         return {f"{value.__module__}:{function}"} if is_function else set()
     bases = {upstream.package_of(base.__module__): base for base in reversed(owner.__mro__) if _is_stock(base)}
-    names = {f"{base.__module__}:{base.__qualname__}.{function}" for base in bases.values()}
-    return names if any(map(upstream.checksum_of, names)) else set()
+    names = [f"{base.__module__}:{base.__qualname__}.{function}" for base in bases.values()]
+    return {*dropwhile(lambda name: upstream.checksum_of(name) is None, names)}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
@@ -47,13 +46,14 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, assistant_only: bool) -> None:
         if not tokenizer.chat_template:
             raise UserError(
-                "the dataset holds conversations, but the tokenizer has no chat template: name one "
-                "(--chat_template_path), or make text of the columns (--prompt_template, --completion_template)"
+                f"the dataset holds conversations, but the tokenizer of {tokenizer.name_or_path} has no chat template: "
+                "name one (--chat_template_path), or make text of the columns (--prompt_template, "
+                "--completion_template)"
             )
         self._tokenizer = tokenizer
         self._assistant_only = assistant_only
         self._marking = marking_template(tokenizer) if assistant_only else None
-        self._end_ids = _special_ids(tokenizer)
+        self._end_ids = special_ids(tokenizer)
 
     def encode(self, messages: Sequence[Message], tools: list[Any] | None, first_learnt: int, row: int) -> Tokens:
         """A conversation.
@@ -69,33 +69,28 @@ class ChatEncoder:
         """
         try:
             return self._encode(list(messages), tools, first_learnt, row)
-        except TemplateError as error:
+        except _TemplateFault as error:
             raise UserError(
-                f"row {row} of the dataset: the chat template does not take its conversation ({one_line(error)}): "
-                "correct the row, or name another template (--chat_template_path)"
+                f"the chat template of {self._tokenizer.name_or_path} fails on row {row} of the dataset, {error}; "
+                "correct the row or the template, or name another (--chat_template_path)"
             ) from error
 
     def _encode(self, messages: list[Message], tools: list[Any] | None, first_learnt: int, row: int) -> Tokens:
-        if not self._assistant_only:
-            ids = self._render(messages, tools)
-            return Tokens(ids, [True] * len(ids))
-        if self._marking is None:
+        if self._assistant_only and self._marking is None:
             return self._by_prefixes(messages, tools, first_learnt, row)
-        tokens = self._by_marks(messages, tools)
-        if first_learnt:
-            start = len(self._render(messages[:first_learnt], tools, prompt=True, template=self._marking))
-            return Tokens(tokens.ids, [learnt and place >= start for place, learnt in enumerate(tokens.learnt)])
-        return tokens
+        tokens = self._by_marks(messages, tools) if self._assistant_only else self._all(messages, tools)
+        if not first_learnt:
+            return tokens
+        start = len(self._render(messages[:first_learnt], tools, prompt=True, template=self._marking))
+        return Tokens(tokens.ids, [learnt and place >= start for place, learnt in enumerate(tokens.learnt)])
+
+    def _all(self, messages: list[Message], tools: list[Any] | None) -> Tokens:
+        ids = self._render(messages, tools)
+        return Tokens(ids, [True] * len(ids))
 
     def _by_marks(self, messages: list[Message], tools: list[Any] | None) -> Tokens:
-        rendered = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=self._marking,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+        marks = {"chat_template": self._marking, "return_assistant_tokens_mask": True}
+        rendered = self._apply(messages, tools, **marks)
         return Tokens(list(rendered["input_ids"]), [bool(mark) for mark in rendered["assistant_masks"]])
 
     def _by_prefixes(self, messages: list[Message], tools: list[Any] | None, first_learnt: int, row: int) -> Tokens:
@@ -120,15 +115,20 @@ class ChatEncoder:
     def _render(
         self, messages: list[Message], tools: list[Any] | None, *, prompt: bool = False, template: str | None = None
     ) -> list[int]:
-        rendered = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            chat_template=template,
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=prompt,
-        )
-        return list(rendered["input_ids"])
+        options = {"chat_template": template, "add_generation_prompt": prompt}
+        return list(self._apply(messages, tools, **options)["input_ids"])
+
+    def _apply(self, messages: list[Message], tools: list[Any] | None, **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=True, return_dict=True, **options
+            )
+        except Exception as error:  # whatever the code of a template does
+            raise _TemplateFault(f"{type(error).__name__}: {one_line(error)}") from error
+
+
+class _TemplateFault(Exception):  # noqa: N818
+    """A template does not take a conversation, or is wrong."""
 
 
 def marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -145,7 +145,8 @@ def marking_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that stand for no text: those that end a text or a turn are among them."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 

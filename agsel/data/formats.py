@@ -6,22 +6,23 @@ Whatever the format, a row becomes the same few columns (`FEATURES`): text has `
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from agsel.data.messages import read_messages, read_tools, require_answer
-from agsel.data.sources import Row, Rows, Source, TypedRows, open_source
-from agsel.data.values import as_text, is_text, kind_name
-from agsel.errors import UserError, suggestion
+from agsel.data.fields import Fields, Side, side_of
+from agsel.data.messages import is_sharegpt, read_messages, read_tools, require_answer
+from agsel.data.sources import Row, Rows, Source, TypedRows, complaint, open_source
+from agsel.data.values import is_text, kind_name
+from agsel.errors import UserError
 
 ROW_NUMBER = "agsel_row"
 FEATURES = Features(
@@ -31,23 +32,11 @@ FEATURES = Features(
         "messages": Value("string"),
         "tools": Value("string"),
         "first_learnt": Value("int64"),
+        ROW_NUMBER: Value("int64"),
     }
 )
 NO_TEXT: Row = {"prompt": None, "completion": None}
 NO_MESSAGES: Row = {"messages": None, "tools": None, "first_learnt": None}
-
-
-@dataclass(frozen=True)
-class Fields:
-    """What the user says of the columns, by `--prompt_field` and its like; None where nothing is said."""
-
-    prompt_field: str | None = None
-    completion_field: str | None = None
-    prompt_template: str | None = None
-    completion_template: str | None = None
-
-    def __bool__(self) -> bool:
-        return any((self.prompt_field, self.completion_field, self.prompt_template, self.completion_template))
 
 
 @dataclass(frozen=True)
@@ -66,18 +55,18 @@ class Format:
 
 
 def read_rows(source: Source, fields: Fields) -> tuple[Dataset, str]:
-    """The rows of a dataset in `FEATURES`, each with its number, and a line that says what they were.
+    """The rows of a dataset in `FEATURES`, and a line that says what they were.
 
     Raises:
         UserError: no such dataset, columns of no known format, or a row that cannot be learnt.
     """
     rows = open_source(source)
     form = choose_format(rows, fields, source)
-    made = _take_text(rows, form) if _is_plain_text(rows, form) else rows.convert(form.make, FEATURES, "Reading rows")
+    make = partial(_numbered, form.make, rules())
+    made = _take_text(rows, form) if _is_plain_text(rows, form) else rows.convert(make, FEATURES, "Reading rows")
     dropped = [column for column in rows.columns if column not in form.used]
     said = f"{source.name} [{source.split}]: {form.name} ({', '.join(form.used)}), {len(made):,} rows"
-    said += f"; dropped: {', '.join(dropped)}" if dropped else ""
-    return made.add_column(ROW_NUMBER, list(range(len(made)))), said
+    return made, said + (f"; dropped: {', '.join(dropped)}" if dropped else "")
 
 
 def join(parts: Sequence[Dataset]) -> Dataset:
@@ -85,7 +74,18 @@ def join(parts: Sequence[Dataset]) -> Dataset:
     if len(parts) == 1:
         return parts[0]
     whole = concatenate_datasets([part.remove_columns(ROW_NUMBER) for part in parts])
-    return whole.add_column(ROW_NUMBER, list(range(len(whole))))
+    return whole.add_column(ROW_NUMBER, list(range(len(whole))), feature=FEATURES[ROW_NUMBER])
+
+
+@cache
+def rules() -> str:
+    """What changes when this package does: `datasets` would go on giving what other rules have made."""
+    sources = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"".join(sources)).hexdigest()
+
+
+def _numbered(make: Callable[[Row, int], Row], _rules: str, row: Row, number: int) -> Row:
+    return make(row, number) | {ROW_NUMBER: number}
 
 
 def choose_format(rows: Rows, fields: Fields, source: Source) -> Format:
@@ -102,7 +102,9 @@ def choose_format(rows: Rows, fields: Fields, source: Source) -> Format:
     for column in ("messages", "conversations"):
         if column in columns:
             used = (column, "tools") if "tools" in columns else (column,)
-            return Format(_name_of_chat(column, rows.first), used, partial(_conversation, column))
+            sharegpt = is_sharegpt(rows.first.get(column))
+            name = "ShareGPT conversations" if sharegpt else "messages"
+            return Format(name, used, partial(_conversation, column, sharegpt))
     if {"instruction", "output"} <= columns:
         read = [column for column in ("instruction", "input", "output") if column in columns]
         return Format("Alpaca instructions", tuple(read), _instruction)
@@ -122,12 +124,6 @@ def _no_format(columns: Sequence[str], source: Source) -> str:
     )
 
 
-def _name_of_chat(column: str, first: Row) -> str:
-    value = first.get(column)
-    message = value[0] if isinstance(value, list) and value and isinstance(value[0], Mapping) else {}
-    return "ShareGPT conversations" if message.get("from") is not None else "messages"
-
-
 def _prompt_and_completion(first: Row) -> Format:
     if isinstance(first.get("completion"), list):
         used = ("prompt", "completion", "tools") if "tools" in first else ("prompt", "completion")
@@ -139,7 +135,8 @@ def _text(row: Row, number: int) -> Row:
     for column in ("prompt", "completion"):
         value = row.get(column)
         if not is_text(value):
-            hint = "" if value is None else f"; --{column}_field {column} makes text of any column"
+            simple = not isinstance(value, list | dict | None)
+            hint = f"; --{column}_field {column} makes text of it" if simple else ""
             raise complaint(number, column, f"holds {kind_name(value)}, not text{hint}")
     return _checked_text(row["prompt"], row["completion"], number, "completion")
 
@@ -170,8 +167,9 @@ def _take_text(rows: Rows, form: Format) -> Dataset:
     blank = _first_true(pc.equal(pc.utf8_trim_whitespace(chosen.data.column("completion")), ""))
     if blank is not None:
         _checked_text("", "", blank, "completion")
-    for name in NO_MESSAGES:
-        chosen = chosen.add_column(name, [None] * len(chosen), feature=FEATURES[name])
+    numbers = {ROW_NUMBER: list(range(len(chosen)))}
+    for name, values in (dict.fromkeys(NO_MESSAGES, [None] * len(chosen)) | numbers).items():
+        chosen = chosen.add_column(name, values, feature=FEATURES[name])
     return chosen.select_columns(list(FEATURES))
 
 
@@ -180,11 +178,11 @@ def _first_true(mask: Any) -> int | None:
     return found if found >= 0 else None
 
 
-def _conversation(column: str, row: Row, number: int) -> Row:
+def _conversation(column: str, sharegpt: bool, row: Row, number: int) -> Row:
     def complain(what: str) -> UserError:
         return complaint(number, column, what)
 
-    messages = read_messages(row.get(column), complain)
+    messages = read_messages(row.get(column), complain, sharegpt=sharegpt)
     require_answer(messages, complain)
     return _chat(messages, _tools(row, number), 0)
 
@@ -220,85 +218,12 @@ def _instruction(row: Row, number: int) -> Row:
     return _chat(turns, None, 0) | {name: text[name] for name in NO_TEXT}
 
 
-def complaint(number: int, column: str, what: str) -> UserError:
-    """What is wrong with a row."""
-    return UserError(f"row {number} of the dataset: its column {column} {what}")
-
-
 def _mapped(columns: Sequence[str], fields: Fields) -> Format:
-    sources = {side: _source_of(side, columns, fields) for side in ("prompt", "completion")}
+    sources = {side: side_of(side, columns, fields) for side in ("prompt", "completion")}
     used = [column for source in sources.values() for column in source.columns]
     return Format("mapped columns", tuple(dict.fromkeys(used)), partial(_render, sources))
-
-
-@dataclass(frozen=True)
-class Side:
-    """Where prompt or completion comes from: a template, or a column as it is.
-
-    Attributes:
-        flag: of the command line.
-        text: the template, or the column's name.
-        is_template: which of both.
-        columns: that it reads.
-    """
-
-    flag: str
-    text: str
-    is_template: bool
-    columns: tuple[str, ...]
-
-    def fill(self, row: Row, number: int) -> str:
-        """The text of a row."""
-        if not self.is_template:
-            value = row.get(self.text)
-            if isinstance(value, list | dict):
-                raise complaint(number, self.text, f"holds {kind_name(value)}, not text ({self.flag})")
-            return as_text(value)
-        values = {column: _for_template(row.get(column)) for column in {*row, *self.columns}}
-        try:
-            return self.text.format_map(values)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{self.flag} {self.text!r} does not fit row {number} of the dataset, {type(error).__name__}: {error}; "
-                "name only what every row has (an empty field counts as text)"
-            ) from error
-
-
-def _for_template(value: Any) -> Any:
-    """Nothing and truth values as files write them; lists, objects and numbers keep what templates ask of them."""
-    return as_text(value) if value is None or isinstance(value, bool) else value
 
 
 def _render(sources: Mapping[str, Side], row: Row, number: int) -> Row:
     prompt, completion = (sources[side].fill(row, number) for side in ("prompt", "completion"))
     return _checked_text(prompt, completion, number, "completion")
-
-
-def _source_of(side: str, columns: Sequence[str], fields: Fields) -> Side:
-    column, template = getattr(fields, f"{side}_field"), getattr(fields, f"{side}_template")
-    if column is None and template is None:
-        raise UserError(f"the {side} is not given (--{side}_field): name one of the columns {', '.join(columns)}")
-    if column is not None:
-        _require_column(column, columns, f"--{side}_field")
-    if template is None:
-        return Side(f"--{side}_field", column, False, (column,))
-    flag = f"--{side}_template"
-    return Side(flag, template, True, _columns_of(template, columns, flag))
-
-
-def _columns_of(template: str, columns: Sequence[str], flag: str) -> tuple[str, ...]:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"{flag} {template!r} is no Python format string: {error}") from error
-    found = [re.split(r"[.\[]", name)[0] for name in names]
-    for column in found:
-        _require_column(column, columns, flag)
-    return tuple(found)
-
-
-def _require_column(column: str, columns: Sequence[str], flag: str) -> None:
-    if column not in columns:
-        raise UserError(
-            f"the dataset has no column {column!r} ({flag}): it has {', '.join(columns)}{suggestion(column, columns)}"
-        )

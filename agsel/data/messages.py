@@ -27,12 +27,19 @@ KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_cont
 """Of a message; chat templates read these."""
 
 
-def read_messages(value: Any, complain: Complain) -> list[dict[str, Any]]:
-    """A list of messages with role and content, or with from and value.
+def is_sharegpt(value: Any) -> bool:
+    """Whether a list of messages has from and value, in place of role and content."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and first.get("from") is not None and first.get("role") is None
+
+
+def read_messages(value: Any, complain: Complain, *, sharegpt: bool = False) -> list[dict[str, Any]]:
+    """A list of messages.
 
     Args:
         value: as it stands in the row.
         complain: makes the error.
+        sharegpt: they have from and value, in place of role and content.
     """
     if value is None:
         raise complain("is null: give it a list of messages")
@@ -42,7 +49,7 @@ def read_messages(value: Any, complain: Complain) -> list[dict[str, Any]]:
         raise complain(f"holds {kind_name(value)}, not a list of messages with role and content")
     if not value:
         raise complain("holds no messages")
-    return [_read_message(message, number, complain) for number, message in enumerate(value)]
+    return [_read_message(message, number, complain, sharegpt) for number, message in enumerate(value)]
 
 
 def require_answer(messages: list[dict[str, Any]], complain: Complain) -> None:
@@ -66,16 +73,15 @@ def _parsed(text: str, complain: Complain) -> Any:
         raise complain(f"holds text that is no JSON ({error})") from error
 
 
-def _read_message(message: Any, number: int, complain: Complain) -> dict[str, Any]:
+def _read_message(message: Any, number: int, complain: Complain, sharegpt: bool) -> dict[str, Any]:
+    who, what = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(message, Mapping):
-        raise complain(f"message {number} is {kind_name(message)}, not one with role and content")
+        raise complain(f"message {number} is {kind_name(message)}, not one with {who} and {what}")
     found = {name: value for name, value in message.items() if value is not None}
-    if "from" in found and "role" not in found:
-        found = _of_sharegpt(found, number, complain)
-    if "role" not in found:
-        raise complain(
-            f"message {number} has no role, it has {', '.join(found) or 'nothing'}: role and content are needed"
-        )
+    if who not in found:
+        listed = ", ".join(found) or "nothing"
+        raise complain(f"message {number} has no {who}, it has {listed}: {who} and {what} are needed in every row")
+    found = _of_sharegpt(found, number, complain) if sharegpt else found
     if found["role"] not in ROLES:
         raise complain(f"message {number} has the unknown role {found['role']!r}: known are {', '.join(ROLES)}")
     calls = _read_calls(found.get("tool_calls"), number, complain)

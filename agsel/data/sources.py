@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ Convert = Callable[[Row, int], Row]
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TEXT_FILES = (".json", ".jsonl", *DELIMITERS)
 FILES = (*TEXT_FILES, ".parquet")
+BUILDERS = ("json", "csv", "parquet")
+"""Names that `datasets` has for kinds of files."""
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 ROWS_SAMPLED = 1000
 """The columns of a text file are those of its first rows."""
@@ -39,6 +42,7 @@ class Source:
         split: as `datasets` reads it, `train[90%:]` included. A single file has one, `train`.
         config: of a hub dataset that has several.
         files: of a hub dataset or of a folder, or for a builder such as `json`.
+        folder: of a hub dataset.
         columns: that are there; None for all.
         flag: of the command line, for error messages.
     """
@@ -47,8 +51,14 @@ class Source:
     split: str = "train"
     config: str | None = None
     files: Any = None
+    folder: str | None = None
     columns: tuple[str, ...] | None = None
     flag: str = "--dataset_name"
+
+
+def complaint(number: int, column: str, what: str) -> UserError:
+    """What is wrong with a row."""
+    return UserError(f"row {number} of the dataset: its column {column} {what}")
 
 
 class TypedRows:
@@ -102,9 +112,7 @@ def open_source(source: Source) -> Rows:
     Raises:
         UserError: no name, no such dataset, file or split, an unreadable file, or no rows.
     """
-    if not source.name:
-        raise UserError(f"no dataset: name a hub dataset, a folder or a {', '.join(FILES)} file ({source.flag})")
-    paths = _files_of(source)
+    paths = local_files(source)
     if paths is not None and kind_of(paths[0]) in TEXT_FILES:
         rows: Rows = WrittenRows(paths, source.split)
         if not rows.columns:
@@ -132,8 +140,14 @@ def kind_of(path: Path) -> str:
     return endings[-1] if endings and endings[-1] in FILES else ""
 
 
-def _files_of(source: Source) -> list[Path] | None:
-    """The local files of the split, None for a hub dataset."""
+def local_files(source: Source) -> list[Path] | None:
+    """The files of the split, None for a hub dataset.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not source.name:
+        raise UserError(f"no dataset: name a hub dataset, a folder or a {', '.join(FILES)} file ({source.flag})")
     path = Path(source.name)
     if source.files is not None:
         return _named_files(source)
@@ -143,21 +157,32 @@ def _files_of(source: Source) -> list[Path] | None:
 
 
 def _named_files(source: Source) -> list[Path] | None:
-    """`path: json` with `data_files`, as `datasets` takes it."""
-    if source.name not in ("json", "csv", "parquet"):
+    """`path: json` with `data_files`, as `datasets` takes it, or files of a folder."""
+    base = Path(source.name)
+    if source.name not in BUILDERS and not base.is_dir():
         return None
     files = source.files
     if isinstance(files, Mapping):
         files = files.get(_split_name(source.split), [])
     names = [files] if isinstance(files, str) else list(files)
     if not names:
-        raise UserError(f"datasets: data_files has nothing for split {source.split!r}: name a file")
-    return [_readable(Path(name), source) for name in names]
+        raise UserError(f"data_files has nothing for the split {source.split!r} ({source.flag}): name a file")
+    if any("://" in name for name in names):
+        return None
+    base = Path() if source.name in BUILDERS else base
+    return [_readable(path, source) for name in names for path in _expanded(base / name)]
+
+
+def _expanded(path: Path) -> list[Path]:
+    """What a pattern such as `part-*.jsonl` stands for."""
+    return sorted(map(Path, glob.glob(str(path), recursive=True))) if glob.has_magic(str(path)) else [path]
 
 
 def _readable(path: Path, source: Source) -> Path:
     if not path.is_file():
         raise UserError(f"no such file: {path} ({source.flag})")
+    if not kind_of(path):
+        raise UserError(f"{path} ({source.flag}) has none of the endings {', '.join(FILES)}: give it one")
     if not path.stat().st_size:
         raise UserError(f"{path} is empty ({source.flag})")
     if _split_name(source.split) != "train" and source.files is None:
@@ -202,7 +227,7 @@ def _load(source: Source, paths: Sequence[Path] | None) -> Dataset:
         if paths is not None:
             rows = _part(load_dataset("parquet", data_files=[str(path) for path in paths], split="train"), split)
         else:
-            rows = load_dataset(name, source.config, data_files=source.files, split=split)
+            rows = load_dataset(name, source.config, data_dir=source.folder, data_files=source.files, split=split)
     except DatasetGenerationError as error:
         raise UserError(f"cannot read {name} ({source.flag}): {one_line(error.__cause__ or error)}") from error
     except ValueError as error:

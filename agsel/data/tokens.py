@@ -12,14 +12,21 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from agsel.data.chat import ChatEncoder, Tokens
-from agsel.data.formats import ROW_NUMBER
+from agsel.data.chat import ChatEncoder, Tokens, special_ids
+from agsel.data.formats import ROW_NUMBER, rules
 from agsel.data.sources import Row
 
 NOT_LEARNT = -100
 """The label of such a token, as PyTorch's cross-entropy has it."""
+ENDED = "agsel_ended"
+"""Column: whether the last learnt token of a row is one that ends a text or a turn."""
 TOKEN_FEATURES = Features(
-    {"input_ids": ListOf(Value("int32")), "labels": ListOf(Value("int64")), ROW_NUMBER: Value("int64")}
+    {
+        "input_ids": ListOf(Value("int32")),
+        "labels": ListOf(Value("int64")),
+        ROW_NUMBER: Value("int64"),
+        ENDED: Value("bool"),
+    }
 )
 
 
@@ -35,6 +42,23 @@ class Learning:
     completions_only: bool = True
     assistant_only: bool = True
 
+    def describe(self, rows: Dataset) -> str:
+        """Of the rows of `agsel.data.formats`, in a few words."""
+        kinds = {
+            "on completions": self.completions_only and _any_text(rows),
+            "on assistant messages": self.assistant_only and has_conversations(rows),
+        }
+        return " and ".join(name for name, chosen in kinds.items() if chosen) or "on all tokens"
+
+
+def has_conversations(rows: Dataset) -> bool:
+    """Whether some of the rows of `agsel.data.formats` are."""
+    return rows.data.column("messages").null_count < len(rows.data)
+
+
+def _any_text(rows: Dataset) -> bool:
+    return rows.data.column("messages").null_count > 0
+
 
 class Encoder:
     """Makes tokens of the rows of `agsel.data.formats`.
@@ -45,7 +69,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, learning: Learning) -> None:
-        self._tokenizer, self._learning = tokenizer, learning
+        self._tokenizer, self._learning, self._rules = tokenizer, learning, rules()
+        self._ends = special_ids(tokenizer)
         self._chat: ChatEncoder | None = None
 
     def encode(self, row: Row) -> Tokens:
@@ -59,10 +84,11 @@ class Encoder:
         return self._chat.encode(json.loads(row["messages"]), tools, first, row[ROW_NUMBER])
 
     def labelled(self, row: Row) -> dict[str, Any]:
-        """Tokens and labels of a row."""
+        """A row of `TOKEN_FEATURES`."""
         tokens = self.encode(row)
         labels = [token if learnt else NOT_LEARNT for token, learnt in zip(tokens.ids, tokens.learnt, strict=True)]
-        return {"input_ids": tokens.ids, "labels": labels}
+        last = next((label for label in reversed(labels) if label != NOT_LEARNT), None)
+        return {"input_ids": tokens.ids, "labels": labels, ROW_NUMBER: row[ROW_NUMBER], ENDED: last in self._ends}
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, learning: Learning) -> Tokens:
@@ -78,7 +104,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
 
 
 def tokenise(rows: Dataset, tokenizer: PreTrainedTokenizerBase, learning: Learning, processes: int | None) -> Dataset:
-    """`input_ids` and `labels` of every row, and its number.
+    """Every row in `TOKEN_FEATURES`.
 
     Args:
         rows: of `agsel.data.formats`.
@@ -89,10 +115,9 @@ def tokenise(rows: Dataset, tokenizer: PreTrainedTokenizerBase, learning: Learni
     Raises:
         UserError: a conversation that the chat template does not take.
     """
-    kept = [name for name in rows.column_names if name not in TOKEN_FEATURES]
     return rows.map(
         Encoder(tokenizer, learning).labelled,
-        remove_columns=kept,
+        remove_columns=rows.column_names,
         features=TOKEN_FEATURES,
         num_proc=processes,
         desc="Tokenising",
@@ -108,28 +133,42 @@ class TokenReport:
         tokens: of all rows.
         learnt: of these.
         longest: tokens of a row, at most.
-        cut: rows that are longer than allowed, and so lose their end.
+        longest_kept: tokens of a row that are kept, at most; None for all.
+        cut: rows that are longer.
+        endless: rows of which no token is learnt that ends a text or a turn, though they are not cut.
     """
 
     rows: int
     tokens: int
     learnt: int
     longest: int
+    longest_kept: int | None
     cut: int
+    endless: int
 
     @classmethod
-    def of(cls, tokenised: Dataset, max_length: int | None) -> TokenReport:
+    def of(cls, tokenised: Dataset, longest_kept: int | None) -> TokenReport:
         """Of a dataset of `tokenise`."""
         lengths = pc.list_value_length(tokenised.data.column("input_ids"))
         labels = pc.list_flatten(tokenised.data.column("labels"))
-        cut = pc.sum(pc.greater(lengths, max_length)).as_py() if max_length else 0
-        learnt = pc.sum(pc.not_equal(labels, NOT_LEARNT)).as_py()
-        return cls(len(tokenised), pc.sum(lengths).as_py(), learnt or 0, pc.max(lengths).as_py(), cut or 0)
+        is_cut = pc.greater(lengths, longest_kept if longest_kept is not None else pc.max(lengths))
+        is_endless = pc.and_not(pc.invert(tokenised.data.column(ENDED)), is_cut)
+        counts = [pc.sum(mask).as_py() or 0 for mask in (pc.not_equal(labels, NOT_LEARNT), is_cut, is_endless)]
+        learnt, cut, endless = counts
+        tokens, longest = pc.sum(lengths).as_py(), pc.max(lengths).as_py()
+        return cls(len(tokenised), tokens, learnt, longest, longest_kept, cut, endless)
 
-    def describe(self, max_length: int | None) -> str:
-        """In a line."""
+    def describe(self, *, loses_end: bool) -> str:
+        """In a line.
+
+        Args:
+            loses_end: whether the end of a row is cut, and not its beginning.
+        """
         said = f"{self.tokens / self.rows:,.0f} a row, {self.longest:,} at most; {self.learnt / self.tokens:.0%} learnt"
-        if not self.cut:
-            return said
-        lose = "loses" if self.cut == 1 else "lose"
-        return f"{said}; {self.cut:,} of {self.rows:,} rows cut at --max_length {max_length} {lose} their end token"
+        if self.cut:
+            lost = "end token" if loses_end else "beginning"
+            said += f"; {self._of_all(self.cut)} cut at --max_length {self.longest_kept}, without their {lost}"
+        return said + (f"; {self._of_all(self.endless)} without a learnt end token" if self.endless else "")
+
+    def _of_all(self, rows: int) -> str:
+        return f"{rows:,} of {self.rows:,} rows"

@@ -12,9 +12,13 @@ REFUSED = {
     "model": ("--model_name_or_path", "the saved optimizer states belong to its weights"),
     "stage": ("--deepspeed", "each ZeRO stage saves the optimizer states in its own form"),
     "dtype": ("--bf16, --fp16, --dtype", "the weights were rounded to it"),
-    "dataset": (
+    "data": (
         "--dataset_name, --dataset_train_split, --prompt_field, --prompt_template, --completion_field, "
-        "--completion_template, --max_length",
+        "--completion_template, --eval_split_fraction",
+        "the run goes on with the rows that it has not seen yet, so they must be the same in the same order",
+    ),
+    "dataset": (
+        "--max_length, --chat_template_path and the tokenizer",
         "the run goes on with the rows that it has not seen yet, so they must give the same tokens in the same order",
     ),
     "examples per step": (

@@ -69,32 +69,28 @@ class SelectionArguments:
 
 @dataclass
 class DataArguments:
-    """Which columns of the dataset are the prompt and the completion. The loss is on the completion only."""
+    """Further datasets: to train on, and to evaluate on."""
 
-    _argument_group_name = "columns of the dataset"
+    _argument_group_name = "datasets"
 
-    prompt_field: str | None = field(
+    datasets: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Column with the prompt, for example `question`. Leave both fields and templates out for datasets "
-            "in TRL's prompt-completion or messages format."
+            "help": "Several datasets in place of `--dataset_name`, in the file of `--config`: a list of `path` and, "
+            "if needed, `name`, `data_dir`, `data_files`, `split`, `columns` and `fraction`, as TRL's DatasetConfig. "
+            "Each has a format of its own. Here each is written as JSON."
         },
     )
-    completion_field: str | None = field(
-        default=None, metadata={"help": "Column with the text to learn, for example `answer`."}
-    )
-    prompt_template: str | None = field(
+    eval_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Python format string over the row's columns that makes the prompt, for example "
-            "'Question: {question} Answer:'. Default: the prompt field as it is."
+            "help": "Hub name, folder or file to evaluate on, when `--eval_strategy` says. Default: the split "
+            "`--dataset_test_split` of the training data."
         },
     )
-    completion_template: str | None = field(
+    eval_split_fraction: float | None = field(
         default=None,
-        metadata={
-            "help": "The same for the completion, for example ' {answer}'. The end-of-sequence token is added to it."
-        },
+        metadata={"help": "Evaluate on this part of the training data, drawn by `--seed`, and do not train on it."},
     )
 
 

@@ -1,86 +1,158 @@
-"""Datasets: load a hub name or a local file, map its columns to TRL's formats, refuse rows that would train nothing."""
+"""The datasets of a run: what its settings name, read before training, and looked at once more as tokens."""
 
-import re
-import string
+from __future__ import annotations
+
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
+import numpy as np
+from datasets import Dataset
 
-from agsel.errors import UserError, suggestion
-from agsel.training.arguments import DataArguments
+from agsel.data.fields import Fields
+from agsel.data.formats import ROW_NUMBER, choose_format, join, read_rows
+from agsel.data.sources import BUILDERS, Source, local_files, open_source
+from agsel.errors import UserError, said_of, suggestion
 
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-ROW_NUMBER = "agsel_row"
+Values = Mapping[str, Any]
+"""Settings by name."""
+
+READ_EARLY = 10_000_000
+"""Bytes: local data up to this size is read before anything is started, of more only the beginning."""
+OF_AN_ENTRY = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
+"""What one of `datasets` may set, as TRL's DatasetConfig."""
+EVALUATION = "evaluation data"
 
 
-def load_rows(name: str | None, split: str, config: str | None = None) -> Dataset:
-    """Load one split of a dataset of the hub, of a dataset folder or of a local JSON, JSON Lines or Parquet file.
+@dataclass(frozen=True)
+class RunData:
+    """The rows of a run, in the features of `agsel.data.formats`.
+
+    Attributes:
+        train: to train on.
+        held_out: to evaluate on, if the run does.
+        said: a line for each dataset.
+    """
+
+    train: Dataset
+    held_out: Dataset | None
+    said: tuple[str, ...]
+
+
+def require_data(values: Values, fields: Fields) -> None:
+    """Refuse what can be refused of settings and local files, before anything is started.
+
+    Raises:
+        UserError: as of `load_data`.
+    """
+    for source in training_sources(values):
+        _look_at(source, fields)
+    held_out = held_out_source(values)
+    if held_out is not None:
+        with said_of(EVALUATION):
+            _look_at(held_out, fields)
+
+
+def load_data(values: Values, fields: Fields) -> RunData:
+    """Read the datasets of a run.
 
     Args:
-        name: hub name or path. A local file has one split, `train`; `train[90%:]` takes a part of it.
-        split: split expression as `datasets` reads it.
-        config: configuration name, for hub datasets that have several.
+        values: the settings of the run.
+        fields: which columns are learnt.
 
     Raises:
-        UserError: no name, no such file, unreadable file, no such split, or no rows.
+        UserError: settings that contradict each other, no such dataset, or rows that cannot be learnt.
     """
-    if not name:
-        raise UserError("no dataset: name a hub dataset or a .json, .jsonl or .parquet file (--dataset_name)")
-    loader = LOADERS.get(Path(name).suffix)
-    if loader and not Path(name).is_file():
-        raise UserError(f"no such file: {name} (--dataset_name)")
-    if loader and not Path(name).stat().st_size:
-        raise UserError(f"{name} is empty (--dataset_name)")
-    try:
-        rows = load_dataset(loader, data_files=name, split=split) if loader else load_dataset(name, config, split=split)
-    except DatasetGenerationError as error:
-        raise UserError(f"cannot read {name} (--dataset_name): {error.__cause__ or error}") from error
-    except ValueError as error:
-        raise UserError(
-            f"cannot load {name} (--dataset_name), split {split!r} (--dataset_train_split, --dataset_test_split; "
-            f"train[90%:] is the end of train): {error}"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot find or reach the dataset {name} (--dataset_name): {error}; correct the name, or give a file"
-        ) from error
-    if not len(rows):
-        raise UserError(f"{name} has no rows in split {split!r} (--dataset_name): give it at least one")
-    return rows
+    sources = training_sources(values)
+    read = [_read(source, fields, several=len(sources) > 1) for source in sources]
+    parts, said = [rows for rows, _ in read], [line for _, line in read]
+    shares = [entry["fraction"] for entry in _entries(values) if entry.get("fraction") is not None]
+    train = join(_in_shares(parts, shares) if shares else parts)
+    source = held_out_source(values)
+    if source is not None:
+        with said_of(EVALUATION):
+            held_out, line = read_rows(source, fields)
+        return RunData(train, held_out, (*said, f"{line}; to evaluate on"))
+    if values["eval_split_fraction"] is None:
+        return RunData(train, None, tuple(said))
+    train, held_out = split_off(train, values["eval_split_fraction"], values["seed"])
+    said.append(f"{len(held_out):,} of these rows to evaluate on (--eval_split_fraction), {len(train):,} to train on")
+    return RunData(train, held_out, tuple(said))
 
 
-def to_training_format(rows: Dataset, arguments: DataArguments) -> Dataset:
-    """Rows in TRL's prompt-completion format, or unchanged where they have one of TRL's formats and no mapping is set.
-
-    Every row gets its number in a column of its own, by which `require_labels` names the rows that TRL drops.
+def training_sources(values: Values) -> list[Source]:
+    """What `--dataset_name` names, or `datasets` in the file of `--config`.
 
     Raises:
-        UserError: a field or template names a missing column, one of prompt and completion is not given, or a row
-            has nothing to learn.
+        UserError: both are given, or an entry of `datasets` is none.
     """
-    sources = _sources(rows, arguments)
-    if sources:
-        rows = rows.map(
-            _render,
-            with_indices=True,
-            fn_kwargs={"sources": sources},
-            remove_columns=rows.column_names,
-            desc="Mapping columns",
+    entries = _entries(values)
+    if not entries:
+        return [Source(values["dataset_name"], values["dataset_train_split"], values["dataset_config"])]
+    for name in ("dataset_name", "dataset_config"):
+        if values[name] is not None:
+            raise UserError(f"--{name} and datasets are both given: leave one out")
+    given = [entry.get("fraction") for entry in entries]
+    if any(fraction is not None for fraction in given):
+        for fraction in given:
+            if not isinstance(fraction, int | float) or fraction <= 0:
+                raise UserError(f"datasets: fraction is {fraction} for one: give every dataset one above 0, or none")
+    return [_source_of(entry) for entry in entries]
+
+
+def held_out_source(values: Values) -> Source | None:
+    """What is evaluated on, unless it is a part of the training data or nothing.
+
+    Raises:
+        UserError: it is given twice, or is never read, or nothing is given to evaluate on.
+    """
+    name, fraction = values["eval_dataset"], values["eval_split_fraction"]
+    if name is not None and fraction is not None:
+        raise UserError("--eval_dataset and --eval_split_fraction are both given: leave one out")
+    if fraction is not None and not 0 < fraction < 1:
+        raise UserError(f"--eval_split_fraction is {fraction}: it must be above 0 and below 1, for example 0.05")
+    if values["eval_strategy"] == "no":
+        for setting in ("eval_dataset", "eval_split_fraction"):
+            if values[setting] is not None:
+                raise UserError(f"--{setting} would never be read: set --eval_strategy to steps or epoch too")
+        return None
+    if name is not None:
+        return _source_to_evaluate(name, values["dataset_test_split"])
+    if fraction is not None:
+        return None
+    if _entries(values):
+        raise UserError(
+            "nothing to evaluate on: beside datasets name it with --eval_dataset, or split it off with "
+            "--eval_split_fraction"
         )
-    _require_known_format(rows)
-    _require_targets(rows)
-    return rows.add_column(ROW_NUMBER, list(range(len(rows))))
+    return Source(values["dataset_name"], values["dataset_test_split"], values["dataset_config"])
 
 
-def require_labels(prepared: Dataset, number_of_rows: int, max_length: int | None) -> None:
+def split_off(rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """(rows to train on, rows to evaluate on), drawn at random; both stay in order.
+
+    Raises:
+        UserError: one of both would have no rows.
+    """
+    number = round(fraction * len(rows))
+    if not 0 < number < len(rows):
+        raise UserError(
+            f"--eval_split_fraction {fraction} of {len(rows)} rows leaves no rows for one of both: change it"
+        )
+    drawn = np.zeros(len(rows), dtype=bool)
+    drawn[np.random.default_rng(seed).permutation(len(rows))[:number]] = True
+    return rows.select(np.flatnonzero(~drawn)), rows.select(np.flatnonzero(drawn))
+
+
+def require_labels(prepared: Dataset, rows: Dataset, max_length: int | None) -> None:
     """Check the trainer's tokenised dataset: every row has kept at least one label.
 
     Args:
-        prepared: what `SFTTrainer` made of the rows of `to_training_format`.
-        number_of_rows: how many rows it was given.
+        prepared: what `SFTTrainer` made of the rows.
+        rows: that it was given.
         max_length: tokens after which it truncates.
 
     Raises:
@@ -88,11 +160,11 @@ def require_labels(prepared: Dataset, number_of_rows: int, max_length: int | Non
     """
     if ROW_NUMBER not in prepared.column_names:
         return _require_packed_labels(prepared, max_length)
-    lost = sorted(set(range(number_of_rows)) - set(prepared[ROW_NUMBER]))
+    lost = sorted({*rows[ROW_NUMBER]} - {*prepared[ROW_NUMBER]})
     if lost:
         raise UserError(
             f"row {lost[0]} of the dataset has no label left, as its prompt alone fills --max_length {max_length} "
-            f"({len(lost)} of {number_of_rows} rows): raise --max_length or remove the row"
+            f"({len(lost)} of {len(rows)} rows): raise --max_length or remove the row"
         )
 
 
@@ -105,103 +177,64 @@ def _require_packed_labels(prepared: Dataset, max_length: int | None) -> None:
             )
 
 
-def _sources(rows: Dataset, arguments: DataArguments) -> dict[str, tuple[str, bool]]:
-    """For prompt and completion a template or a column, and whether it is a template; nothing where none is set."""
-    columns = rows.column_names
-    given = {
-        side: (getattr(arguments, f"{side}_field"), getattr(arguments, f"{side}_template"))
-        for side in ("prompt", "completion")
-    }
-    if not any(any(pair) for pair in given.values()):
-        if not {"prompt", "completion"} <= set(columns) and "messages" not in columns:
-            raise UserError(
-                f"the dataset has the columns {', '.join(columns)}: say which are prompt and completion "
-                "(--prompt_field, --completion_field), or bring prompt and completion, or messages"
-            )
-        return {}
-    sources = {}
-    for side, (column, template) in given.items():
-        if column is None and template is None:
-            raise UserError(f"the {side} is not given (--{side}_field): name one of the columns {', '.join(columns)}")
-        if column is not None:
-            _require_column(column, columns, f"--{side}_field")
-        if template:
-            _check_template(template, columns, f"--{side}_template")
-        sources[side] = (template, True) if template else (column, False)
-    return sources
+def _look_at(source: Source, fields: Fields) -> None:
+    paths = local_files(source)
+    if paths is None:
+        return
+    if sum(path.stat().st_size for path in paths) <= READ_EARLY:
+        read_rows(source, fields)
+    else:
+        choose_format(open_source(source), fields, source)
 
 
-def _check_template(template: str, columns: list[str], flag: str) -> None:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"{flag} {template!r} is no Python format string: {error}") from error
-    for name in names:
-        _require_column(re.split(r"[.\[]", name)[0], columns, flag)
+def _read(source: Source, fields: Fields, *, several: bool) -> tuple[Dataset, str]:
+    if not several:
+        return read_rows(source, fields)
+    with said_of(source.name):
+        return read_rows(source, fields)
 
 
-def _require_column(column: str, columns: list[str], flag: str) -> None:
-    if column not in columns:
-        raise UserError(
-            f"the dataset has no column {column!r} ({flag}): it has {', '.join(columns)}{suggestion(column, columns)}"
-        )
+def _in_shares(parts: Sequence[Dataset], shares: Sequence[float]) -> list[Dataset]:
+    """The first rows of each, in these shares of the largest whole that needs no row twice (as TRL's `get_dataset`)."""
+    weights = [share / sum(shares) for share in shares]
+    whole = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    return [part.select(range(round(weight * whole))) for part, weight in zip(parts, weights, strict=True)]
 
 
-def _render(row: Mapping[str, Any], number: int, sources: Mapping[str, tuple[str, bool]]) -> dict[str, str]:
-    values = {column: "" if value is None else value for column, value in row.items()}
-    return {
-        side: _fill(source, values, f"--{side}_template", number) if is_template else str(values[source])
-        for side, (source, is_template) in sources.items()
-    }
+def _entries(values: Values) -> list[dict[str, Any]]:
+    """Of `datasets`, each a mapping: on the command line they are written as JSON."""
+    return [_entry(entry) for entry in values["datasets"] or ()]
 
 
-def _fill(template: str, values: Mapping[str, Any], flag: str, number: int) -> str:
-    try:
-        return template.format_map(values)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{flag} {template!r} does not fit row {number} of the dataset, {type(error).__name__}: {error}; "
-            "name only what every row has (an empty field counts as text)"
-        ) from error
+def _entry(entry: Any) -> dict[str, Any]:
+    if isinstance(entry, str):
+        with suppress(ValueError):
+            entry = json.loads(entry)
+    if not isinstance(entry, dict) or not entry.get("path"):
+        raise UserError(f"datasets: {entry!r} has no path: write one `path: NAME_OR_FILE` for each dataset")
+    for name in entry:
+        if name not in OF_AN_ENTRY:
+            raise UserError(f"datasets: unknown setting {name!r}{suggestion(name, OF_AN_ENTRY)}")
+    return entry
 
 
-def _require_known_format(rows: Dataset) -> None:
-    """What is learnt is text, or messages as TRL reads them. A column has one type: its first value tells."""
-    columns = ("prompt", "completion") if "completion" in rows.column_names else ("messages",)
-    first = rows[0]
-    for column in columns:
-        value = first.get(column)
-        if isinstance(value, list):
-            _require_messages(value, column)
-        elif not isinstance(value, str | None):
-            raise UserError(
-                f"the {column} column of the dataset holds {type(value).__name__}, not text: "
-                "--prompt_field prompt --completion_field completion make text of any column"
-            )
+def _source_of(entry: Mapping[str, Any]) -> Source:
+    name, folder, files = str(entry["path"]), entry.get("data_dir"), entry.get("data_files")
+    if folder is not None and files is None and (name in BUILDERS or Path(name).is_dir()):
+        name, folder = str(folder if name in BUILDERS else Path(name, folder)), None
+    columns = entry.get("columns")
+    return Source(
+        name,
+        split=entry.get("split") or "train",
+        config=entry.get("name"),
+        files=files,
+        folder=folder,
+        columns=tuple(columns) if columns else None,
+        flag="datasets: path",
+    )
 
 
-def _require_messages(messages: Sequence[Any], column: str) -> None:
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            found = ", ".join(message) if isinstance(message, Mapping) else type(message).__name__
-            raise UserError(
-                f"the {column} column of the dataset is no list of messages with role and content, it has {found}: "
-                "rename these, or name columns of text (--prompt_field, --completion_field)"
-            )
-
-
-def _require_targets(rows: Dataset) -> None:
-    """Every row has a completion or, in the messages format, something that the assistant says."""
-    column = "completion" if "completion" in rows.column_names else "messages"
-    for number, target in enumerate(rows[column]):
-        if not _has_text(target):
-            raise UserError(
-                f"row {number} of the dataset has nothing to learn: its {column} column has no text of the "
-                "assistant; remove the row or correct --completion_field and --completion_template"
-            )
-
-
-def _has_text(target: Any) -> bool:
-    if isinstance(target, list):
-        return any(message["role"] == "assistant" and message.get("content") for message in target)
-    return bool(target and target.strip())
+def _source_to_evaluate(name: str, split: str) -> Source:
+    """A single file is the split train, whatever its name."""
+    source = Source(name, split, flag="--eval_dataset")
+    return replace(source, split="train") if Path(name).is_file() and split == "test" else source

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from agsel import upstream
 from agsel.blocks import Block, find_blocks
+from agsel.errors import UserError
 from agsel.monitor import block_ranges
 from agsel.policies import Policy
 from agsel.training.configuration import Configuration
@@ -40,6 +41,21 @@ def count_steps(trainer: Trainer) -> Steps:
     values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
     _, per_epoch, *_, total = values
     return Steps(per_epoch, total)
+
+
+def require_step(trainer: Trainer, steps: Steps) -> None:
+    """Refuse a run that would train nothing.
+
+    Raises:
+        UserError: no batch is complete, and incomplete ones are dropped.
+    """
+    if steps.total < 1 or not len(trainer.get_train_dataloader()):
+        arguments = trainer.args
+        raise UserError(
+            f"no optimizer step: {len(trainer.train_dataset)} sequences fill no batch of "
+            f"{arguments.per_device_train_batch_size} on each of {arguments.world_size} ranks, and "
+            "--dataloader_drop_last drops incomplete ones: lower --per_device_train_batch_size, or leave it out"
+        )
 
 
 def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy, steps: Steps) -> str:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.data_utils import is_conversational
 
+from agsel.data.tokens import Encoder, Learning, has_conversations
 from agsel.errors import UserError, one_line
 from agsel.training.model import loading
 from agsel.zero.parameters import global_shape
 
 RESIZE = "resize its embedding and save it, or use the tokenizer that belongs to it"
-COLUMNS_OF_MESSAGES = ("messages", "prompt", "completion")
 
 
 def load_tokenizer(model: ModelConfig, training: SFTConfig) -> PreTrainedTokenizerBase:
@@ -70,48 +66,23 @@ def require_known_tokens(trainer: Trainer) -> None:
             raise _unknown_token(trainer.processing_class, number, rows)
 
 
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, training: SFTConfig, rows: Dataset) -> None:
-    """Refuse messages without a chat template that renders them.
-
-    Raises:
-        UserError: there is no template, it fails on the first row, or it does not mark the words of the assistant if
-            only these are learnt.
-    """
-    if not is_conversational(rows[0]):
-        return
-    tokenizer = _with_named_template(tokenizer, training.chat_template_path)
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"the dataset holds messages, but the tokenizer of {tokenizer.name_or_path} has no chat template: name one "
-            "(--chat_template_path), or make text of the columns (--prompt_template, --completion_template)"
-        )
-    render(tokenizer, rows[0], 0)
-    if training.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
-        _require_training_template(tokenizer)
-
-
-def render(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], number: int) -> str:
-    """The conversation of a row as the chat template writes it, given what TRL gives it.
+def require_chat_template(
+    tokenizer: PreTrainedTokenizerBase, training: SFTConfig, rows: Dataset, learning: Learning
+) -> None:
+    """Refuse conversations without a chat template that takes the first of them.
 
     Args:
-        tokenizer: with the template.
-        row: with messages, or with a prompt and a completion that are messages.
-        number: of the row, for the error.
+        tokenizer: of the model.
+        training: may name another template.
+        rows: of `agsel.data.formats`.
+        learning: what is learnt of them.
 
     Raises:
-        UserError: the template has a mistake, or refuses these messages.
+        UserError: there is no template, it fails, or it does not tell what the assistant says.
     """
-    messages = [message for column in COLUMNS_OF_MESSAGES for message in row.get(column) or ()]
-    try:
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        options = row.get("chat_template_kwargs") or {}
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-    except Exception as error:  # whatever the code of a template does
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} fails on row {number} of the dataset, "
-            f"{type(error).__name__}: {one_line(error)}; correct it or name another (--chat_template_path)"
-        ) from error
+    if has_conversations(rows):
+        first = rows[pc.index(pc.is_valid(rows.data.column("messages")), True).as_py()]
+        Encoder(_with_named_template(tokenizer, training.chat_template_path), learning).encode(first)
 
 
 def _is_tokenizer(chat_template_path: str | None) -> bool:
@@ -164,13 +135,3 @@ def _with_named_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the chat template {path} (--chat_template_path): {one_line(error)}") from error
     return tokenizer
-
-
-def _require_training_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    try:
-        get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise UserError(
-            f"the chat template of {tokenizer.name_or_path} does not tell which words are the assistant's: name one "
-            "with generation markers (--chat_template_path), or learn from all words (--assistant_only_loss false)"
-        ) from error

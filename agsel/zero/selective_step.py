@@ -27,6 +27,12 @@ class SelectiveStep:
     selection: Selection
     clip_grad: float
     loss_scale: float
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Those of the basic optimizer, whose learning rate some schedules of transformers ask for."""
+        return self.optimizer.defaults
 
     def backward_prologue(self) -> None:
         """Called by the engine when the loss is known, whether `engine.backward` or `loss.backward` follows."""

@@ -114,8 +114,8 @@ def watched(stopwatch: Stopwatch) -> Iterator[None]:
     with ExitStack() as afterwards:
         afterwards.callback(forget_accelerate)
 
-        def build_watched(configuration: Any) -> Any:
-            trainer = build(configuration)
+        def build_watched(*arguments: Any) -> Any:
+            trainer = build(*arguments)
             trainer.add_callback(StepBorders(trainer, stopwatch))
             afterwards.callback(dismantle_trainer, trainer)
             return trainer

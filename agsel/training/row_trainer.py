@@ -1,0 +1,79 @@
+"""The trainer of a run: TRL's, with agsel's own tokens of the rows."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from agsel import upstream
+from agsel.data.tokens import ENDED, Learning, TokenReport, has_conversations, tokenise
+from agsel.errors import UserError, said_of
+from agsel.runs.trainer import ResumableTrainer
+from agsel.training.data import EVALUATION
+
+SPLITTING = ("bfd_split", "wrapped")
+"""Packing strategies that go on with the rest of a long row in the next sequence."""
+
+
+def choose_learning(training: SFTConfig, rows: Dataset) -> Learning:
+    """What `--completion_only_loss` and `--assistant_only_loss` say is learnt of the rows; TRL is not told.
+
+    Raises:
+        UserError: the words of the assistant are to be learnt, and there are no conversations.
+    """
+    if training.assistant_only_loss and not has_conversations(rows):
+        raise UserError("--assistant_only_loss needs conversations, and the dataset has prompts and completions")
+    learning = Learning(
+        completions_only=training.completion_only_loss is not False,
+        assistant_only=training.assistant_only_loss is not False,
+    )
+    training.assistant_only_loss = False
+    return learning
+
+
+class RowTrainer(ResumableTrainer):
+    """`ResumableTrainer` that is given rows of `agsel.data.formats`, and makes tokens of them.
+
+    Args:
+        arguments, options: of `SFTTrainer`.
+        learning: what is learnt of a row.
+
+    Raises:
+        RunError: this TRL differs from the tested one where it prepares rows.
+
+    Attributes:
+        learning: the same.
+        token_reports: of the datasets that were tokenised, by `train` and `eval`.
+    """
+
+    def __init__(self, *arguments: Any, learning: Learning, **options: Any) -> None:
+        upstream.require_tested(__name__)
+        self.learning = learning
+        self.token_reports: dict[str, str] = {}
+        super().__init__(*arguments, **options)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Dataset:
+        if "input_ids" not in dataset.column_names:
+            with args.main_process_first(desc="tokens"), _named(dataset_name):
+                dataset = tokenise(dataset, processing_class, self.learning, args.dataset_num_proc)
+            longest = None if packing and args.packing_strategy in SPLITTING else args.max_length
+            report = TokenReport.of(dataset, longest)
+            self.token_reports[dataset_name] = report.describe(loses_end=args.truncation_mode == "keep_start")
+            dataset = dataset.remove_columns(ENDED)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+
+def _named(dataset_name: str) -> AbstractContextManager[None]:
+    return said_of(EVALUATION) if dataset_name == "eval" else nullcontext()

@@ -1,0 +1,259 @@
+"""Settings as they are given: defaults, then the YAML file of `--config`, then the command line; the later one wins.
+
+All of it is plain values, read and checked before anything is started.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from agsel import shipped
+from agsel.data.fields import Fields, with_line_breaks
+from agsel.errors import UserError, complaints_of_libraries, suggestion
+from agsel.policies import Policy
+from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
+from agsel.training.deepspeed_settings import read_deepspeed, require_deepspeed
+from agsel.training.methods import build_policy, method_arguments, policy_class, unread
+
+Group = TypeVar("Group")
+
+GROUPS = (ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, Fields, DataArguments, SafetyArguments)
+USAGE = "deepspeed [--num_gpus N] launch/train.py [--config RECIPE] [--SETTING VALUE ...]"
+DESCRIPTION = """A setting stands here, or in the YAML file by its name without the dashes; here it wins. The last four
+groups are agsel's own, the settings above them those of TRL's ScriptArguments, SFTConfig and ModelConfig."""
+NOT_WRITTEN = ("hub_token", "local_rank")
+OF_TRL_ALONE = {
+    "streaming": "agsel checks every row before it trains: leave it out",
+    "test_split_size": "write eval_split_fraction in its place",
+}
+"""What may stand beside `datasets` in a file for TRL, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run.
+
+    Attributes:
+        values: by name, as plain YAML values, the content of the DeepSpeed file among them.
+        ignored: what the file of `--config` sets and the method does not read.
+        parsed: the same as `values`, as the parser has them.
+    """
+
+    values: dict[str, Any]
+    ignored: dict[str, Any]
+    parsed: Namespace
+
+    def group(self, kind: type[Group]) -> Group:
+        """Those of a group.
+
+        Raises:
+            UserError: a setting is out of its range.
+        """
+        names = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
+        with complaints_of_libraries():
+            return kind(**{name: getattr(self.parsed, name) for name in names})
+
+
+def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Settings:
+    """Read the command line and the YAML file it names. Starts nothing.
+
+    Args:
+        arguments: the command line, without the program's name.
+        defaults: settings whose default differs from TRL's.
+
+    Raises:
+        UserError: an unknown or impossible setting; the message names it.
+    """
+    words, path = _without_config(arguments)
+    in_file = _read_file(path) if path else {}
+    _set_environment(in_file.pop("env", {}))
+    policy = policy_class(_method_of(words, in_file))
+    parser = _parser_for(policy)
+    parser.set_defaults(**defaults)
+    _refuse_unread(policy, _names_of(words))
+    before_file = {name: parser.get_default(name) for name in in_file}
+    unknown = parser.set_defaults_with_config(**_as_declared(in_file, parser.dataclass_types, before_file))
+    parsed, unknown_words = parser.parse_known_args(words)
+    _refuse_unknown(unknown, vars(parsed), "in the file of --config")
+    _refuse_unknown(unknown_words, vars(parsed), "on the command line")
+    values = _plain(parsed)
+    _require_possible(values)
+    values["deepspeed"] = parsed.deepspeed = read_deepspeed(parsed.deepspeed)
+    require_deepspeed(values["deepspeed"])
+    ignored = {name: in_file[name] for name in unread(policy, in_file) if in_file[name] != before_file[name]}
+    settings = Settings(values, ignored, parsed)
+    for group in GROUPS:
+        if group is not SFTConfig:  # which starts torch.distributed
+            settings.group(group)
+    build_policy(values["method"], values)  # refuses bad values now, not after minutes of loading
+    return settings
+
+
+def _plain(parsed: Namespace) -> dict[str, Any]:
+    return {
+        name: value.value if isinstance(value, Enum) else value
+        for name, value in vars(parsed).items()
+        if name not in NOT_WRITTEN
+    }
+
+
+def _parser_for(policy: type[Policy]) -> _Parser:
+    taken = {name for group in GROUPS for name in group.__dataclass_fields__}
+    try:
+        groups = (*GROUPS[:4], method_arguments(policy, taken), *GROUPS[4:])
+        return _Parser(groups, usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
+    except (TypeError, ValueError) as error:  # the field of a policy from elsewhere has a type that is no setting
+        raise UserError(f"a field of {policy.__name__} (--method) cannot be a setting: {error}") from error
+
+
+def _method_of(words: Sequence[str], in_file: Mapping[str, Any]) -> str:
+    """The method of the run, which decides what settings there are."""
+    method = in_file.get("method", SelectionArguments.method)
+    for word, following in zip_longest(words, words[1:]):
+        if word == "--method" or word.startswith("--method="):
+            method = word.partition("=")[2] or following
+    return str(method)
+
+
+def _names_of(words: Sequence[str]) -> list[str]:
+    """Of the settings on a command line; argparse also takes dashes for underscores."""
+    return [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+
+
+def _refuse_unread(policy: type[Policy], names: Sequence[str]) -> None:
+    for name in unread(policy, names):
+        raise UserError(
+            f"{policy.method or policy.__name__} does not read --{name}: leave it out, or choose a method that does "
+            "(--method; --help says which)"
+        )
+
+
+def _without_config(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """The command line without `--config`, and the file that it names: a path, or a recipe."""
+    words: list[str] = []
+    path: Path | None = None
+    rest = iter(arguments)
+    for word in rest:
+        if word == "--config" or word.startswith("--config="):
+            path = _file_of(word.partition("=")[2] or next(rest, ""))
+        else:
+            words.append(word)
+    return with_line_breaks(words), path
+
+
+def _file_of(name: str) -> Path:
+    if not name or name.startswith("--"):
+        raise UserError("no file after --config: name a YAML file or a recipe")
+    path = Path(name) if Path(name).is_file() else shipped.recipe(name)
+    if path is None:
+        raise UserError(f"no such file: {name} (--config); recipes by name are {', '.join(shipped.names('recipes'))}")
+    return path
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The settings in the file of `--config`."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"the file of --config is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} has no settings (--config): write one `name: value` a line, as the recipes do")
+    return settings
+
+
+def _set_environment(variables: Any) -> None:
+    if not isinstance(variables, dict):
+        raise UserError("env in the file of --config is no mapping: write `NAME: value` a line below it")
+    os.environ.update({name: str(value) for name, value in variables.items()})
+
+
+def _as_declared(in_file: Mapping[str, Any], groups: Iterable[type], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a file, where YAML has read them otherwise than they are meant: `no`, `2.0`.
+
+    Raises:
+        UserError: a value is of a kind that the setting cannot have.
+    """
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    return {
+        name: _of_kind(name, value, hints[name], before[name]) if name in hints else value
+        for name, value in in_file.items()
+    }
+
+
+def _kinds(hint: Any) -> tuple[set[type], set[Any]]:
+    """(types that a value may have, its names if only some are allowed)"""
+    kinds = {hint} if isinstance(hint, type) or get_origin(hint) is list else {*get_args(hint)}
+    literals = {name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)}
+    if get_origin(hint) is Literal:
+        kinds, literals = {str}, {*get_args(hint)}
+    types = {get_origin(kind) or kind for kind in kinds} - {Literal}
+    members = {member.value for kind in types if issubclass(kind, Enum) for member in kind}
+    return types | ({str} if literals else set()), literals | members
+
+
+def _of_kind(name: str, value: Any, hint: Any, default: Any) -> Any:
+    kinds, names = _kinds(hint)
+    if value is None:
+        if type(None) not in kinds and default is not None:
+            raise UserError(f"{name} has no value in the file of --config: give it one, or leave the line out")
+        return value
+    if value is False and "no" in names:
+        return "no"
+    if isinstance(value, str) and names and value not in names:
+        raise UserError(f"{name} is {value!r} in the file of --config: it must be one of {', '.join(sorted(names))}")
+    if isinstance(value, float) and int in kinds and float not in kinds:
+        if not value.is_integer():
+            raise UserError(f"{name} is {value} in the file of --config: it must be a whole number")
+        return int(value)
+    if isinstance(value, bool) and bool not in kinds and str not in kinds:
+        raise UserError(f"{name} is {str(value).lower()} in the file of --config: it takes no truth value")
+    if isinstance(value, list | dict) and type(value) not in kinds:
+        raise UserError(f"{name} has several values in the file of --config: it takes one")
+    return value
+
+
+class _Parser(TrlParser):
+    """`TrlParser` whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _refuse_unknown(words: Iterable[str], known: Iterable[str], where: str) -> None:
+    name = next((word for word in words if word.startswith("--")), next(iter(words), None))
+    if name is None:
+        return
+    name = name.removeprefix("--").split("=")[0]
+    if name in OF_TRL_ALONE:
+        raise UserError(f"{name} {where} is not supported: {OF_TRL_ALONE[name]}")
+    raise UserError(f"unknown setting {name!r} {where}{suggestion(name, known)}")
+
+
+def _require_possible(settings: dict[str, Any]) -> None:
+    """What TRL would accept, or refuse late or in many lines."""
+    if not settings["output_dir"]:
+        raise UserError("no run folder: name it (--output_dir)")
+    if not settings["model_name_or_path"]:
+        raise UserError("no model: name a folder or a hub model (--model_name_or_path)")
+    if settings["dataset_streaming"]:
+        raise UserError("agsel checks every row before it trains: streaming is not supported (--dataset_streaming)")
+    if settings["save_only_model"]:
+        raise UserError(
+            "--save_only_model would make checkpoints that cannot be resumed: leave it out, the trained model is "
+            "written to model/ anyway"
+        )
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if settings[name] < 1:
+            raise UserError(f"{name} must be 1 or more, got {settings[name]} (--{name})")
+    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and settings["num_train_epochs"] <= 0):
+        raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from agsel import evaluate
+from agsel.data.fields import Fields
 from agsel.evaluate import EvaluationArguments, Example, answer_loss, encode, extract_answer, generate, judge
-from agsel.training.arguments import DataArguments
 from tests.distributed import REPOSITORY, environment
 from tools import arithmetic
 
 NEW_TOKENS = 12
-DATA = DataArguments(prompt_field="question", completion_field="answer", completion_template=" {answer}")
+DATA = Fields(prompt_field="question", completion_field="answer", completion_template=" {answer}")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_messages_are_refused(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.jsonl"
         path.write_text(json.dumps(row) + "\n")
         with pytest.raises(ValueError, match="--prompt_field"):
-            evaluate.load_prompts(EvaluationArguments(model="", dataset_name=str(path)), DataArguments())
+            evaluate.load_prompts(EvaluationArguments(model="", dataset_name=str(path)), Fields())
 
 
 def run_evaluation(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -30,7 +30,7 @@ BAD_INPUT = (
     *REFUSED_ZERO_SETTINGS,
     *("fraction", "unknown", "model", "file", "empty", "field", "row", "masked", "messages", "split", "stage"),
     *("optimizer", "optim", "reentrant", "yaml", "output", "earlier run", "encoder", "bitsandbytes"),
-    *("no template", "no markers", "unread", "no module", "no policy"),
+    *("no template", "no prefix", "unread", "no module", "no policy"),
 )
 LAYERS = [f"layers.{index}" for index in range(4)]
 
@@ -283,7 +283,10 @@ def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[
     }
     for name, (template, words) in {
         "no template": (None, "has no chat template: name one (--chat_template_path)"),
-        "no markers": ("{{ messages }}", "which words are the assistant's: name one with generation markers"),
+        "no prefix": (
+            "w{{ messages | length }} {% for message in messages %}{{ message.content }} {% endfor %}",
+            "the chat template does not tell what the assistant says in message 1",
+        ),
     }.items():
         model = with_chat_template(save_model(tmp_path / f"{name} model"), template)
         expected[name] = (messages | {"model_name_or_path": model, "max_length": 64}, words)

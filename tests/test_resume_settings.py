@@ -11,11 +11,10 @@ import pytest
 from datasets import Dataset
 
 from agsel.training.arguments import SelectionArguments
-from agsel.training.identity import describe_for_resume, fingerprint_of_rows
+from agsel.training.identity import describe_settings, fingerprint_of_rows
 from agsel.training.methods import build_policy
 from tests.distributed import REPOSITORY
 from tests.test_launch import said, scalars, several_runs
-from tests.tiny import tiny_model
 from tests.tiny_run import save_model, save_rows, settings
 
 REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
@@ -28,9 +27,9 @@ REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
         ["stage was 2 and is 1 now (--deepspeed;"],
     ),
     "dtype": ({"bf16": "true"}, ["dtype was float32 and is bfloat16 now (--bf16,"]),
-    "rows": ({"dataset_name": "fewer.jsonl"}, ["dataset was 32 rows (", "and is 31 rows (", "--dataset_name"]),
-    "order": ({"dataset_name": "other_order.jsonl"}, ["dataset was 32 rows (", "and is 32 rows (", "--dataset_name"]),
-    "template": ({"completion_template": " w3 {answer}"}, ["dataset was 32 rows (", "--completion_template"]),
+    "rows": ({"dataset_name": "fewer.jsonl"}, ["data was 32 rows (", "and is 31 rows (", "--dataset_name"]),
+    "order": ({"dataset_name": "other_order.jsonl"}, ["data was 32 rows (", "and is 32 rows (", "--dataset_name"]),
+    "template": ({"completion_template": " w3 {answer}"}, ["data was 32 rows (", "--completion_template"]),
     "examples": (
         {"gradient_accumulation_steps": 2},
         ["examples per step was 2 and is 4 now (", "--gradient_accumulation_steps"],
@@ -146,7 +145,7 @@ def test_another_seed_of_the_selection_has_no_effect(folder: Path, outcomes: dic
 
 
 def described(method: str, **changed: Any) -> dict[str, Any]:
-    """Of a run without a dataset file, a Trainer or an engine."""
+    """Of a run without a dataset file or an engine."""
     chosen = {"select_fraction": 0.3, "selection_seed": None, "seed": 42} | changed
     training = SimpleNamespace(
         per_device_train_batch_size=1,
@@ -164,7 +163,6 @@ def described(method: str, **changed: Any) -> dict[str, Any]:
         lr_scheduler_type=SimpleNamespace(value="linear"),
         warmup_steps=0,
         max_grad_norm=1.0,
-        assistant_only_loss=False,
     )
     configuration: Any = SimpleNamespace(
         training=training,
@@ -174,13 +172,7 @@ def described(method: str, **changed: Any) -> dict[str, Any]:
         zero_stage=2,
         model=SimpleNamespace(dtype="float32"),
     )
-    trainer: Any = SimpleNamespace(
-        model=tiny_model(),
-        train_dataset=Dataset.from_dict({"input_ids": [[1, 2]]}),
-        completion_only_loss=False,
-        args=training,
-    )
-    return describe_for_resume(configuration, trainer)
+    return describe_settings(configuration, Dataset.from_dict({"prompt": ["w1"], "completion": ["w2"]}))
 
 
 def test_full_fine_tuning_does_not_mention_what_it_does_not_read() -> None:

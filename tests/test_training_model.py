@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from agsel.data.tokens import Learning
 from agsel.errors import UserError
 from agsel.training import hub, packages, room
 from agsel.training.generation import mend, require_generation_config
@@ -29,7 +30,6 @@ from agsel.training.packages import require_packages
 from agsel.training.summary import Steps
 from agsel.training.tokenizer import (
     load_tokenizer,
-    render,
     require_chat_template,
     require_known_tokens,
     require_tokenizer,
@@ -41,6 +41,9 @@ from tests.tiny_run import save_model, save_rows, settings
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 12345\n"
 SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 TALK = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5"}]
+TALKS = Dataset.from_list(
+    [{"messages": json.dumps(TALK), "tools": None, "first_learnt": 0, "agsel_row": 0}]
+).add_column("completion", [None])
 
 
 @pytest.fixture(scope="module")
@@ -342,23 +345,24 @@ def test_a_chat_template_that_fails_is_refused(folder: Path, template: str, word
         require_chat_template(
             tokenizer,
             training(chat_template_path=str(path) if by_name else None),
-            Dataset.from_list([{"prompt": TALK[:1], "completion": TALK[1:]}]),
+            TALKS,
+            Learning(),
         )
     assert f"fails on row 0 of the dataset, {words}" in one_line(refusal)
     assert "--chat_template_path" in str(refusal.value)
 
 
-def test_a_conversation_is_rendered(whole: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(whole)
-    for row in ({"messages": TALK}, {"prompt": TALK[:1], "completion": TALK[1:], "tools": "[]"}):
-        assert render(tokenizer, row, 0) == "w1 w3 w4 w0 w5 <eos> "
-    require_chat_template(tokenizer, training(chat_template_path=str(whole)), Dataset.from_list([{"messages": TALK}]))
+def test_a_chat_template_may_be_that_of_a_model(folder: Path, whole: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ raise_exception('not this one') }}"
+    require_chat_template(tokenizer, training(chat_template_path=str(whole)), TALKS, Learning())
 
 
 def test_a_chat_template_that_is_not_there_is_refused(whole: Path) -> None:
-    rows = Dataset.from_list([{"messages": TALK}])
     with pytest.raises(UserError, match=r"^cannot read the chat template nowhere.jinja \(--chat_template_path\)"):
-        require_chat_template(AutoTokenizer.from_pretrained(whole), training(chat_template_path="nowhere.jinja"), rows)
+        require_chat_template(
+            AutoTokenizer.from_pretrained(whole), training(chat_template_path="nowhere.jinja"), TALKS, Learning()
+        )
 
 
 @pytest.mark.parametrize(

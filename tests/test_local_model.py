@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 
 import gguf
@@ -16,6 +17,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+
+from agsel.data.chat import ChatEncoder
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "local_model.py"
@@ -272,3 +275,16 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     with local_model.workshop(output) as folder:
         (folder / "model" / "config.json").write_text("{}")
     assert [path.name for path in output.iterdir()] == ["config.json"]
+
+
+def test_every_turn_of_its_assistant_is_learnt_and_nothing_else(built: Path) -> None:
+    """Its chat template marks nothing."""
+    turns = [("user", "2+2?"), ("assistant", "4"), ("user", "And 3+3?"), ("assistant", "6")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(built)
+    tokens = ChatEncoder(tokenizer, assistant_only=True).encode(messages, None, 0, 0)
+    assert tokenizer.decode(list(compress(tokens.ids, tokens.learnt))) == "4<|im_end|>6<|im_end|>"
+    assert tokenizer.decode(tokens.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "sum", "arguments": {}}}]}
+    with pytest.raises(ValueError, match=r"row 3 .*tool calls, which the chat template .* does not render"):
+        ChatEncoder(tokenizer, assistant_only=True).encode([messages[0], call], None, 0, 3)

@@ -68,12 +68,22 @@ class ChatEncoder:
             UserError: the template does not take the conversation, or does not tell what the assistant says.
         """
         try:
+            self._require_calls(messages, tools, row)
             return self._encode(list(messages), tools, first_learnt, row)
         except _TemplateFault as error:
             raise UserError(
                 f"the chat template of {self._tokenizer.name_or_path} fails on row {row} of the dataset, {error}; "
                 "correct the row or the template, or name another (--chat_template_path)"
             ) from error
+
+    def _require_calls(self, messages: Sequence[Message], tools: list[Any] | None, row: int) -> None:
+        """Many templates say nothing of tool calls: a turn would be learnt as if there were none."""
+        without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
+        if without != messages and self._render(without, tools) == self._render(list(messages), tools):
+            raise UserError(
+                f"row {row} of the dataset has tool calls, which the chat template of {self._tokenizer.name_or_path} "
+                "does not render: name one that does (--chat_template_path)"
+            )
 
     def _encode(self, messages: list[Message], tools: list[Any] | None, first_learnt: int, row: int) -> Tokens:
         if self._assistant_only and self._marking is None:

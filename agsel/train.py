@@ -41,7 +41,13 @@ from agsel.training.room import require_room_for_run
 from agsel.training.row_trainer import RowTrainer, choose_learning
 from agsel.training.settings import read_settings
 from agsel.training.summary import count_steps, describe_run, require_step
-from agsel.training.tokenizer import load_tokenizer, require_chat_template, require_known_tokens, require_tokenizer
+from agsel.training.tokenizer import (
+    load_tokenizer,
+    require_chat_template,
+    require_known_positions,
+    require_known_tokens,
+    require_tokenizer,
+)
 from agsel.zero.consensus import first_rank_does, require_equal_settings
 
 
@@ -140,6 +146,7 @@ def build_trainer(configuration: Configuration, data: RunData) -> RowTrainer:
         with said_of(EVALUATION):
             require_labels(trainer.eval_dataset, data.held_out, training.max_length)
     require_known_tokens(trainer)
+    require_known_positions(trainer)
     for name, report in trainer.token_reports.items():
         on_first_rank(f"tokens    {name}: {report}")
     prepare_export(trainer)

@@ -16,7 +16,15 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import constants
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from agsel.data.tokens import Learning
@@ -31,6 +39,7 @@ from agsel.training.summary import Steps
 from agsel.training.tokenizer import (
     load_tokenizer,
     require_chat_template,
+    require_known_positions,
     require_known_tokens,
     require_tokenizer,
 )
@@ -322,6 +331,21 @@ def test_a_row_with_a_token_that_the_model_lacks_is_refused(whole: Path, column:
     setattr(trainer, column, Dataset.from_dict({"input_ids": [[1], [], [2, 61, 3]]}))
     with pytest.raises(UserError, match=r"has 62 tokens, but the model has an embedding of 61: token 61, '<image>'"):
         require_known_tokens(trainer)
+
+
+@pytest.mark.parametrize("column", ["train_dataset", "eval_dataset"])
+def test_a_row_longer_than_the_learnt_positions_is_refused(column: str) -> None:
+    sizes = {"vocab_size": 61, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 4}
+    rows = {length: Dataset.from_dict({"input_ids": [[1], [2] * length]}) for length in (4, 5)}
+    for model in (GPT2LMHeadModel(GPT2Config(**sizes)), tiny_model()):
+        trainer: Any = SimpleNamespace(model=model, train_dataset=rows[4], eval_dataset=None)
+        require_known_positions(trainer)
+        setattr(trainer, column, rows[5])
+        if isinstance(model, GPT2LMHeadModel):
+            with pytest.raises(UserError, match=r"a row has 5 tokens, .* positions for 4: set --max_length 4"):
+                require_known_positions(trainer)
+        else:
+            require_known_positions(trainer)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig
 
@@ -64,6 +65,28 @@ def require_known_tokens(trainer: Trainer) -> None:
         number = _largest_token(dataset)
         if number >= rows:
             raise _unknown_token(trainer.processing_class, number, rows)
+
+
+def require_known_positions(trainer: Trainer) -> None:
+    """Check the trainer's tokenised rows: a model that has learnt its positions one by one has none for longer rows.
+
+    Raises:
+        UserError: a row is too long.
+    """
+    limit = getattr(trainer.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is None or not any(_are_positions(name, module, limit) for name, module in trainer.model.named_modules()):
+        return
+    for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+        longest = pc.max(pc.list_value_length(dataset.data.column("input_ids"))).as_py()
+        if longest > limit:
+            raise UserError(
+                f"a row has {longest:,} tokens, and the model has learnt positions for {limit:,}: set --max_length {limit}"
+            )
+
+
+def _are_positions(name: str, module: nn.Module, limit: int) -> bool:
+    is_table = isinstance(module, nn.Embedding) and module.num_embeddings >= limit
+    return is_table and any(word in name.rpartition(".")[2] for word in ("position", "wpe"))
 
 
 def require_chat_template(

@@ -80,7 +80,8 @@ def require_known_positions(trainer: Trainer) -> None:
         longest = pc.max(pc.list_value_length(dataset.data.column("input_ids"))).as_py()
         if longest > limit:
             raise UserError(
-                f"a row has {longest:,} tokens, and the model has learnt positions for {limit:,}: set --max_length {limit}"
+                f"a row has {longest:,} tokens, and the model has learnt positions for {limit:,}: set --max_length "
+                f"{limit}"
             )
 
 

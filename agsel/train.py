@@ -203,7 +203,7 @@ def plan_run(trainer: RowTrainer, configuration: Configuration) -> agsel.Policy:
     steps = count_steps(trainer)
     require_step(trainer, steps)
     policy = configuration.build_policy()
-    policy.complete(steps.of_first_epoch)
+    policy.complete(steps.per_epoch, steps.total)
     on_first_rank(describe_run(configuration, trainer, policy, steps))
     first_rank_does(partial(require_room_for_run, configuration, trainer, steps), None)
     check_memory(trainer, configuration, policy)

@@ -11,7 +11,7 @@ import pytest
 
 from agsel.data.fields import Fields
 from agsel.errors import UserError
-from agsel.policies import AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
+from agsel.policies import METHODS, AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
 from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
 
@@ -39,7 +39,14 @@ def test_the_command_line_is_frozen() -> None:
         "dirichlet_delta": 1.0,
         "dirichlet_draw": "topk",
         "select_every": 1,
+        "block_order": "random",
+        "probe_steps": 5,
+        "refresh_every": 500,
+        "temperature": None,
     }
+    own = {"lisa": ("select_every", 20), "badam": ("select_every", None), "grass": ("select_every", 25)}
+    for method, (name, value) in (own | {"ist": ("select_fraction", 0.25)}).items():
+        assert defaults(method_arguments(METHODS[method], ()))[name] == value
     assert defaults(DataArguments) == {"datasets": None, "eval_dataset": None, "eval_split_fraction": None}
     assert defaults(Fields) == {
         "prompt_field": None,

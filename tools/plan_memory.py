@@ -74,7 +74,7 @@ def policy_of(options: argparse.Namespace) -> Policy:
     policy = METHODS[options.method]
     fraction = flags_of(policy).get("select_fraction")
     built = policy(**{fraction.name: options.fraction} if fraction else {})
-    built.complete(epoch_steps=1)
+    built.complete(epoch_steps=1, run_steps=1)
     return built
 
 

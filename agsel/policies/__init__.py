@@ -1,7 +1,11 @@
 """Selection policies: which blocks the next optimizer step updates. One file per method, and one line here."""
 
 from agsel.policies.adagradselect import AdaGradSelect
+from agsel.policies.badam import BAdam
 from agsel.policies.full import FullFineTuning
+from agsel.policies.grass import Grass
+from agsel.policies.ist import Ist
+from agsel.policies.lisa import Lisa
 from agsel.policies.policy import (
     BlockInfo,
     FractionPolicy,
@@ -25,6 +29,10 @@ METHODS: dict[str, type[Policy]] = {
         AdaGradSelect,
         TopK,
         RandomBlocks,
+        Lisa,
+        BAdam,
+        Grass,
+        Ist,
         FullFineTuning,
     )
 }
@@ -33,9 +41,13 @@ METHODS: dict[str, type[Policy]] = {
 __all__ = [
     "METHODS",
     "AdaGradSelect",
+    "BAdam",
     "BlockInfo",
     "FractionPolicy",
     "FullFineTuning",
+    "Grass",
+    "Ist",
+    "Lisa",
     "Plan",
     "Policy",
     "Probe",

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from agsel.errors import UserError
-from agsel.policies.policy import BlockInfo, FractionPolicy, Plan, StepKind, setting
+from agsel.policies.policy import BlockInfo, FractionPolicy, Plan, StepKind, drawn, setting
 
 
 @dataclass(kw_only=True)
@@ -75,10 +75,10 @@ class AdaGradSelect(FractionPolicy):
         if self.draw not in ("topk", "sample"):
             raise UserError(f"draw must be 'topk' or 'sample', got {self.draw!r} (--dirichlet_draw)")
 
-    def complete(self, epoch_steps: int) -> None:
+    def complete(self, epoch_steps: int, run_steps: int) -> None:
         """Explore for the first epoch, unless told otherwise."""
         if self.explore_steps is None:
-            self.explore_steps = epoch_steps
+            self.explore_steps = min(epoch_steps, run_steps)
 
     def start(self, blocks: Sequence[BlockInfo]) -> None:
         """Begin a run over these blocks.
@@ -119,5 +119,5 @@ class AdaGradSelect(FractionPolicy):
         log_weights = np.log(self._generator.standard_gamma(alpha + 1))
         log_weights -= self._generator.standard_exponential(len(alpha)) / alpha
         if self.draw == "sample":
-            log_weights += self._generator.gumbel(size=len(alpha))  # k draws without replacement from p
+            return drawn(log_weights, self.blocks_per_step, self._generator)
         return self.largest(dict(enumerate(log_weights)))

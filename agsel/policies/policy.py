@@ -22,6 +22,10 @@ from agsel.errors import UserError
 logger = logging.getLogger("agsel")
 
 StepKind = Literal["explore", "exploit", "probe"]
+FRACTION_HELP = (
+    "Share of the selectable blocks updated per step, above 0 and at most 1; rounded down, at least one block. Smaller "
+    "is faster and lighter, larger is closer to full fine-tuning."
+)
 
 
 def blocks_of_fraction(fraction: float, blocks: int) -> int:
@@ -47,6 +51,11 @@ class BlockInfo:
 
     name: str
     numel: int
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a decoder layer."""
+        return self.name.startswith("layers.")
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,18 @@ def reads_fraction(policy: Policy | type[Policy]) -> bool:
     return "select_fraction" in flags_of(policy if isinstance(policy, type) else type(policy))
 
 
+def drawn(log_weights: np.ndarray, count: int, generator: np.random.Generator) -> frozenset[int]:
+    """Indices drawn one after another without replacement, each by its weight: the Gumbel-top-k trick.
+
+    Args:
+        log_weights: logarithms of what the probabilities are proportional to.
+        count: how many.
+        generator: the policy's own.
+    """
+    perturbed = log_weights + generator.gumbel(size=len(log_weights))
+    return frozenset(np.argsort(-perturbed, kind="stable")[:count].tolist())
+
+
 class Policy(ABC):
     """Decides which blocks each optimizer step updates. Subclasses are dataclasses of their settings.
 
@@ -140,6 +161,8 @@ class Policy(ABC):
         method: name on the command line.
         rule: what it does, in a phrase for `--help`.
         takes_part: which blocks it selects from by default, the decoder layers or all.
+        keeps_moments: whether a block's Adam moments outlive the steps that update it; else they are dropped.
+        needs_adapters: whether the blocks must be adapters, because it scales them.
         blocks: that take part, in forward order; set by `start`.
         counts: how often each was updated.
         step: optimizer steps applied.
@@ -148,10 +171,16 @@ class Policy(ABC):
     method: ClassVar[str] = ""
     rule: ClassVar[str] = ""
     takes_part: ClassVar[Literal["layers", "all"]] = "layers"
+    keeps_moments: ClassVar[bool] = True
+    needs_adapters: ClassVar[bool] = False
     seed: int = 0
 
-    def complete(self, epoch_steps: int) -> None:  # noqa: B027 - most rules leave nothing open
-        """Fill in the settings that were left open, given the number of optimizer steps of the first epoch."""
+    def complete(self, epoch_steps: int, run_steps: int) -> None:  # noqa: B027 - most rules leave nothing open
+        """Fill in the settings that were left open, given the optimizer steps of an epoch and of the whole run."""
+
+    def remark(self, run_steps: int) -> str | None:
+        """What people should know of a run of so many optimizer steps, after `start`; None for nothing."""
+        return None
 
     def start(self, blocks: Sequence[BlockInfo]) -> None:
         """Begin a run over these blocks, forgetting any earlier one.
@@ -344,8 +373,7 @@ class FractionPolicy(Policy):
     fraction: float = setting(
         0.3,
         flag="select_fraction",
-        help="Share of the selectable blocks updated per step, above 0 and at most 1; rounded down, at least one "
-        "block. Smaller is faster and lighter, larger is closer to full fine-tuning.",
+        help=FRACTION_HELP,
     )
     seed: int = setting(
         0,

@@ -1,4 +1,4 @@
-"""Uniform random selection, held for a number of steps: LISA's rule for its middle layers (arXiv 2403.17919)."""
+"""Uniform random selection, held for a number of steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agsel.errors import UserError
-from agsel.policies.policy import BlockInfo, FractionPolicy, Plan, setting
+from agsel.policies.policy import BlockInfo, FractionPolicy, Plan, blocks_of_fraction, setting
 
 
 @dataclass(kw_only=True)
@@ -33,10 +33,16 @@ class RandomBlocks(FractionPolicy):
         super().start(blocks)
         self._current: list[int] = []
 
+    @property
+    def drawn_from(self) -> Sequence[int]:
+        """Indices of the blocks that a set is drawn from."""
+        return range(self.number_of_blocks)
+
     def make_plan(self) -> Plan:
         """The current set, or a new one."""
         if self.step % self.every == 0:
-            drawn = self._generator.choice(self.number_of_blocks, size=self.blocks_per_step, replace=False)
+            count = blocks_of_fraction(self.fraction, len(self.drawn_from))
+            drawn = self._generator.choice(self.drawn_from, size=count, replace=False)
             self._current = sorted(int(block) for block in drawn)
         return Plan.of(self._current)
 

@@ -62,8 +62,9 @@ def method_arguments(policy: type[Policy], taken: Collection[str]) -> type:
 
 
 def _all_flags(policy: type[Policy]) -> dict[str, tuple[type[Policy], Field]]:
-    """Every setting of every method with the class that describes it, `policy` before others."""
-    return {flag: (owner, field) for owner in (*METHODS.values(), policy) for flag, field in flags_of(owner).items()}
+    """Every setting of every method with the class that describes it: `policy`, else the first that reads it."""
+    owners = (*reversed(METHODS.values()), policy)
+    return {flag: (owner, field) for owner in owners for flag, field in flags_of(owner).items()}
 
 
 def _argument(flag: str, owner: type[Policy], field: Field) -> tuple[str, Any, Field]:

@@ -25,11 +25,6 @@ class Steps(NamedTuple):
     per_epoch: int
     total: int
 
-    @property
-    def of_first_epoch(self) -> int:
-        """Those of epoch 1, which `--max_steps` may cut short."""
-        return min(self.per_epoch, self.total)
-
 
 def count_steps(trainer: Trainer) -> Steps:
     """How many optimizer steps `trainer.train()` will do.

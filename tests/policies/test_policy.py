@@ -369,10 +369,10 @@ def test_a_length_that_was_left_open_is_that_of_the_first_epoch() -> None:
     policy = AdaGradSelect(fraction=0.3)
     with pytest.raises(UserError, match="explore_steps is not given"):
         policy.start(layers(BLOCKS))
-    policy.complete(epoch_steps=40)
+    policy.complete(epoch_steps=40, run_steps=80)
     assert policy.explore_steps == 40
     chosen = AdaGradSelect(fraction=0.3, explore_steps=7)
-    chosen.complete(epoch_steps=40)
+    chosen.complete(epoch_steps=40, run_steps=80)
     assert chosen.explore_steps == 7
 
 

@@ -10,6 +10,11 @@ from torch import nn
 from agsel.errors import UserError
 
 
+def has_scalable_adapters(layer: nn.Module) -> bool:
+    """Whether there is something in it that `scaled_adapters` can scale."""
+    return any(hasattr(module, "lora_A") for module in layer.modules())
+
+
 @contextmanager
 def scaled_adapters(layers: Iterable[nn.Module], factor: float) -> Iterator[None]:
     """For a while, scale what the LoRA or DoRA adapters inside these layers add.

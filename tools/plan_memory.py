@@ -19,6 +19,8 @@ from agsel.planning.rehearsal import Workload, ZeroSettings
 from agsel.planning.shapes import MODEL_SHAPES, model_config
 from agsel.policies import METHODS, Policy, flags_of, fraction_of_blocks, reads_fraction
 
+OVER_WEIGHTS = [name for name, policy in METHODS.items() if not policy.needs_adapters]
+
 
 def main(arguments: list[str]) -> None:
     """Print the plan, and the largest fraction that fits."""
@@ -58,12 +60,13 @@ def describe(options: argparse.Namespace) -> str:
         workload(options),
         blocks=options.blocks or policy.takes_part,
         offload_states=options.offload,
+        policy=policy,
         ranks_per_host=options.gpus_per_host,
     )
     kinds = policy.kinds_of_steps
     most = planner.most_blocks(options.gpu_gb * 1e9, kinds)
-    fitting = describe_fitting(policy, most, planner.number_of_blocks)
     count = policy.started(planner.infos).blocks_per_step
+    fitting = describe_fitting(policy, most, planner.number_of_blocks, count)
     return "\n".join(
         [describe_memory(planner.plan(count, (*kinds, "full"))), f"fits      {options.gpu_gb:g} GB: {fitting}"]
     )
@@ -78,10 +81,11 @@ def policy_of(options: argparse.Namespace) -> Policy:
     return built
 
 
-def describe_fitting(policy: Policy, most: int, total: int) -> str:
-    """What a GPU can hold, when `most` of all blocks fit."""
+def describe_fitting(policy: Policy, most: int, total: int, count: int) -> str:
+    """What a GPU can hold, when `most` of all blocks fit and a step updates `count`."""
     if not reads_fraction(policy):
-        return f"{'all' if most == total else 'not all'} {total} blocks"
+        per_step = f"all {total} blocks" if count == total else f"{count} of {total} blocks per step"
+        return per_step if most >= count else f"not {per_step}"
     if not most:
         return "not even one block"
     return f"at most {most} of {total} blocks per step (--fraction {fraction_of_blocks(most, total)})"
@@ -110,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=2, help="data-parallel ranks")
     parser.add_argument("--gpus_per_host", type=int, help="ranks that share a host's memory; default: all")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
-    parser.add_argument("--method", choices=METHODS, default="adagradselect", help="as in launch/train.py")
+    parser.add_argument("--method", choices=OVER_WEIGHTS, default="adagradselect", help="as in launch/train.py")
     parser.add_argument("--fraction", type=float, default=0.3, help="share of the blocks updated per step")
     parser.add_argument("--blocks", choices=("layers", "all"), help="blocks that take part; default: the method's")
     parser.add_argument("--micro_batch", type=int, default=8, help="rows per forward and GPU")

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks
 from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Workload, running_model
-from agsel.policies import BlockInfo, StepKind
+from agsel.policies import BlockInfo, Policy, StepKind
 from agsel.zero.parameters import block_infos, global_numel
 from agsel.zero.timetable import early
 
 PlannedStep = StepKind | Literal["full"]
 """A step of a policy, or of full fine-tuning by stock DeepSpeed."""
-STATE_BYTES = 12
-"""Per parameter: fp32 master weight and two Adam moments."""
+STATE_BYTES, MASTER_BYTES = 12, 4
+"""Per parameter: fp32 master weight and two Adam moments, and the master alone."""
 CONTEXT_BYTES = 2e9
 FRAGMENTATION = 1.05
 """Beyond what PyTorch allocates: CUDA context and NCCL, and the allocator's gaps."""
@@ -85,6 +85,7 @@ class Planner:
         workload: batch, kernels, ZeRO settings.
         blocks: which blocks take part.
         offload_states: keep the optimizer states of blocks that are not selected in host memory.
+        policy: of the run, for what it pins to the device and what it drops; None for one that does neither.
         ranks_per_host: that share the host's memory; all by default.
 
     Raises:
@@ -98,6 +99,7 @@ class Planner:
         *,
         blocks: Literal["layers", "all"] = "layers",
         offload_states: bool = True,
+        policy: Policy | None = None,
         ranks_per_host: int | None = None,
     ) -> None:
         self._blocks = [b for b in find_blocks(model) if b.trainable and (b.is_layer or blocks == "all")]
@@ -107,6 +109,8 @@ class Planner:
         self._itemsize = self._groups[0][0].itemsize
         self._workload = workload
         self._offload = offload_states
+        self._keeps_moments = policy is None or policy.keeps_moments
+        self._pinned = policy.started(self.infos).pinned if policy else frozenset[int]()
         self._ranks_per_host = ranks_per_host or workload.ranks
         self._rehearsal = Rehearsal(model, workload)
         self._peak = cache(self._rehearse)
@@ -126,9 +130,9 @@ class Planner:
         return MemoryPlan(
             steps={kind: self._peak(kind, blocks_per_step) for kind in kinds},
             starting=self._starting(),
-            host=self._states(range(self.number_of_blocks)) if self._offload else 0,
+            host=self._travelling(range(self.number_of_blocks)) if self._offload else 0,
             ranks_per_host=self._ranks_per_host,
-            moved=self._states(heaviest(self._blocks, blocks_per_step)) if self._offload else 0,
+            moved=self._travelling(heaviest(self._blocks, blocks_per_step)) if self._offload else 0,
         )
 
     def most_blocks(self, gpu_bytes: float, kinds: Sequence[PlannedStep]) -> int:
@@ -155,18 +159,23 @@ class Planner:
             )
         chosen = heaviest(self._blocks, count) if kind != "probe" else nothing
         largest_first = sorted(chosen, key=lambda index: (-self._on_rank(index), index))
-        known = frozenset(early(largest_first)) if kind == "exploit" else nothing
+        known = frozenset(early(largest_first) if self._keeps_moments else chosen) if kind == "exploit" else nothing
         return self._rehearsal.run(
             Step(
                 groups=self._groups,
                 trainable=chosen if kind == "exploit" else everything,
                 updated=chosen,
-                resident=known if self._offload else everything,
+                resident=known | self._pinned if self._offload else everything,
             )
         )
 
     def _states(self, groups: Iterable[int]) -> int:
         return sum(STATE_BYTES * self._on_rank(group) for group in groups)
+
+    def _travelling(self, groups: Iterable[int]) -> int:
+        """Of the groups' states, what is in host memory while they are not selected."""
+        nbytes = STATE_BYTES if self._keeps_moments else MASTER_BYTES
+        return sum(nbytes * self._on_rank(group) for group in groups if group not in self._pinned)
 
     def _on_rank(self, group: int) -> int:
         return -(-global_numel(self._groups[group]) // self._workload.ranks)
@@ -177,7 +186,7 @@ class Planner:
         At stage 3 the model is taken to be made in slices, as Hugging Face does; there is a flat 16-bit gradient.
         """
         taking_part = sum(map(self._on_rank, range(self.number_of_blocks)))
-        states = 0 if self._offload else self._states(range(self.number_of_blocks))
+        states = self._states(self._pinned if self._offload else range(self.number_of_blocks))
         if self._workload.zero.stage == 3:
             slices = self._weights // self._workload.ranks
             return slices + max((4 + self._itemsize) * taking_part, slices, states)

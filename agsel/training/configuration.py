@@ -100,6 +100,12 @@ def _complete(configuration: Configuration) -> None:
     if engine_dtype == "float32" and model.dtype != "float32":
         raise UserError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
     _require_schedule(training)
+    method = configuration.selection.method
+    if policy_class(method).needs_adapters and not model.use_peft:
+        raise UserError(
+            f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules all-linear, "
+            "or use another method"
+        )
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
@@ -143,6 +149,11 @@ def _prepare_compilation(configuration: Configuration) -> None:
         raise UserError(
             "--compile_layers does not work at ZeRO-3, which gathers the weights inside the layers: use stage 1 or 2 "
             "(--deepspeed), or leave it out"
+        )
+    if policy_class(configuration.selection.method).needs_adapters:
+        raise UserError(
+            f"--method {configuration.selection.method} scales adapters for a moment, and every factor would be compiled "
+            "anew: leave out --compile_layers"
         )
     if configuration.training.use_liger_kernel:
         raise UserError(

@@ -44,6 +44,7 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
         _workload(configuration, trainer),
         blocks=configuration.taking_part,
         offload_states=selection.offload_states,
+        policy=policy,
         ranks_per_host=_local_ranks(),
     )
     kinds = () if training.use_cpu else policy.kinds_of_steps

@@ -63,7 +63,7 @@ def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy,
         [
             f"engine    ZeRO-{configuration.zero_stage}, {configuration.model.dtype}, {ranks}",
             f"model     {model}: {global_numel(trainer.model.parameters()):,} parameters",
-            *_describe_blocks(trainer.model, configuration.taking_part, policy),
+            *_describe_blocks(trainer.model, configuration.taking_part, policy, steps.total),
             f"batch     {arguments.per_device_train_batch_size} examples x {arguments.gradient_accumulation_steps} "
             f"accumulation x {ranks} = {examples} examples or about {round(examples * _mean_length(trainer)):,} tokens "
             "per step",
@@ -73,17 +73,19 @@ def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy,
     )
 
 
-def _describe_blocks(model: nn.Module, taking_part: str, policy: Policy) -> list[str]:
+def _describe_blocks(model: nn.Module, taking_part: str, policy: Policy, steps: int) -> list[str]:
     """The blocks that are selected from and the others, with their sizes, and how the selection is made."""
     blocks = find_blocks(model)
     selectable = [block for block in blocks if block.trainable and (block.is_layer or taking_part == "all")]
     frozen = [block for block in blocks if block not in selectable]
-    per_step = policy.started(block_infos(selectable)).blocks_per_step
-    settings = ", ".join(f"{name} {value}" for name, value in policy.settings().items())
+    started = policy.started(block_infos(selectable))
+    per_step, remark = started.blocks_per_step, started.remark(steps)
+    remarks = [f"note      {remark}"] if remark else []
+    settings = ", ".join(f"{name} {value}" for name, value in started.settings().items())
     lines = [f"blocks    {_describe_members(selectable)}; {per_step} trained per step"]
     if frozen:
         lines.append(f"frozen    {_describe_members(frozen)}")
-    return [*lines, f"selection {settings}"]
+    return [*lines, f"selection {settings}", *remarks]
 
 
 def _describe_members(blocks: Sequence[Block]) -> str:

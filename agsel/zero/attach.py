@@ -83,17 +83,18 @@ def attach(
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
     }
+    guards.require_adapters(policy, engine.module)
     group = optimizer.dp_process_group
     require_equal_settings(policy.settings() | settings, group)
     policy.start(block_infos(blocks))
 
     partitions = [
-        Partition(index, block, master, optimizer.optimizer)
+        Partition(index, block, master, optimizer.optimizer, keeps_moments=policy.keeps_moments)
         for index, (block, master) in enumerate(zip(block_indices, masters, strict=True))
     ]
     if offload_states:
         movable = [partition for partition in partitions if partition.block not in policy.pinned]
-        require_host_memory(sum(p.shape.numel() * p.master.itemsize for p in movable), group)
+        require_host_memory(sum(p.home_shape.numel() * p.master.itemsize for p in movable), group)
     residency = Residency(partitions, torch.device(engine.device), offload_states, pin_memory, policy.pinned)
     sanity = None
     if sanity_checks:

@@ -98,6 +98,7 @@ class SelectiveEngine(DeepSpeedEngine):
         saved = universal.find(self, load_dir, tag, load_optimizer_states, load_module_only)
         if saved.convert and not load_module_only:  # first, so that other blocks are refused before all the work
             self._restore_selection(saved.path, saved.state)
+        self.selection.residency.make_room_for_moments()
         stock_load = super().load_checkpoint
         load = (
             partial(universal.load, self, saved, stock_load)

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
+from agsel.adapters import has_scalable_adapters
+from agsel.blocks import decoder_layers
 from agsel.errors import UserError
 from agsel.policies import Policy
 
@@ -112,6 +115,19 @@ def _refused_settings(engine: DeepSpeedEngine) -> list[str]:
 
 def _offloads(config: Any) -> bool:
     return config is not None and config.device != "none"
+
+
+def require_adapters(policy: Policy, model: nn.Module) -> None:
+    """Refuse a policy that scales adapters, on a model that has a layer without.
+
+    Raises:
+        UserError: so it is.
+    """
+    if policy.needs_adapters and not all(map(has_scalable_adapters, decoder_layers(model))):
+        raise UserError(
+            f"{type(policy).__name__} trains LoRA or DoRA adapters, and a layer of the model has none: add them "
+            "(--use_peft, --lora_target_modules all-linear), or use another method (--method)"
+        )
 
 
 def require_policy(policy: Any) -> None:

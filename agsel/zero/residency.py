@@ -33,23 +33,39 @@ class Partition:
         index: DeepSpeed's number of it: the param group at stages 1 and 2, the sub-group at stage 3.
         block: index of the block it belongs to.
         master: the flat fp32 parameter that the client optimizer steps.
-        rows: [3, elements], where master and moments are now.
-        home: the same shape in host memory, where they wait while the block is not selected; None without offloading.
+        keeps_moments: whether they travel with the master; else they are dropped when it leaves the device.
+        rows: [3, elements], where master and moments are now; [1, elements] where the moments are dropped.
+        home: of `home_shape` in host memory, where they wait while the block is not selected; None without offloading.
     """
 
-    def __init__(self, index: int, block: int, master: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        index: int,
+        block: int,
+        master: torch.Tensor,
+        optimizer: torch.optim.Optimizer,
+        *,
+        keeps_moments: bool = True,
+    ) -> None:
         self.index = index
         self.block = block
         self.master = master
+        self.keeps_moments = keeps_moments
         self.rows: torch.Tensor | None = None
         self.home: torch.Tensor | None = None
         self._optimizer = optimizer
         self._device = master.device
+        self._has_moments = True
 
     @property
     def shape(self) -> torch.Size:
-        """Of its rows."""
+        """Of its rows on the device."""
         return torch.Size((1 + len(MOMENTS), self.master.numel()))
+
+    @property
+    def home_shape(self) -> torch.Size:
+        """Of those that wait in host memory."""
+        return self.shape if self.keeps_moments else torch.Size((1, self.master.numel()))
 
     @property
     def is_resident(self) -> bool:
@@ -62,7 +78,8 @@ class Partition:
         At the start they are DeepSpeed's own tensors, and after a checkpoint load the moments are those it read.
         """
         state = self._optimizer.state[self.master]
-        for row, source in zip(rows, (self.master.detach(), *(state.get(name) for name in MOMENTS)), strict=True):
+        sources = self.master.detach(), *(state.get(name) for name in MOMENTS)
+        for row, source in zip(rows, sources, strict=False):  # at home there may be a row for the master only
             if source is None:
                 row.zero_()
             elif source.data_ptr() != row.data_ptr():
@@ -75,14 +92,31 @@ class Partition:
         assert self.rows is not None, "only an adopted partition has moments"
         self.rows[1:].zero_()
         self._optimizer.state[self.master]["step"] = self._placed_step(0)
+        self._has_moments = True
+
+    @property
+    def must_start_anew(self) -> bool:
+        """Whether its moments were dropped when it left the device."""
+        return not self._has_moments
+
+    def make_room_for_moments(self) -> None:
+        """Let a checkpoint be loaded into moments of its own; `adopt` takes them over or drops them again."""
+        if self.must_start_anew:
+            state = self._optimizer.state[self.master]
+            state.update({name: torch.zeros(self.master.numel(), dtype=self.master.dtype) for name in MOMENTS})
 
     def point_to(self, rows: torch.Tensor) -> None:
-        """Keep master and moments in `rows` from now on; their values are somebody else's business."""
+        """Keep master and moments in `rows` from now on; their values are somebody else's business.
+
+        Dropped moments are zeros that take no memory.
+        """
+        if len(rows) < self.shape[0]:
+            self._has_moments = False
         self.rows = rows
         self.master.data = rows[0]
         state = self._optimizer.state[self.master]
         for row, name in enumerate(MOMENTS, start=1):
-            state[name] = rows[row]
+            state[name] = rows[row] if row < len(rows) else rows.new_zeros(()).expand(self.master.numel())
 
     def _placed_step(self, step: torch.Tensor | float) -> torch.Tensor | int:
         """Adam's step count in the form the optimizer reads it, which is not where an evicted master lies."""
@@ -128,11 +162,13 @@ class Move:
     """A partition on its way: it belongs to `target` already, and so many of its elements have been sent there.
 
     Attributes:
+        room: all that the partition leaves, of which `source` is what travels.
         stream: whose copies these are; evictions and fetches have one each.
         successor: the fetch into the room that an eviction leaves, None if the room is given back.
     """
 
     partition: Partition
+    room: torch.Tensor
     source: torch.Tensor
     target: torch.Tensor
     stream: SideStream
@@ -185,7 +221,7 @@ class Residency:
         self._movable = [p for p in partitions if p.block not in pinned] if offload_states else []
         if self._movable:
             pin = pin_memory and device.type == "cuda"
-            self._arena = Arena([partition.shape for partition in self._movable], partitions[0].master.dtype, pin)
+            self._arena = Arena([partition.home_shape for partition in self._movable], partitions[0].master.dtype, pin)
             for partition, home in zip(self._movable, self._arena.tensors, strict=True):
                 partition.home = home
 
@@ -219,11 +255,11 @@ class Residency:
             self.send()  # a partition that has not all arrived on the host cannot come back from there
         exchanges, evictions = [], [self._move(partition, partition.home, self._evictions) for partition in leaving]
         for partition in arriving:
-            room = next((eviction for eviction in evictions if eviction.source.shape == partition.shape), None)
-            if room is not None:
-                room.successor = self._move(partition, room.source, self._fetches)
-                evictions.remove(room)
-                exchanges.append(room)
+            leaver = next((eviction for eviction in evictions if eviction.room.shape == partition.shape), None)
+            if leaver is not None:
+                leaver.successor = self._move(partition, leaver.room, self._fetches)
+                evictions.remove(leaver)
+                exchanges.append(leaver)
             else:
                 fetch = self._move(partition, self._new_rows(partition), self._fetches)
                 self._fetches.wait_for(self._now())  # after whatever fills new memory, as deterministic algorithms do
@@ -266,6 +302,16 @@ class Residency:
         order = {partition: number for number, partition in enumerate(self._under_way)}
         return sorted(partitions, key=lambda partition: order.get(partition, -1))
 
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether blocks leave the device with their moments."""
+        return all(partition.keeps_moments for partition in self._movable)
+
+    def make_room_for_moments(self) -> None:
+        """Let a checkpoint be loaded, also where moments are dropped."""
+        for partition in self._movable:
+            partition.make_room_for_moments()
+
     def resident_blocks(self) -> list[int]:
         """Indices of the blocks all of whose partitions are on the device, ascending."""
         absent = {partition.block for partition in self.partitions if not partition.is_resident}
@@ -277,14 +323,15 @@ class Residency:
         self._evictions.synchronize()
         self._fetches.synchronize()
 
-    def _move(self, partition: Partition, target: torch.Tensor | None, stream: SideStream) -> Move:
+    def _move(self, partition: Partition, place: torch.Tensor | None, stream: SideStream) -> Move:
         """Decide on a move, without a copy."""
-        source = partition.rows
-        assert source is not None, "only an adopted partition can be moved"
-        assert target is not None, "only an offloading one has a home"
-        partition.point_to(target)
+        room, travelling = partition.rows, partition.home_shape[0]
+        assert room is not None, "only an adopted partition can be moved"
+        assert place is not None, "only an offloading one has a home"
+        partition.point_to(place)
+        source, target = room[:travelling], place[:travelling]
         self.moved_bytes += target.nbytes
-        return Move(partition, source, target, stream)
+        return Move(partition, room, source, target, stream)
 
     def _send_part(self, move: Move, most: float) -> int:
         """Start copying the next part of a move, at most so many bytes and an element; returns how many.

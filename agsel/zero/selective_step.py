@@ -81,7 +81,8 @@ class SelectiveStep:
         partitions = [p for p in self.selection.residency.partitions if p.block in update.blocks]
         self._release_gradients(p for p in self.selection.residency.partitions if p.block not in update.blocks)
         for partition in self.selection.residency.in_order_of_arrival(partitions):
-            self._update_partition(partition, divisor, anew=partition.block in update.fresh)
+            anew = partition.must_start_anew or partition.block in update.fresh
+            self._update_partition(partition, divisor, anew=anew)
         self._publish(partitions)
 
     def _update_partition(self, partition: Partition, divisor: float, *, anew: bool) -> None:

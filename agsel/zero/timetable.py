@@ -60,9 +60,13 @@ class Timetable:
     def wanted_in_forward(self, plan: Plan) -> tuple[int, ...]:
         """Indices of the blocks whose optimizer partitions have room on the device from the start of the forward.
 
-        On an exploring plan none: the choice is not known yet, and the activations of all blocks need the memory.
+        On an exploring plan none: the choice is not known yet, and the activations of all blocks need the memory. All,
+        where those that leave the device for a moment would lose their moments.
         """
-        return early(sorted(plan.update.blocks), self._residency.resident_blocks()) if plan.update else ()
+        if plan.update is None:
+            return ()
+        blocks = sorted(plan.update.blocks)
+        return early(blocks, self._residency.resident_blocks()) if self._residency.keeps_moments else tuple(blocks)
 
     def move(self, moment: Moment) -> None:
         """Decide, once per step, where the plan wants optimizer partitions to be from this moment on.

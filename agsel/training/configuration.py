@@ -103,8 +103,8 @@ def _complete(configuration: Configuration) -> None:
     method = configuration.selection.method
     if policy_class(method).needs_adapters and not model.use_peft:
         raise UserError(
-            f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules all-linear, "
-            "or use another method"
+            f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
+            "all-linear, or use another method"
         )
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
@@ -152,8 +152,8 @@ def _prepare_compilation(configuration: Configuration) -> None:
         )
     if policy_class(configuration.selection.method).needs_adapters:
         raise UserError(
-            f"--method {configuration.selection.method} scales adapters for a moment, and every factor would be compiled "
-            "anew: leave out --compile_layers"
+            f"--method {configuration.selection.method} scales adapters for a moment, and every factor would be "
+            "compiled anew: leave out --compile_layers"
         )
     if configuration.training.use_liger_kernel:
         raise UserError(

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from agsel import train
 
 
-class AnnouncingTrainer(train.ResumableTrainer):
+class AnnouncingTrainer(train.RowTrainer):
     linger_in = ""
     seconds = 0.0
 
@@ -44,6 +44,6 @@ class AnnouncingTrainer(train.ResumableTrainer):
 if __name__ == "__main__":
     phase, seconds, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     AnnouncingTrainer.linger_in, AnnouncingTrainer.seconds = phase, float(seconds)
-    train.ResumableTrainer = AnnouncingTrainer
+    train.RowTrainer = AnnouncingTrainer
     train.main(arguments)
     dist.destroy_process_group()

@@ -23,9 +23,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def one_rank() -> Iterator[None]:
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import deepspeed
 
+    monkeypatch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)  # of the test before, whose group is destroyed
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     deepspeed.init_distributed("gloo", verbose=False)
     yield

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Hashable, Mapping
-from itertools import combinations
+from collections.abc import Hashable, Mapping, Sequence
+from itertools import combinations, permutations
 from typing import TypeVar
 
 import scipy.stats
@@ -54,6 +54,20 @@ def frequencies_from(policy: Policy, counts: list[int], draws: int) -> Counter[t
 
 def sets_of(blocks: int, size: int) -> list[tuple[int, ...]]:
     return list(combinations(range(blocks), size))
+
+
+def probability_of_order(order: Sequence[int], weights: Sequence[float]) -> float:
+    """P(drawing these one after another without replacement, each by its weight among those that remain)."""
+    remaining, probability = sum(weights), 1.0
+    for block in order:
+        probability *= weights[block] / remaining
+        remaining -= weights[block]
+    return probability
+
+
+def probability_of_set(chosen: Sequence[int], weights: Sequence[float]) -> float:
+    """P(drawing these in any order)."""
+    return sum(probability_of_order(order, weights) for order in permutations(chosen))
 
 
 def assert_drawn_from(observed: Counter[Outcome], probabilities: dict[Outcome, float]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from itertools import permutations
 from typing import Literal
 
 import numpy as np
@@ -13,7 +12,16 @@ import scipy.integrate
 import scipy.stats
 
 from agsel.policies import AdaGradSelect
-from tests.policies.running import SIGNIFICANCE, assert_drawn_from, frequencies_from, norms_of, run, sets_of, started
+from tests.policies.running import (
+    SIGNIFICANCE,
+    assert_drawn_from,
+    frequencies_from,
+    norms_of,
+    probability_of_set,
+    run,
+    sets_of,
+    started,
+)
 
 DRAWS = 10_000
 
@@ -82,19 +90,12 @@ def probability_of_largest(chosen: tuple[int, ...], alpha: list[float]) -> float
 
 
 def probability_of_sampling(chosen: tuple[int, ...], alpha: list[float]) -> float:
-    """P(drawing these without replacement from p ~ Dirichlet(alpha)): the sum over the orders of drawing them.
+    """P(drawing these without replacement from p ~ Dirichlet(alpha)), as if from alpha itself.
 
     What remains of p after a draw is, rescaled, Dirichlet again and independent of what was drawn; so each draw takes
     component i with its mean, alpha_i over the sum of the remaining alphas.
     """
-    total = 0.0
-    for order in permutations(chosen):
-        remaining, probability = sum(alpha), 1.0
-        for block in order:
-            probability *= alpha[block] / remaining
-            remaining -= alpha[block]
-        total += probability
-    return total
+    return probability_of_set(chosen, alpha)
 
 
 CASES = [([0, 0, 0, 0], 1, 1.0), ([3, 0, 1, 6], 1, 0.5), ([3, 0, 1, 6], 2, 1.0), ([5, 2, 2, 3, 4], 3, 0.3)]

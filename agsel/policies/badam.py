@@ -51,6 +51,7 @@ class BAdam(Policy):
 
     def __post_init__(self) -> None:
         self._epoch_steps: int | None = None
+        self._given = self.every
         if self.every is not None and self.every < 1:
             raise UserError(f"every must be 1 or more, got {self.every} (--select_every)")
         if self.order not in ("random", "ascending", "descending"):
@@ -70,6 +71,7 @@ class BAdam(Policy):
         """
         super().start(blocks)
         self._round: list[int] = []
+        self.every = self._given
         if self.every is None:
             if self._epoch_steps is None:
                 raise UserError("every is not given: set it to the steps for which a block is trained, 50 to 100")

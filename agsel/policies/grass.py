@@ -78,7 +78,7 @@ class Grass(FractionPolicy):
         step = self.step % self.refresh_every - self.probe_steps
         if step < 0:
             return Plan(frozenset(range(self.number_of_blocks)), Update(frozenset()))
-        if step % self.every == 0:
+        if step % self.every == 0 or not self._current:
             self._current = sorted(drawn(self._log_weights(), self.blocks_per_step, self._generator))
         return Plan.of(self._current)
 
@@ -93,13 +93,14 @@ class Grass(FractionPolicy):
 
     def probabilities(self) -> list[float]:
         """p of each block."""
-        weights = np.exp(self._log_weights() - self._log_weights().max())
+        weights = np.exp(self._log_weights())
         return (weights / weights.sum()).tolist()
 
     def _log_weights(self) -> np.ndarray:
-        sizes = np.asarray(self._sizes)
-        temperature = self.temperature or sizes.std()
-        return sizes / temperature if temperature > 0 else np.zeros_like(sizes)
+        """Of the likeliest block 0: equal sizes have a standard deviation of rounding errors."""
+        below = np.asarray(self._sizes) - max(self._sizes)
+        temperature = self.temperature or below.std()
+        return below / temperature if temperature > 0 else below
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next choice depends on, as plain Python values."""

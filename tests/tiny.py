@@ -28,8 +28,8 @@ def tiny_model(
     return LlamaForCausalLM(config).to(dtype)
 
 
-def adapted_model(*, dropout: float = 0.0) -> PeftModel:
-    """The tiny model with LoRA adapters that add something from the start."""
+def adapted_model(*, dropout: float = 0.0, dora: bool = False) -> PeftModel:
+    """The tiny model with LoRA or DoRA adapters that add something from the start."""
     adapters = LoraConfig(
         r=3,
         lora_alpha=6,
@@ -37,6 +37,7 @@ def adapted_model(*, dropout: float = 0.0) -> PeftModel:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
         init_lora_weights=False,
+        use_dora=dora,
     )
     model = tiny_model()
     torch.manual_seed(1)

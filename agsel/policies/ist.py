@@ -20,7 +20,7 @@ ROWS = 16
 LEARNING_RATE = 10
 """The constants of the authors' code: steps between probes, forwards of a probe, share of the layers whose adapters are
 scaled, by which factor, rows of a forward, and the step size of the scores."""
-TRIES = 100
+TRIES = 10_000
 
 
 @dataclass(kw_only=True)
@@ -69,8 +69,10 @@ class Ist(FractionPolicy):
         return tuple(Probe(half, FACTOR, ROWS) for half in self._halves)
 
     def observe(self, losses: Sequence[float]) -> None:
-        """Change the scores."""
+        """Change the scores, unless a loss is no number, as of rows without a learnt token."""
         rewards = np.exp(-np.asarray(losses))
+        if np.isnan(rewards).any():
+            rewards[:] = 0
         rewards -= rewards.mean()
         q = 1 / (1 + np.exp(-np.asarray(self.scores)))
         for reward, half in zip(rewards, self._halves, strict=True):

@@ -10,9 +10,13 @@ from agsel.compilation import compile_layers
 from agsel.errors import AgselError, UserError
 from agsel.policies import (
     AdaGradSelect,
+    BAdam,
     BlockInfo,
     FractionPolicy,
     FullFineTuning,
+    Grass,
+    Ist,
+    Lisa,
     Plan,
     Policy,
     Probe,
@@ -28,10 +32,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaGradSelect",
     "AgselError",
+    "BAdam",
     "Block",
     "BlockInfo",
     "FractionPolicy",
     "FullFineTuning",
+    "Grass",
+    "Ist",
+    "Lisa",
     "Plan",
     "Policy",
     "Probe",

@@ -32,7 +32,7 @@ def adapted_model(*, dropout: float = 0.0, dora: bool = False) -> PeftModel:
     """The tiny model with LoRA or DoRA adapters that add something from the start."""
     adapters = LoraConfig(
         r=3,
-        lora_alpha=6,
+        lora_alpha=2,
         lora_dropout=dropout,
         target_modules="all-linear",
         task_type="CAUSAL_LM",

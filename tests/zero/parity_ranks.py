@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import agsel
 from tests.cases import run_cases
-from tests.zero.rules import EveryClause
+from tests.zero.rules import RULES, EveryClause
 from tests.zero.scenario import Record, Scenario, run_engine, start_engine
 
+OVER_ADAPTERS: list[tuple[int, str, Literal["lora", "dora"]]] = [
+    *((1, "lisa", "lora"), (2, "badam", "lora"), (3, "grass", "lora"), (1, "badam", "dora")),
+    *((3, "badam", "lora"), (2, "grass", "dora"), (2, "ist", "dora"), (3, "ist", "dora")),
+]
 PARITY = {
     f"stage{stage}-accumulation{accumulation}-clip{clip}-{blocks}": Scenario(
         stage=stage, accumulation=accumulation, clip=clip, blocks=blocks, tied=accumulation == 3
@@ -38,6 +42,19 @@ PARITY |= {
         stage=stage, accumulation=2, clip=0.3, policy=partial(EveryClause, fraction=0.3, seed=5)
     )
     for stage in (1, 2, 3)
+}
+PARITY |= {
+    f"stage{stage}-{rule}": Scenario(
+        stage=stage, accumulation=2, clip=0.01, steps=12, policy=policy, adapters="lora" if rule == "ist" else None
+    )
+    for stage in (1, 2, 3)
+    for rule, policy in RULES.items()
+}
+PARITY |= {
+    f"stage{stage}-{rule}-over-{adapters}": Scenario(
+        stage=stage, clip=0.01, blocks="layers", steps=12, policy=RULES[rule], adapters=adapters
+    )
+    for stage, rule, adapters in OVER_ADAPTERS
 }
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(

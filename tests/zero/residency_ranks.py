@@ -16,7 +16,7 @@ from agsel.zero.timetable import Moment
 from tests.cases import run_cases
 from tests.tiny import tiny_model
 from tests.zero.parity_ranks import whole_weights
-from tests.zero.rules import EveryClause
+from tests.zero.rules import RULES, EveryClause
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
@@ -26,6 +26,7 @@ POLICIES: dict[str, partial[agsel.Policy]] = {
     "mixed": MIXED,
     "new-set-every-step": NEW_SET_EVERY_STEP,
     "every-clause": partial(EveryClause, fraction=0.4, seed=4),
+    **RULES,
 }
 VARIANTS: dict[str, dict[str, bool]] = {
     "kept": {"offload_states": False},
@@ -41,7 +42,15 @@ def scenario(stage: int, policy: partial[agsel.Policy]) -> Scenario:
     """On GPUs long, and with blocks so wide that a copy outlasts the work that must wait for it."""
     steps = 12 if not ON_GPU else 500 if policy is NEW_SET_EVERY_STEP else 60
     intermediate = 100_000 if ON_GPU else 36
-    return Scenario(stage=stage, dtype="bf16", steps=steps, intermediate=intermediate, blocks="layers", policy=policy)
+    return Scenario(
+        stage=stage,
+        dtype="bf16",
+        steps=steps,
+        intermediate=intermediate,
+        blocks="all" if policy.func is agsel.Lisa else "layers",
+        adapters="lora" if policy.func is agsel.Ist else None,
+        policy=policy,
+    )
 
 
 def start_copies_late(stream: SideStream) -> None:
@@ -125,7 +134,10 @@ def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, An
         results[name]["moved_bytes"] = selection.residency.moved_bytes
         results[name]["reads equal"] = equal_reads(engine, selection)
         results[name]["refreshed"] = refreshed(engine, selection)
-        results["bytes"] = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
+        travelling = 12 if policy.func.keeps_moments else 4
+        results["bytes"] = {
+            selection.blocks[p.block]: travelling * p.master.numel() for p in selection.residency.partitions
+        }
         hooks = engine.hooks
         engine.destroy()
         results[name]["hooks left"] = sum(hook.id in (hook.hooks_dict_ref() or {}) for hook in hooks)

@@ -6,15 +6,16 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import agsel
+from agsel.blocks import decoder_layers
 from agsel.policies import BlockInfo
 from tests.cases import require_dtype
 from tests.distributed import RANKS
-from tests.tiny import tiny_batch, tiny_model
+from tests.tiny import adapted_model, tiny_batch, tiny_model
 
 ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
 
@@ -33,11 +34,17 @@ class Scenario:
     intermediate: int = 36
     fused: bool = False
     compiled: bool = False
+    adapters: Literal["lora", "dora"] | None = None
     policy: Callable[[], agsel.Policy] = field(
         default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
     )
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+
+    def model(self) -> Any:
+        if self.adapters:
+            return adapted_model(dora=self.adapters == "dora")
+        return tiny_model(tied=self.tied, intermediate=self.intermediate)
 
     def deepspeed_config(self) -> dict[str, Any]:
         zero = {"stage": self.stage} | ({"stage3_param_persistence_threshold": 0} if self.stage == 3 else {})
@@ -74,11 +81,11 @@ def start_engine(scenario: Scenario, *, attach: bool = True, model: Any = None, 
     import deepspeed
 
     require_dtype(scenario.dtype)
-    model = model or tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
+    model = model or scenario.model()
     if scenario.compiled:
         agsel.compile_layers(model, backend="inductor" if torch.cuda.is_available() else "aot_eager")
     if scenario.stage == 3 and not attach:
-        deepspeed.utils.set_z3_leaf_modules(model, [type(model.model.layers[0])])
+        deepspeed.utils.set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
     groups = agsel.block_param_groups(model, scenario.blocks)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups, fused=scenario.fused, **ADAM)  # type: ignore[arg-type]
     with agsel.lean_initialization() if attach else nullcontext():
@@ -134,11 +141,11 @@ class Reference:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.model = tiny_model(tied=scenario.tied, intermediate=scenario.intermediate)
+        self.model = scenario.model()
         self.blocks = {
-            block.name: list(block.parameters)
+            block.name: list(block.trainable)
             for block in agsel.find_blocks(self.model)
-            if scenario.blocks == "all" or block.is_layer
+            if block.trainable and (scenario.blocks == "all" or block.is_layer)
         }
         self.optimizers = {name: torch.optim.AdamW(parameters, **ADAM) for name, parameters in self.blocks.items()}  # type: ignore[arg-type]
         self.policy = scenario.policy()
@@ -148,6 +155,8 @@ class Reference:
     def run(self) -> Record:
         record = Record()
         for step in range(self.scenario.steps):
+            if probes := self.policy.probes():
+                self.policy.observe([self._probe(probe, step) for probe in probes])
             record.losses.append(self._gradients(step))
             names = list(self.blocks)
             plan = self.policy.plan()
@@ -162,6 +171,21 @@ class Reference:
             measured = math.hypot(*norms.values())
             record.grad_norms.append(self._update(selected) if selected else measured)
         return record
+
+    @torch.no_grad()
+    def _probe(self, probe: agsel.Probe, step: int) -> float:
+        """The mean loss over the ranks' first rows, with the adapters of some layers scaled."""
+        names = [list(self.blocks)[index] for index in probe.suppressed]
+        layers = [decoder_layers(self.model)[int(name.removeprefix("layers."))] for name in names]
+        scalings = [module.scaling for layer in layers for module in layer.modules() if hasattr(module, "scaling")]
+        scalings = [scaling for scaling in scalings if isinstance(scaling, dict)]
+        for scaling in scalings:
+            scaling["default"] *= probe.factor
+        batches = [tiny_batch(step, 0, rank)[: max(1, probe.rows // RANKS)] for rank in range(RANKS)]
+        losses = [self.model(input_ids=ids, labels=ids).loss.item() for ids in batches]
+        for scaling in scalings:
+            scaling["default"] /= probe.factor
+        return math.fsum(losses) / RANKS
 
     def _gradients(self, step: int) -> float:
         self.model.zero_grad()

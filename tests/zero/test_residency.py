@@ -10,6 +10,7 @@ import torch
 
 from tests.cases import launch_cases
 from tests.zero.residency_ranks import AGAIN, CASES
+from tests.zero.rules import RULES
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,9 @@ def test_the_model_of_a_destroyed_engine_trains_on(ranks: list[dict], name: str)
         assert all(torch.equal(run["used"][key], weight) for key, weight in run["fresh"].items())
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.endswith("new-set-every-step")])
+@pytest.mark.parametrize("name", [name for name in CASES if name.endswith(("new-set-every-step", *RULES))])
 def test_only_what_changes_is_moved(ranks: list[dict], name: str) -> None:
+    """Of a block whose moments start anew, the master alone."""
     for rank in ranks:
         size, run = rank[name]["bytes"], rank[name]["moved"]
         assert rank[name]["kept"]["moved_bytes"] == 0

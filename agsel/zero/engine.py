@@ -113,10 +113,12 @@ class SelectiveEngine(DeepSpeedEngine):
                 load_module_only=load_module_only,
                 custom_load_fn=custom_load_fn,
             )
-        self.selection.adopt_states()
         state = client_state.pop(universal.CLIENT_STATE_KEY, None)
-        if not saved.convert and not load_module_only:
-            self._restore_selection(path, state)
+        try:
+            if not saved.convert and not load_module_only:
+                self._restore_selection(path, state)
+        finally:
+            self.selection.adopt_states()  # as the restored plan wants them: the others may lose their moments
         return path, client_state
 
     def _restore_selection(self, path: str | Path, state: dict[str, Any] | None) -> None:

@@ -100,10 +100,12 @@ class Partition:
         return not self._has_moments
 
     def make_room_for_moments(self) -> None:
-        """Let a checkpoint be loaded into moments of its own; `adopt` takes them over or drops them again."""
+        """Let a checkpoint be loaded over moments that start anew; `adopt` keeps them or drops them again."""
         if self.must_start_anew:
             state = self._optimizer.state[self.master]
             state.update({name: torch.zeros(self.master.numel(), dtype=self.master.dtype) for name in MOMENTS})
+            state["step"] = self._placed_step(0)
+            self._has_moments = True
 
     def point_to(self, rows: torch.Tensor) -> None:
         """Keep master and moments in `rows` from now on; their values are somebody else's business.

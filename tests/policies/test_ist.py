@@ -29,7 +29,7 @@ from tests.zero.scenario import ADAM
 
 LAYERS, STEPS = 4, 50
 ROWS, ROWS_OF_A_PROBE = 18, 16
-SCALING, SUPPRESSION = 2.0, 0.25
+SCALING, SUPPRESSION = 2 / 3, 0.25
 """`lora_alpha` by rank in `adapted_model`, and what IST multiplies it by."""
 DRAWS = 10_000
 

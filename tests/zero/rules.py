@@ -11,7 +11,7 @@ from agsel.policies import BAdam, BlockInfo, FractionPolicy, Grass, Ist, Lisa, P
 RULES: dict[str, partial[Policy]] = {
     "lisa": partial(Lisa, fraction=0.5, every=3, seed=5),
     "badam": partial(BAdam, every=3, seed=5),
-    "grass": partial(Grass, fraction=0.5, every=2, probe_steps=2, refresh_every=7, seed=5),
+    "grass": partial(Grass, fraction=0.5, every=2, probe_steps=2, refresh_every=8, seed=5),
     "ist": partial(Ist, fraction=0.5, seed=5),
 }
 """Of the package, so short that a few steps show all that they do."""

@@ -158,8 +158,8 @@ class Planner:
                 Step(groups=whole, trainable=all_in_one, updated=all_in_one, resident=all_in_one, stock=True)
             )
         chosen = heaviest(self._blocks, count) if kind != "probe" else nothing
-        largest_first = sorted(chosen, key=lambda index: (-self._on_rank(index), index))
-        known = frozenset(early(largest_first) if self._keeps_moments else chosen) if kind == "exploit" else nothing
+        movable = sorted(chosen - self._pinned, key=lambda index: (-self._on_rank(index), index))
+        known = frozenset(early(movable) if self._keeps_moments else movable) if kind == "exploit" else nothing
         return self._rehearsal.run(
             Step(
                 groups=self._groups,

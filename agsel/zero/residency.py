@@ -202,6 +202,7 @@ class Residency:
 
     Attributes:
         partitions: all of this rank.
+        pinned: indices of blocks whose partitions never leave the device.
         moved_bytes: sent so far between device and host or about to be, both ways.
     """
 
@@ -214,6 +215,7 @@ class Residency:
         pinned: frozenset[int] = frozenset(),
     ) -> None:
         self.partitions = list(partitions)
+        self.pinned = pinned
         self.device = device
         self.moved_bytes = 0
         self._poison = os.environ.get(POISON) == "1"

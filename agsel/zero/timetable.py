@@ -65,7 +65,7 @@ class Timetable:
         """
         if plan.update is None:
             return ()
-        blocks = sorted(plan.update.blocks)
+        blocks = sorted(plan.update.blocks - self._residency.pinned)
         return early(blocks, self._residency.resident_blocks()) if self._residency.keeps_moments else tuple(blocks)
 
     def move(self, moment: Moment) -> None:
@@ -142,7 +142,7 @@ class Timetable:
 
 
 def early(blocks: Sequence[int], resident: Collection[int] = ()) -> tuple[int, ...]:
-    """Of the blocks that a step will update, those that have room on the device from the start of its forward.
+    """Of the movable blocks that a step will update, those that have room on the device from the start of its forward.
 
     The resident ones come first, so that as little as possible is moved.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ from tests.cases import run_cases
 from tests.distributed import RANKS
 from tests.tiny import adapted_model, tiny_batch
 from tests.zero.parity_ranks import LEAF_MODULES, whole_weights
-from tests.zero.rules import Asking
+from tests.zero.rules import RULES, Asking
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
@@ -34,9 +34,14 @@ MANY = partial(agsel.RandomBlocks, fraction=0.9, seed=1)
 MIXED = partial(agsel.AdaGradSelect, fraction=0.4, explore_steps=8, epsilon_end=0.5, epsilon_start=0.6, seed=2)
 
 
-def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
+def with_rule(stage: int, dtype: str, policy: partial[agsel.Policy]) -> Scenario:
+    """IST over adapters, which are all that it can train."""
+    return Scenario(stage=stage, dtype=dtype, policy=policy, adapters="lora" if policy.func is agsel.Ist else None)
+
+
+def changed_weights(stage: int, dtype: str, policy: partial[agsel.Policy] = MIXED) -> list[dict[str, Any]]:
     """Per step: the selected blocks, the blocks in which a bit of the weights changed (T1), and the resident ones."""
-    engine, selection = start_engine(Scenario(stage=stage, dtype=dtype, policy=MIXED))
+    engine, selection = start_engine(with_rule(stage, dtype, policy))
     block_of = {
         name: block.name
         for block in agsel.find_blocks(engine.module)
@@ -52,13 +57,14 @@ def changed_weights(stage: int, dtype: str) -> list[dict[str, Any]]:
         selected = set(selection.last.selected)
         steps.append({"mode": selection.last.mode, "selected": selected, "changed": changed})
         steps[-1]["resident"] = set(selection.resident)
+        steps[-1]["expected"] = selected | set(named(selection, selection.policy.pinned))
         before = after
     return steps
 
 
-def master_changes(stage: int) -> list[tuple[set[str], set[str]]]:
+def master_changes(stage: int, policy: partial[agsel.Policy] = MIXED) -> list[tuple[set[str], set[str]]]:
     """Per step: the selected blocks, and those whose fp32 master, moments or Adam step changed."""
-    engine, selection = start_engine(Scenario(stage=stage, dtype="bf16", policy=MIXED))
+    engine, selection = start_engine(with_rule(stage, "bf16", policy))
     steps = []
     before = optimizer_states(engine, selection)
     for step in range(8):
@@ -71,12 +77,14 @@ def master_changes(stage: int) -> list[tuple[set[str], set[str]]]:
 
 
 def optimizer_states(engine: Any, selection: Any) -> dict[str, list[torch.Tensor]]:
-    """Copies of this rank's master, moments and Adam step of every block."""
+    """Copies of this rank's master of every block, and of its moments and Adam step, unless these start anew."""
     selection.residency.synchronize()
     states = {}
     for partition in selection.residency.partitions:
         state = engine.optimizer.optimizer.state[partition.master]
-        tensors = [partition.master, state["exp_avg"], state["exp_avg_sq"], torch.as_tensor(state["step"])]
+        tensors = [partition.master]
+        if not partition.must_start_anew:
+            tensors += [state["exp_avg"], state["exp_avg_sq"], torch.as_tensor(state["step"])]
         states[selection.blocks[partition.block]] = [t.detach().clone().cpu() for t in tensors]
     return states
 
@@ -222,16 +230,18 @@ def live_bytes(model: torch.nn.Module) -> int:
 def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool = False) -> list[dict[str, Any]]:
     """Per point of a step: bytes in device copies of optimizer states, by counting all storages of the process."""
     forget_older_objects()
-    engine, selection = start_engine(Scenario(stage=stage, dtype="bf16", policy=policy))
+    engine, selection = start_engine(with_rule(stage, "bf16", policy))
     if checkpointing:  # the backward runs the first layer's forward again
         engine.module.gradient_checkpointing_enable({"use_reentrant": False})
         engine.module.train()
     points: list[dict[str, Any]] = []
     last_explored: tuple[str, ...] = ()
+    pinned = named(selection, selection.policy.pinned)
 
     def count(at: str, expected: tuple[str, ...]) -> None:
         point = {"at": at, "resident": selection.resident, "expected": expected}
-        host = {partition.home.untyped_storage().data_ptr() for partition in selection.residency.partitions}
+        homes = [partition.home for partition in selection.residency.partitions if partition.home is not None]
+        host = {home.untyped_storage().data_ptr() for home in homes}
         fp32 = fp32_storages(engine.device.type)
         point["device"] = sum(size for key, size in fp32.items() if key not in host)
         sizes = {selection.blocks[p.block]: 12 * p.master.numel() for p in selection.residency.partitions}
@@ -241,20 +251,25 @@ def state_bytes(stage: int, policy: partial[agsel.Policy], checkpointing: bool =
     for step in range(6):
         ids = tiny_batch(step, 0, torch.distributed.get_rank()).to(engine.device)
         plan = selection.policy.plan()
-        planned = tuple(selection.blocks[index] for index in sorted(plan.trainable))
+        planned = named(selection, plan.update.blocks if plan.update else ())
         before = selection.resident
         loss = engine(input_ids=ids, labels=ids).loss
-        four_fifths = math.ceil(0.8 * len(planned))
-        assert len(selection.resident) == (0 if plan.kind == "explore" else four_fifths)
+        movable = len(set(planned) - set(pinned))
+        early = math.ceil(0.8 * movable) if policy.func.keeps_moments else movable
+        assert len(selection.resident) == early + len(pinned)
         assert set(selection.resident) <= {*before, *planned}
         engine.backward(loss)
         del loss
-        count("backward", last_explored if plan.kind == "explore" else planned)
+        count("backward", last_explored if plan.kind == "explore" else planned or pinned)
         engine.step()
         if plan.kind == "explore":
             last_explored = selection.last.selected
-        count("step", selection.last.selected)
+        count("step", selection.last.selected or pinned)
     return points
+
+
+def named(selection: Any, blocks: Iterable[int]) -> tuple[str, ...]:
+    return tuple(selection.blocks[index] for index in sorted(blocks))
 
 
 def gathering() -> dict[str, int]:
@@ -431,6 +446,10 @@ for stage in STAGES:
     CASES[f"states-{stage}-explore"] = partial(state_bytes, stage, partial(agsel.TopK, fraction=0.4))
     CASES[f"states-{stage}-checkpointing"] = partial(state_bytes, stage, MIXED, checkpointing=True)
     CASES[f"states-{stage}-mixed"] = partial(state_bytes, stage, MIXED)
+    for rule, policy in RULES.items():
+        CASES[f"weights-{stage}-{rule}"] = partial(changed_weights, stage, "bf16", policy)
+        CASES[f"masters-{stage}-{rule}"] = partial(master_changes, stage, policy)
+        CASES[f"states-{stage}-{rule}"] = partial(state_bytes, stage, policy)
     for name, (dtype, config) in GRADIENTS.items():
         if not (stage == 1 and config):
             CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config=config)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import pytest
 
 from tests.cases import launch_cases
-from tests.zero.global_batch_ranks import STEPS
+from tests.zero.global_batch_ranks import SCENARIOS, STEPS
+from tests.zero.scenario import Record
 
+SCRIPT = "tests/zero/global_batch_ranks.py"
 TIE = 1e-3
 
 
@@ -17,9 +19,23 @@ def is_tie(norms: dict[str, float], selected: tuple[str, ...]) -> bool:
     return abs(worst - best) <= TIE * worst
 
 
-def test_one_rank_and_several_select_the_same_blocks(tmp_path: Path) -> None:
-    first, *others = (rank["selections"] for rank in launch_cases(SCRIPT, tmp_path / "several"))
-    (alone,) = (rank["selections"] for rank in launch_cases(SCRIPT, tmp_path / "one", ranks=1))
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Record]]:
+    return launch_cases(SCRIPT, tmp_path_factory.mktemp("several"))
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Record]:
+    (alone,) = launch_cases(SCRIPT, tmp_path_factory.mktemp("one"), ranks=1)
+    return alone
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_one_rank_and_several_select_the_same_blocks(
+    several: list[dict[str, Record]], one: dict[str, Record], name: str
+) -> None:
+    first, *others = (rank[name] for rank in several)
+    alone = one[name]
     assert all(other.selected == first.selected for other in others)
     compared = 0
     for step in range(STEPS):
@@ -29,8 +45,5 @@ def test_one_rank_and_several_select_the_same_blocks(tmp_path: Path) -> None:
         assert alone.selected[step] == first.selected[step], step
         compared += 1
     assert compared >= 10
-    assert {"explore", "exploit"} <= set(alone.modes[:compared])
+    assert set(SCENARIOS[name].policy().kinds_of_steps) <= set(alone.modes[:compared])
     assert len(set(alone.selected[:compared])) > 2
-
-
-SCRIPT = "tests/zero/global_batch_ranks.py"

@@ -6,6 +6,8 @@ Settings: defaults, then the YAML file, then the command line (`--help`). The ru
 `config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
 """
 
+import agsel.commands  # before what it looks for
+
 import sys
 from collections.abc import Sequence
 from functools import cache, partial

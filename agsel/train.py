@@ -14,7 +14,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +49,7 @@ from agsel.training.tokenizer import (
     require_known_tokens,
     require_tokenizer,
 )
+from agsel.zero.communication import start_deepspeed
 from agsel.zero.consensus import first_rank_does, require_equal_settings
 
 
@@ -57,14 +57,13 @@ def main(arguments: Sequence[str]) -> RowTrainer:
     """Train as the command line says, to the end, where the model is exported, or until asked to stop."""
     signals = SignalWatch()
     with ends_in_one_line():
-        join_ranks()
         settings = read_settings(arguments, default_settings())
         require_data(settings.values, settings.group(Fields))
+        join_ranks(settings.values["rank_timeout"], settings.values["ddp_timeout"])
         configuration = configure(settings)
-        # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         warn_on_one_rank()
     with watched_ranks(configuration.safety.rank_timeout), ends_in_one_line():
+        start_deepspeed()
         return train(configuration, signals)
 
 

@@ -56,7 +56,7 @@ FLOORS = {
     "agsel/__init__.py": BELOW | {"agsel.prerequisites"},
     "agsel/monitor": {"torch", "tensorboard", "matplotlib", "numpy"},
     "agsel/planning": BELOW | {"torch", "transformers", "peft"},
-    "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "psutil", *TRAINERS},
+    "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "mpi4py", "psutil", *TRAINERS},
     "agsel/training": ALL_BELOW | {"huggingface_hub", "peft", "pyarrow", "pydantic", "safetensors"},
     "agsel/evaluate.py": ALL_BELOW | {"agsel.training"},
     "agsel/train.py": ALL_BELOW | {"agsel.training"},

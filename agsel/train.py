@@ -23,6 +23,7 @@ import agsel
 from agsel.data.fields import Fields
 from agsel.errors import UserError, complaints_of_libraries, said_of
 from agsel.runs import checkpoints, folder, resume
+from agsel.runs.claim import claimed
 from agsel.runs.preemption import SignalWatch, StopRequests, host_group
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
 from agsel.runs.watchdog import watched_ranks
@@ -68,11 +69,17 @@ def main(arguments: Sequence[str]) -> RowTrainer:
 
 
 def train(configuration: Configuration, signals: SignalWatch) -> RowTrainer:
-    """Train and export as configured, on every rank."""
+    """Train and export as configured, on every rank, in a run folder that no other run uses."""
     require_equal_settings(configuration.resolved)
     group = host_group()
     limit_waiting(configuration.training.ddp_timeout)
     say_ignored(configuration)
+    with claimed(Path(configuration.training.output_dir), group):
+        return train_in_folder(configuration, signals, group)
+
+
+def train_in_folder(configuration: Configuration, signals: SignalWatch, group: Any) -> RowTrainer:
+    """Train and export as configured, in a folder that is there."""
     run_folder = Path(configuration.training.output_dir)
     checkpoint = find_checkpoint(run_folder, configuration.training.resume_from_checkpoint, group)
     data = load(configuration)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from agsel.zero.consensus import every_rank_does
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 TICK = 0.2
 """Seconds between two looks at a lock."""
+LOOKS_IN_SILENCE = 10
+"""After which a run says that it waits for another, which takes a second unless it compiles."""
 RELIES_ON = {
     TorchBackend: ("__init__", "init_process_group"),
     sys.modules[TorchBackend.__module__]: ("build_shm_op",),
@@ -69,6 +72,8 @@ def start_process_group(timeout: timedelta) -> None:
 def start_deepspeed() -> None:
     """Let DeepSpeed use torch's process group. On the CPU its operator is compiled before, if need be. On every rank.
 
+    The first rank of a host goes before the others, which find it compiled.
+
     Raises:
         RunError: on every rank; the operator cannot be compiled, or this DeepSpeed differs from the tested one here.
         UserError: on every rank; the folder of the operator cannot be used.
@@ -76,7 +81,9 @@ def start_deepspeed() -> None:
     upstream.require_tested(__name__)
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and _is_compiled_here(builder):
-        every_rank_does(partial(_load, builder), None)  # a rank without it would leave the others waiting inside of it
+        for turn_of_first in (True, False):
+            # One for all: a rank without the operator would leave the others waiting inside of it.
+            every_rank_does(partial(_load, builder) if _is_first_of_host() == turn_of_first else _do_nothing, None)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
@@ -101,8 +108,20 @@ def _is_compiled_here(builder: OpBuilder) -> bool:
     return bool(deepspeed.ops.__compatible_ops__.get(builder.name)) and not installed_ops.get(builder.name)
 
 
+def _is_first_of_host() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _do_nothing() -> None:
+    pass
+
+
 def _load(builder: OpBuilder) -> None:
-    """Compile the operator, or find it compiled. DeepSpeed, which asks for it next, then finds it loaded."""
+    """Compile the operator, or find it compiled. DeepSpeed, which asks for it next, then finds it loaded.
+
+    A signal that asks the run to stop must not end the compiler instead, which has the mask of this thread.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     folder = extensions_folder()
     with _only_builder(folder):
         lock = folder / builder.name / "lock"
@@ -112,8 +131,11 @@ def _load(builder: OpBuilder) -> None:
         _building.append(lock)
         try:
             builder.load()
-        except RuntimeError as error:
-            raise RunError(f"DeepSpeed's operator for the CPU cannot be compiled: {_gist(error)}") from error
+        except (ImportError, RuntimeError) as error:
+            raise RunError(
+                f"DeepSpeed's operator for the CPU cannot be compiled or loaded: {_gist(error)}; mend that, or remove "
+                f"{lock.parent} if it was compiled for another torch"
+            ) from error
         finally:
             _building.remove(lock)
 
@@ -124,7 +146,11 @@ def _only_builder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "agsel.lock").open("w")
+        looks = 0
         while not _try_to_lock(file):
+            looks += 1
+            if looks == LOOKS_IN_SILENCE:
+                _say(f"waiting   for another run, which compiles DeepSpeed's operator for the CPU into {folder}")
             time.sleep(TICK)
     except OSError as error:
         raise UserError(
@@ -144,16 +170,23 @@ def _try_to_lock(file: IO[str]) -> bool:
 
 def wait_for_other_projects(lock: Path) -> None:
     """Until torch's lock is gone. One that no process has open was left behind, and is removed."""
-    said = None
-    while lock.exists():
+    said = idle = None
+    while (found := _identity(lock)) is not None:
         holder = _holder(lock)
-        if holder is None:
+        if holder is None and found == idle:  # twice: torch closes the file just before it removes it
             _say(f"cleared   {lock}, which a process that was killed while it compiled had left behind")
             lock.unlink(missing_ok=True)
-        elif holder != said:
+            return
+        if holder not in (None, said):
             _say(f"waiting   for process {holder}, which compiles DeepSpeed's operator for the CPU into {lock.parent}")
-            said = holder
+        said, idle = holder, found if holder is None else None
         time.sleep(TICK)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    with suppress(FileNotFoundError):
+        return (status := file.stat()).st_ino, status.st_mtime_ns
+    return None
 
 
 def _holder(lock: Path) -> int | None:
@@ -166,12 +199,14 @@ def _holder(lock: Path) -> int | None:
     return None
 
 
-def _gist(error: RuntimeError) -> str:
-    """The first line of a compiler's that says what is wrong, else the first line."""
+def _gist(error: Exception) -> str:
+    """The first line that says what is wrong in the words of a compiler, or of a shell without one, else the first."""
     lines = str(error).splitlines()
-    return next((line for line in lines if " error:" in line), lines[0])
+    return next((line for line in lines if " error:" in line or "not found" in line), lines[0])
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    """From one rank of a host."""
+    if _is_first_of_host():
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()

@@ -22,8 +22,6 @@ from agsel.zero.groups import data_parallel_group
 
 PATIENCE, LIMIT = 600.0, 1800.0
 """Seconds that ranks wait by default: until they have found each other, and in a collective."""
-
-
 TICK = 0.2
 """Seconds between two attempts to reach the first rank."""
 
@@ -138,6 +136,8 @@ def is_first_to_fail(store: Store) -> bool:
 
 
 def _speaks_for_all() -> bool:
+    if os.environ.get("WORLD_SIZE") == "1":
+        return True
     if not dist.is_initialized() and not _can_meet():
         return is_first_of_host()
     try:
@@ -147,8 +147,7 @@ def _speaks_for_all() -> bool:
 
 
 def _can_meet() -> bool:
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(name in os.environ for name in names) and os.environ["WORLD_SIZE"] != "1"
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def _store() -> Store:

@@ -5,6 +5,8 @@ engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_co
 selection = agsel.attach(engine, agsel.AdaGradSelect(fraction=0.3, explore_steps=500, seed=0))
 """
 
+import agsel.prerequisites  # noqa: F401  # before what it looks for
+
 from agsel.blocks import Block, block_param_groups, find_blocks
 from agsel.compilation import compile_layers
 from agsel.errors import AgselError, UserError

@@ -8,6 +8,8 @@ becomes tokens as in TRL's SFTTrainer. `accuracy` is the share of rows where gre
 in the same number (`--answer_pattern`). Runs on one GPU, else on the CPU.
 """
 
+import agsel.commands  # noqa: F401  # before what it looks for
+
 import json
 import re
 import sys

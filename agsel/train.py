@@ -6,13 +6,14 @@ Settings: defaults, then the YAML file, then the command line (`--help`). The ru
 `config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
 """
 
+import agsel.commands  # before what it looks for
+
 import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,9 @@ import agsel
 from agsel.data.fields import Fields
 from agsel.errors import UserError, complaints_of_libraries, said_of
 from agsel.runs import checkpoints, folder, resume
+from agsel.runs.beginning import Beginning
+from agsel.runs.claim import claimed
+from agsel.runs.outliving import outliving_output
 from agsel.runs.preemption import SignalWatch, StopRequests, host_group
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
 from agsel.runs.watchdog import watched_ranks
@@ -48,30 +52,39 @@ from agsel.training.tokenizer import (
     require_known_tokens,
     require_tokenizer,
 )
+from agsel.zero.communication import start_deepspeed
 from agsel.zero.consensus import first_rank_does, require_equal_settings
 
 
 def main(arguments: Sequence[str]) -> RowTrainer:
     """Train as the command line says, to the end, where the model is exported, or until asked to stop."""
     signals = SignalWatch()
-    with ends_in_one_line():
-        join_ranks()
-        settings = read_settings(arguments, default_settings())
-        require_data(settings.values, settings.group(Fields))
-        configuration = configure(settings)
-        # On the CPU TrainingArguments starts torch.distributed only, but ZeRO-3 asks DeepSpeed for the number of ranks.
-        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        warn_on_one_rank()
-    with watched_ranks(configuration.safety.rank_timeout), ends_in_one_line():
-        return train(configuration, signals)
+    with outliving_output(signals.note), Beginning(signals) as beginning:
+        with ends_in_one_line():
+            settings = read_settings(arguments, default_settings())
+            require_data(settings.values, settings.group(Fields))
+            join_ranks(settings.values["rank_timeout"], settings.values["ddp_timeout"])
+            beginning.ranks_have_met()
+            configuration = configure(settings)
+            warn_on_one_rank()
+        with watched_ranks(configuration.safety.rank_timeout), ends_in_one_line():
+            start_deepspeed()
+            return train(configuration, beginning)
 
 
-def train(configuration: Configuration, signals: SignalWatch) -> RowTrainer:
-    """Train and export as configured, on every rank."""
+def train(configuration: Configuration, beginning: Beginning) -> RowTrainer:
+    """Train and export as configured, on every rank, in a run folder that no other run uses."""
     require_equal_settings(configuration.resolved)
     group = host_group()
     limit_waiting(configuration.training.ddp_timeout)
     say_ignored(configuration)
+    with claimed(Path(configuration.training.output_dir), group) as claim:
+        beginning.has_folder(claim)
+        return train_in_folder(configuration, beginning, group)
+
+
+def train_in_folder(configuration: Configuration, beginning: Beginning, group: Any) -> RowTrainer:
+    """Train and export as configured, in a folder that is there."""
     run_folder = Path(configuration.training.output_dir)
     checkpoint = find_checkpoint(run_folder, configuration.training.resume_from_checkpoint, group)
     data = load(configuration)
@@ -93,7 +106,8 @@ def train(configuration: Configuration, signals: SignalWatch) -> RowTrainer:
     train_blocks(trainer, attach, blocks=configuration.taking_part)
     run = prepare_resume(configuration, data, trainer, checkpoint)
     first_rank_does(partial(write_configuration, configuration), group)
-    requests = StopRequests(run_folder, signals, group)
+    beginning.is_over(group)
+    requests = StopRequests(run_folder, beginning.signals, group)
     trainer.make_resumable(requests, run, group)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if requests.agreed:

@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 2 tests/announcing_train.py 'step 3' 2 --setting value ...
 
-prints `PHASE <rank> <pid> <phase>` for each `step <number>`, `evaluation` and `saving`. In the phase
+prints `PHASE <rank> <pid> <phase>` for `loading`, and each `step <number>`, `evaluation` and `saving`. In the phase
 named first it stays, the first time, for as many seconds as the number says.
 """
 
@@ -21,6 +21,10 @@ from agsel import train
 class AnnouncingTrainer(train.RowTrainer):
     linger_in = ""
     seconds = 0.0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.announce("loading")
+        super().__init__(*arguments, **options)
 
     def training_step(self, *arguments: Any, **options: Any) -> Any:
         self.announce(f"step {self.state.global_step + 1}")

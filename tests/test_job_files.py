@@ -102,7 +102,7 @@ def test_a_signal_to_the_shell_script_stops_the_run_for_good(parts: tuple[Path, 
         os.kill(job.process.pid, signal.SIGUSR1)
         assert require_stopped(job) == 3
         assert job.process.returncode == 0
-    assert job.output.count("PHASE 0") == 4, "three steps and a checkpoint"
+    assert job.output.count("PHASE 0") == 5, "loaded once, three steps and a checkpoint"
 
 
 @pytest.mark.slow

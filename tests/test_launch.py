@@ -323,6 +323,7 @@ def test_all_ranks_end_with_one_message(parts: tuple[Path, Path], tmp_path: Path
     assert result.returncode != 0
     assert len(said(result.stdout)) == 1, result.stdout[-4000:]
     assert "Traceback" not in result.stdout
+    assert "stopped   " not in result.stdout, "the launcher ends the other rank, nobody else has asked for a stop"
 
 
 def test_ranks_with_different_settings_end_with_one_message(parts: tuple[Path, Path], tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ ALL_BELOW = BELOW | {
     *TRAINERS,
 }
 FLOORS = {
+    "agsel/prerequisites.py": set(),
+    "agsel/commands.py": {"agsel.prerequisites"},
     "agsel/errors.py": set(),
     "agsel/shipped.py": set(),
     "agsel/upstream.py": {"agsel.errors"},
@@ -51,10 +53,10 @@ FLOORS = {
         "psutil",
         "torch",
     },
-    "agsel/__init__.py": BELOW,
+    "agsel/__init__.py": BELOW | {"agsel.prerequisites"},
     "agsel/monitor": {"torch", "tensorboard", "matplotlib", "numpy"},
     "agsel/planning": BELOW | {"torch", "transformers", "peft"},
-    "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "psutil", *TRAINERS},
+    "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "mpi4py", "psutil", *TRAINERS},
     "agsel/training": ALL_BELOW | {"huggingface_hub", "peft", "pyarrow", "pydantic", "safetensors"},
     "agsel/evaluate.py": ALL_BELOW | {"agsel.training"},
     "agsel/train.py": ALL_BELOW | {"agsel.training"},

@@ -6,9 +6,13 @@ Each case hits one phase of the run, as tests/announcing_train.py announces it.
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 from agsel.runs.checkpoints import STAGING, checkpoints_in, missing_part
-from agsel.runs.preemption import MARKER, STOP_FILE
-from tests.distributed import launch
-from tests.live_run import LiveRun, announced_run
+from agsel.runs.outliving import outliving_output
+from agsel.runs.preemption import MARKER, SIGNALS, STOP_FILE, SignalWatch
+from tests.distributed import free_port, launch
+from tests.live_run import LiveRun, announced_run, announcing, live_run
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
 
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 5, "dataset_test_split": "train"}
@@ -50,14 +55,14 @@ def require_stopped_after(step: int, reason: str, run: LiveRun) -> None:
     output = run.ends()
     marker = json.loads((run.folder / MARKER).read_text())
     assert marker["step"] == step, output[-6000:]
-    assert marker["reason"] == reason
+    assert re.fullmatch(reason, marker["reason"])
     assert marker["checkpoint"] == str(run.folder / f"checkpoint-{step}")
     assert missing_part(Path(marker["checkpoint"])) is None
     assert checkpoints_in(run.folder)[-1] == Path(marker["checkpoint"])
     assert not (run.folder / STAGING).exists()
     assert not (run.folder / STOP_FILE).exists()
     assert not (run.folder / "model").exists()
-    assert "Traceback" not in output
+    assert output.count("Traceback") == output.count("\nKeyboardInterrupt"), "that of the launcher's runner alone"
 
 
 def require_goes_on_as(unbroken: dict[str, torch.Tensor], run: Path, arguments: list[str], *, after: int) -> None:
@@ -138,12 +143,15 @@ def test_sigusr1_in_the_last_step(parts: tuple[Path, Path], tmp_path: Path, unbr
 
 
 @pytest.mark.slow
-def test_sigterm_to_all_processes_with_workers_that_load_data(parts: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_with_workers_that_load_data(
+    parts: tuple[Path, Path], tmp_path: Path, number: signal.Signals
+) -> None:
     """The steps to come still need them."""
     arguments = ten_steps(parts, tmp_path, dataloader_num_workers=1)
     with announced_run(tmp_path, "step 3", arguments) as run:
-        run.send(signal.SIGTERM, "group", run.reaches("step 3"))
-        require_stopped_after(3, "SIGTERM on rank 0", run)
+        run.send(number, "group", run.reaches("step 3"))
+        require_stopped_after(3, f"({number.name}|SIGTERM) on rank 0", run)  # launch.py passes SIGTERM on
 
 
 @pytest.mark.slow
@@ -161,7 +169,10 @@ def test_two_signals_while_saving(parts: tuple[Path, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("number", "target", "reason"),
     [
-        (signal.SIGTERM, "launch.py", "SIGTERM on rank 0"),
+        (signal.SIGINT, "group", "(SIGINT|SIGTERM) on rank 0"),  # Ctrl-C; launch.py passes SIGTERM on
+        pytest.param(signal.SIGTERM, "launch.py", "SIGTERM on rank 0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, "group", "SIGHUP on rank 0", marks=pytest.mark.slow),  # a closed terminal
+        pytest.param(signal.SIGINT, "runner", "the launcher is gone on rank 0", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, "launch.py", "the launcher is gone on rank 0", marks=pytest.mark.slow),
         pytest.param(signal.SIGKILL, "launch.py", "the launcher is gone on rank 0", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "runner", "the launcher is gone on rank 0", marks=pytest.mark.slow),
@@ -172,10 +183,64 @@ def test_two_signals_while_saving(parts: tuple[Path, Path], tmp_path: Path) -> N
 def test_a_signal_to_the_launcher(
     parts: tuple[Path, Path], tmp_path: Path, number: signal.Signals, target: str, reason: str
 ) -> None:
-    """`launch.py` passes SIGTERM on and dies of the others; the runner, which passes nothing on, dies of all."""
+    """`launch.py` passes SIGINT and SIGTERM on, as SIGTERM, and dies of the others; the runner dies of all."""
     with announced_run(tmp_path, "step 3", ten_steps(parts, tmp_path)) as run:
         run.send(number, target, run.reaches("step 3"))
         require_stopped_after(3, reason, run)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Those of this process are as before at the end."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    signal.set_wakeup_fd(-1)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_for_a_stop_unless_it_was_ignored_before(number: signal.Signals, handlers: None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    watch = SignalWatch()
+    assert watch.look() is None
+    signal.raise_signal(number)
+    assert watch.look() == number.name
+    signal.signal(number, signal.SIG_IGN)
+    watch = SignalWatch()
+    signal.raise_signal(number)
+    assert watch.look() is None
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize("lost", ["Broken pipe", "No space left on device"])
+def test_a_write_that_fails_asks_for_a_stop_and_breaks_nothing(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[str] = []
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer if lost == "Broken pipe" else "/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        handler = logging.StreamHandler(stream)  # as of a library that was imported before
+        with outliving_output(noted.append):
+            for text in ("one", "two"):
+                print(text, flush=True)
+            handler.handle(logging.makeLogRecord({"msg": "three"}))
+    assert noted == [f"the output is lost ({lost})"]
+
+
+def test_output_that_nobody_reads_any_more(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """As of `deepspeed ... | tee log` without its tee, or of a terminal that is gone: the next line is for nobody."""
+    port = free_port()
+    command = ["bash", "-c", '"$@" 2>&1 | cat', "bash", *announcing("step 3", port), *ten_steps(parts, tmp_path)]
+    with live_run(tmp_path, command, port) as run:
+        run.reaches("step 3")
+        [reader] = [process for process in run.processes() if process.name() == "cat"]
+        reader.kill()
+        run.ends()
+    marker = json.loads((tmp_path / MARKER).read_text())
+    assert marker["reason"] == "the output is lost (Broken pipe) on rank 0"
+    assert marker["step"] in (3, 4)
+    assert missing_part(Path(marker["checkpoint"])) is None
 
 
 @pytest.mark.slow  # tests/test_job_files.py stops a run in this way, too

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 import yaml
 
 from agsel.training.configuration import Configuration, configure, write_configuration
-from agsel.training.settings import read_settings
+from agsel.training.settings import GROUPS, read_settings
+from agsel.training.usage import MOST_USED, WORDS
 from tests.distributed import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
@@ -237,21 +240,47 @@ def test_layers_are_compiled_at_stage_1_or_2_and_without_liger(recipe: Path) -> 
         parse("--config", recipe, "--deepspeed", zero3, "--compile_layers", "true")
 
 
-def test_help_says_how_to_start_and_ends_with_the_settings_of_agsel(capsys: pytest.CaptureFixture[str]) -> None:
+def help_text(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as ended:
-        parse("--help")
-    text = capsys.readouterr().out
-    groups = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert ended.value.code == 0
+        parse("--help", *words)
+    assert ended.value.code is None
+    return capsys.readouterr().out
+
+
+def titles(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+
+
+def test_help_begins_with_how_to_start_and_the_settings_of_agsel(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys)
     assert text.startswith("usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE]")
-    assert groups == [
-        "options:",
+    assert titles(text)[:5] == [
         "block selection:",
         "settings of the methods:",
         "columns of the dataset:",
         "datasets:",
         "safety:",
     ]
+    assert "--help all" in text.splitlines()[-1]
+    assert "norms and biases included" in " ".join(text.split()), "transformers' words are not true here"
+
+
+def test_help_offers_nothing_that_is_refused(capsys: pytest.CaptureFixture[str], recipe: Path) -> None:
+    text = help_text(capsys)
+    for name in ("dataset_streaming", "save_only_model", "enable_jit_checkpoint", "optim", "fsdp", "torch_compile"):
+        assert f"--{name} " not in text
+    for name in ("dataset_streaming", "save_only_model", "enable_jit_checkpoint"):
+        with pytest.raises(ValueError, match=f"--{name}"):
+            parse("--config", recipe, f"--{name}", "true")
+
+
+def test_help_all_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(capsys, "all")
+    assert titles(text)[-3:] == ["ScriptArguments of TRL:", "SFTConfig of TRL:", "ModelConfig of TRL:"]
+    names = {field.name for group in GROUPS for field in fields(group) if field.init}
+    assert [name for name in sorted(names) if f"\n  --{name} " not in text] == []
+    assert "Automatically excluded from bias" not in text
+    assert names > {*WORDS, *chain(*MOST_USED.values())}
 
 
 def test_there_are_recipes() -> None:

@@ -475,6 +475,8 @@ def test_a_model_whose_lora_targets_nobody_knows_is_refused(whole: Path) -> None
         ({"load_in_4bit": True}, {}, "--load_in_4bit needs bitsandbytes: pip install bitsandbytes"),
         ({"load_in_8bit": True}, {}, "--load_in_8bit needs bitsandbytes: pip install bitsandbytes"),
         ({}, {"model_init_kwargs": {"gguf_file": "model.gguf"}}, "needs gguf: pip install gguf"),
+        ({}, {"report_to": ["tensorboard", "wandb"]}, "--report_to wandb needs wandb: pip install wandb"),
+        ({}, {"report_to": "comet_ml"}, "--report_to comet_ml needs comet-ml: pip install comet-ml"),
     ],
 )
 def test_a_package_that_a_setting_needs_is_named(

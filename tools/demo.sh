@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A tiny Llama learns two-step arithmetic, three of its six layers at a time: a whole fine-tuning run in about three
-# minutes on two cores, without a GPU or a model hub. Sets everything up on a machine with Python and pip.
+# A tiny Llama learns two-step arithmetic, three of its six layers at a time: a whole fine-tuning run without a GPU or a
+# model hub. On two cores it takes 5 minutes with the installation, for which it needs Python and pip, and then 3.
 #   bash tools/demo.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

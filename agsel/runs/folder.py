@@ -13,7 +13,7 @@ from agsel.zero.consensus import first_rank_does
 
 
 def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
-    """Make the folder, or refuse it, and return the checkpoint to go on from, verified. Every rank must call it.
+    """Mend the folder, or refuse it, and return the checkpoint to go on from, verified. Every rank must call it.
 
     Args:
         run_folder: of this run.
@@ -21,9 +21,8 @@ def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
         group: process group of all ranks, on the host.
 
     Raises:
-        UserError: the folder cannot be written, or holds another run; or there is no such checkpoint.
+        UserError: the folder holds another run, or there is no such checkpoint.
     """
-    first_rank_does(partial(make_run_folder, run_folder), group)
     first_rank_does(partial(checkpoints.recover, run_folder), group)
     if wanted is None:
         first_rank_does(partial(require_no_earlier_run, run_folder), group)

@@ -1,7 +1,8 @@
 """Stopping a run early and cleanly: a signal, a STOP file, or a launcher that is gone; all ranks agree when.
 
-SIGTERM and SIGUSR1 to any rank, and a file `STOP` in the run folder, ask for a stop. The ranks compare notes after
-every step and every evaluation batch, so that all of them save the same step and end.
+SIGTERM, SIGUSR1, SIGINT and SIGHUP to any rank, output that nobody reads any more, and a file `STOP` in the run folder
+ask for a stop. The ranks compare notes after every step and every evaluation batch, so that all of them save the same
+step and end. Before the first step, `beginning.py` ends the run at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,7 +23,7 @@ import torch.distributed as dist
 
 from agsel.zero.consensus import gather
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "STOP"
 MARKER = "PREEMPTED"
 """File in the run folder that says: not finished, resume me. Job scripts look at it, not at the exit code."""
@@ -30,6 +32,8 @@ MARKER = "PREEMPTED"
 class SignalWatch:
     """Remembers signals that ask for a stop instead of dying of them. Make it early: until then they kill.
 
+    A signal that was ignored when the process started, as SIGHUP is under `nohup`, still is.
+
     Attributes:
         reason: what asked for a stop on this rank, None if nothing did.
     """
@@ -37,17 +41,41 @@ class SignalWatch:
     def __init__(self) -> None:
         self.reason: str | None = None
         self._launchers = _deepspeed_launchers()
-        for number in SIGNALS:
+        self._process = os.getpid()
+        self._heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._bell, self._ringer = socket.socketpair()
+        self._ringer.setblocking(False)
+        signal.set_wakeup_fd(self._ringer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="agsel-signals", daemon=True).start()
+        for number in self._heard:
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, _: Any) -> None:
-        self.reason = self.reason or signal.Signals(number).name
+    def note(self, reason: str) -> None:
+        """Ask for a stop. The first reason counts."""
+        self.reason = self.reason or reason
 
     def look(self) -> str | None:
         """The reason to stop, after a look at the launcher: one that was killed leaves its ranks running."""
         if self.reason is None and any(map(_is_gone, self._launchers)):
             self.reason = "the launcher is gone"
         return self.reason
+
+    def _listen(self) -> None:
+        """Hear of signals that come while the main thread waits in a library, where no handler of Python's can run."""
+        while True:
+            [number] = self._bell.recv(1)
+            if number in self._heard:
+                self.note(signal.Signals(number).name)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        """In a process that was forked off, as to tokenize the rows, SIGTERM ends that process."""
+        if os.getpid() != self._process and number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.note(signal.Signals(number).name)
+
+
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _deepspeed_launchers() -> list[psutil.Process]:
@@ -61,7 +89,10 @@ def _names_launcher(word: str) -> bool:
 
 
 def _is_gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class StopRequests:
@@ -95,14 +126,7 @@ class StopRequests:
 
     def mark(self, checkpoint: Path | None, step: int) -> None:
         """Write the marker and take the STOP file away, so that the run can be resumed. On the first rank."""
-        facts = {
-            "reason": self.agreed,
-            "step": step,
-            "checkpoint": str(checkpoint),
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        (self._folder / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
-        (self._folder / STOP_FILE).unlink(missing_ok=True)
+        mark(self._folder, self.agreed, checkpoint=str(checkpoint), step=step)
 
     def _own_reason(self) -> str | None:
         if dist.get_rank(self._group) == 0 and (self._folder / STOP_FILE).exists():
@@ -110,8 +134,15 @@ class StopRequests:
         return self._watch.look()
 
 
+def mark(run_folder: Path, reason: str | None, **facts: Any) -> None:
+    """Write the marker, so that job scripts know, and take the STOP file away, so that the run can be started again."""
+    facts |= {"reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    (run_folder / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
+    (run_folder / STOP_FILE).unlink(missing_ok=True)
+
+
 def start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
-    """Start a worker of a data loader so that, like its rank, it survives a SIGTERM to all processes of the run.
+    """Start a worker of a data loader so that, like its rank, it survives a signal to all processes of the run.
 
     The steps to come until the stop need its rows. A SIGTERM from the rank itself still ends it.
 
@@ -119,7 +150,7 @@ def start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:
         initialize: the loader's own `worker_init_fn`.
         worker: number of the worker.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     if initialize is not None:
         initialize(worker)

@@ -5,44 +5,78 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from deepspeed.comm.comm import mpi_discovery
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
-from agsel.errors import AgselError, UserError, one_line
+from agsel.errors import AgselError, RunError, one_line
+from agsel.runs.launchers import is_first_of_host, set_environment
+from agsel.zero.communication import start_process_group
 from agsel.zero.groups import data_parallel_group
 
-MPI_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-DEFAULT_PORT = 29500
+PATIENCE, LIMIT = 600.0, 1800.0
+"""Seconds that ranks wait by default: until they have found each other, and in a collective."""
+TICK = 0.2
+"""Seconds between two attempts to reach the first rank."""
 
 
-def join_ranks() -> None:
-    """Set the variables by which processes find each other, where `deepspeed` and `torchrun` have not.
+class NeverMetError(RunError):
+    """The ranks have not found each other: each has to speak for itself."""
 
-    Under `mpirun` they are asked from MPI, with mpi4py; otherwise this process is the only rank.
+
+def join_ranks(patience: float = PATIENCE, limit: float = LIMIT) -> None:
+    """Start torch.distributed over the processes that the launcher has started, or over this one alone.
+
+    Args:
+        patience: seconds within which all ranks must have come.
+        limit: seconds that a collective may take from then on.
 
     Raises:
-        UserError: under `mpirun` without mpi4py.
+        UserError: a launcher has started several processes that cannot find each other.
+        NeverMetError: not all ranks have come.
     """
-    atexit.register(lambda: remove_shared_memory(os.environ.get("RANK", "")))
-    if "RANK" in os.environ:
+    set_environment()
+    atexit.register(lambda: remove_shared_memory(os.environ["RANK"]))
+    if dist.is_initialized():
         return
-    if any(name in os.environ for name in MPI_VARIABLES):
+    try:
+        _wait_for_store(patience)
+        start_process_group(timedelta(seconds=patience))
+    except (OSError, RuntimeError) as error:
+        raise NeverMetError(_why_never_met(error, patience)) from error
+    _limit_groups(limit)
+
+
+def _wait_for_store(patience: float) -> None:
+    """Until the first rank can be reached. torch would wait, too, but complain in many lines."""
+    if os.environ["RANK"] == "0" or os.environ["WORLD_SIZE"] == "1":
+        return
+    address, until = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + patience
+    while True:
         try:
-            mpi_discovery(int(os.environ.get("MASTER_PORT", DEFAULT_PORT)), verbose=False)
-        except ImportError as error:
-            raise UserError("mpirun needs mpi4py: pip install 'agsel[mpi]', or start with `deepspeed`") from error
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+            socket.create_connection(address, timeout=patience).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(TICK)
+
+
+def _why_never_met(error: Exception, patience: float) -> str:
+    rank, size, *address = (os.environ.get(name, "?") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    place = ":".join(address)
+    if "EADDRINUSE" in str(error):
+        return f"{place} is taken, perhaps by another run: choose another port (--master_port of the launcher)"
+    return (
+        f"rank {rank} of {size} has not met the others at {place} within {patience:g} s (--rank_timeout): look at what "
+        f"they say, and whether their hosts reach that address ({one_line(error)})"
+    )
 
 
 def remove_shared_memory(rank: int | str) -> None:
@@ -61,6 +95,10 @@ def limit_waiting(timeout: float) -> None:
         RunError: as of `data_parallel_group`.
     """
     data_parallel_group()  # made now instead of with the engine
+    _limit_groups(timeout)
+
+
+def _limit_groups(timeout: float) -> None:
     for group in _world.pg_map:
         _set_pg_timeout(timedelta(seconds=timeout), group)
 
@@ -81,7 +119,7 @@ def ends_in_one_line() -> Iterator[None]:
     try:
         yield
     except AgselError as error:
-        if _speaks_for_all():
+        if isinstance(error, NeverMetError) or _speaks_for_all():
             say_error(one_line(error))
         sys.exit(1)
 
@@ -98,12 +136,18 @@ def is_first_to_fail(store: Store) -> bool:
 
 
 def _speaks_for_all() -> bool:
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE") == "1":
         return True
+    if not dist.is_initialized() and not _can_meet():
+        return is_first_of_host()
     try:
         return is_first_to_fail(_store())
     except RuntimeError:  # its rank has ended, and has spoken
         return False
+
+
+def _can_meet() -> bool:
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 def _store() -> Store:

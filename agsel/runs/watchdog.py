@@ -9,19 +9,17 @@ import itertools
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, NoReturn, cast
 
-import psutil
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from agsel.runs.address import Address
 from agsel.runs.ranks import is_first_to_fail, remove_shared_memory, say_error
 
 TICKS = 20
@@ -55,31 +53,6 @@ def watched_ranks(timeout: float) -> Iterator[None]:
         yield
     finally:
         watchdog.stop()
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a rank runs. `space` is equal for processes that know each other by their numbers."""
-
-    host: str
-    pid: int
-    space: str
-
-    @staticmethod
-    def own() -> Address:
-        """Of this process."""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return Address(socket.gethostname(), os.getpid(), f"{boot} {os.readlink('/proc/self/ns/pid')}")
-
-    def is_near(self) -> bool:
-        """Whether this process can reach it by its number."""
-        return self.space == Address.own().space
-
-    def is_stopped(self) -> bool:
-        """Whether it is there but does not run, as after SIGSTOP."""
-        with suppress(psutil.NoSuchProcess):
-            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
-        return False
 
 
 class Watchdog:
@@ -165,7 +138,7 @@ class Watchdog:
 
     def _describe(self, rank: int) -> str:
         address = self._addresses.get(rank)
-        return f"rank {rank} ({f'host {address.host}, pid {address.pid}' if address else 'host unknown'})"
+        return f"rank {rank} ({address or 'host unknown'})"
 
     def _accuse(self, silent: str) -> None:
         say_error(

@@ -6,31 +6,31 @@ All of it is plain values, read and checked before anything is started.
 from __future__ import annotations
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+from trl import SFTConfig, TrlParser
 
 from agsel import shipped
-from agsel.data.fields import Fields, with_line_breaks
+from agsel.data.fields import with_line_breaks
 from agsel.errors import UserError, complaints_of_libraries, suggestion
 from agsel.policies import Policy
-from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
+from agsel.runs.launchers import is_first_of_host
+from agsel.training.arguments import SelectionArguments
 from agsel.training.deepspeed_settings import read_deepspeed, require_deepspeed
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
+from agsel.training.usage import OWN, UPSTREAM, describe
 
 Group = TypeVar("Group")
 
-GROUPS = (ScriptArguments, SFTConfig, ModelConfig, SelectionArguments, Fields, DataArguments, SafetyArguments)
-USAGE = "deepspeed [--num_gpus N] launch/train.py [--config RECIPE] [--SETTING VALUE ...]"
-DESCRIPTION = """A setting stands here, or in the YAML file by its name without the dashes; here it wins. The last four
-groups are agsel's own, the settings above them those of TRL's ScriptArguments, SFTConfig and ModelConfig."""
+GROUPS = (*UPSTREAM, *OWN)
 NOT_WRITTEN = ("hub_token", "local_rank")
 OF_TRL_ALONE = {
     "streaming": "agsel checks every row before it trains: leave it out",
@@ -73,11 +73,14 @@ def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Sett
 
     Raises:
         UserError: an unknown or impossible setting; the message names it.
+        SystemExit: with `--help`, which has been printed.
     """
     words, path = _without_config(arguments)
     in_file = _read_file(path) if path else {}
     _set_environment(in_file.pop("env", {}))
     policy = policy_class(_method_of(words, in_file))
+    if {"--help", "-h"} & {*words}:
+        _print_help(policy, defaults, everything=("--help", "all") in pairwise(words))
     parser = _parser_for(policy)
     parser.set_defaults(**defaults)
     _refuse_unread(policy, _names_of(words))
@@ -99,6 +102,13 @@ def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Sett
     return settings
 
 
+def _print_help(policy: type[Policy], defaults: Mapping[str, Any], *, everything: bool) -> NoReturn:
+    """From one process of a host."""
+    if is_first_of_host():
+        sys.stdout.write(describe(policy, defaults, everything=everything))
+    sys.exit()
+
+
 def _plain(parsed: Namespace) -> dict[str, Any]:
     return {
         name: value.value if isinstance(value, Enum) else value
@@ -111,7 +121,7 @@ def _parser_for(policy: type[Policy]) -> _Parser:
     taken = {name for group in GROUPS for name in group.__dataclass_fields__}
     try:
         groups = (*GROUPS[:4], method_arguments(policy, taken), *GROUPS[4:])
-        return _Parser(groups, usage=USAGE, description=DESCRIPTION, allow_abbrev=False)
+        return _Parser(groups, add_help=False, allow_abbrev=False)
     except (TypeError, ValueError) as error:  # the field of a policy from elsewhere has a type that is no setting
         raise UserError(f"a field of {policy.__name__} (--method) cannot be a setting: {error}") from error
 
@@ -252,6 +262,8 @@ def _require_possible(settings: dict[str, Any]) -> None:
             "--save_only_model would make checkpoints that cannot be resumed: leave it out, the trained model is "
             "written to model/ anyway"
         )
+    if settings["enable_jit_checkpoint"]:
+        raise UserError("--enable_jit_checkpoint would take SIGTERM from agsel, which saves the run then: leave it out")
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         if settings[name] < 1:
             raise UserError(f"{name} must be 1 or more, got {settings[name]} (--{name})")

@@ -95,7 +95,7 @@ def first_rank_does(work: Callable[[], Result], group: Any) -> Result:
     The ranks keep meeting while they wait, because work may take longer than a collective is allowed to.
     """
     with ThreadPoolExecutor(max_workers=1) as executor:
-        future = executor.submit(work) if dist.get_rank(group) == 0 else None
+        future = executor.submit(work) if torch.distributed.get_rank(group) == 0 else None
         while (outcome := gather(_outcome(future), group)[0]) is None:
             pass
     result, error = outcome
@@ -104,6 +104,21 @@ def first_rank_does(work: Callable[[], Result], group: Any) -> Result:
     if error is not None:
         raise error
     return result
+
+
+def every_rank_does(work: Callable[[], None], group: Any) -> None:
+    """Wait until all ranks have done their work; what was wrong on the first rank that failed is raised on all.
+
+    They keep meeting while they wait, as in `first_rank_does`.
+    """
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        future = executor.submit(work)
+        while None in (outcomes := gather(_outcome(future), group)):
+            pass
+    future.result()
+    for _, error in filter(None, outcomes):
+        if error is not None:
+            raise error
 
 
 def _outcome(future: Future[Result] | None) -> tuple[Result | None, BaseException | None] | None:

@@ -17,13 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from agsel.runs.ranks import join_ranks
+from agsel.zero.communication import start_deepspeed
 from tools.bench.bare_loop import run_engine
 from tools.bench.compared_methods import method_of
 from tools.bench.configurations import Configuration
@@ -46,7 +46,7 @@ def main() -> None:
     join_ranks()
     if on_cuda():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if on_cuda() else "gloo", auto_mpi_discovery=False, verbose=False)
+    start_deepspeed()
     measure(json.loads((folder / "plan.json").read_text()), folder)
     dist.destroy_process_group()
 

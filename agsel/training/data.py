@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -22,8 +23,17 @@ Values = Mapping[str, Any]
 
 READ_EARLY = 10_000_000
 """Bytes: local data up to this size is read before anything is started, of more only the beginning."""
-OF_AN_ENTRY = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
-"""What one of `datasets` may set, as TRL's DatasetConfig."""
+OF_AN_ENTRY = {
+    "path": (str,),
+    "name": (str,),
+    "data_dir": (str,),
+    "data_files": (str, list, dict),
+    "split": (str,),
+    "columns": (list,),
+    "fraction": (int, float),
+}
+"""What one of `datasets` may set, as TRL's DatasetConfig, and as what."""
+KINDS = {str: "text", list: "a list", dict: "a mapping", int: "a number", float: "a number"}
 EVALUATION = "evaluation data"
 
 
@@ -98,7 +108,7 @@ def training_sources(values: Values) -> list[Source]:
     given = [entry.get("fraction") for entry in entries]
     if any(fraction is not None for fraction in given):
         for fraction in given:
-            if not isinstance(fraction, int | float) or fraction <= 0:
+            if fraction is None or not 0 < fraction < math.inf:
                 raise UserError(f"datasets: fraction is {fraction} for one: give every dataset one above 0, or none")
     return [_source_of(entry) for entry in entries]
 
@@ -212,16 +222,19 @@ def _entry(entry: Any) -> dict[str, Any]:
             entry = json.loads(entry)
     if not isinstance(entry, dict) or not entry.get("path"):
         raise UserError(f"datasets: {entry!r} has no path: write one `path: NAME_OR_FILE` for each dataset")
-    for name in entry:
+    for name, value in entry.items():
         if name not in OF_AN_ENTRY:
-            raise UserError(f"datasets: unknown setting {name!r}{suggestion(name, OF_AN_ENTRY)}")
+            raise UserError(f"datasets: unknown setting {name!r}{suggestion(str(name), OF_AN_ENTRY)}")
+        if value is not None and not isinstance(value, OF_AN_ENTRY[name]):
+            kinds = " or ".join(dict.fromkeys(KINDS[kind] for kind in OF_AN_ENTRY[name]))
+            raise UserError(f"datasets: {name} is {value!r}: it must be {kinds}")
     return entry
 
 
 def _source_of(entry: Mapping[str, Any]) -> Source:
-    name, folder, files = str(entry["path"]), entry.get("data_dir"), entry.get("data_files")
+    name, folder, files = entry["path"], entry.get("data_dir"), entry.get("data_files")
     if folder is not None and files is None and (name in BUILDERS or Path(name).is_dir()):
-        name, folder = str(folder if name in BUILDERS else Path(name, folder)), None
+        name, folder = folder if name in BUILDERS else str(Path(name, folder)), None
     columns = entry.get("columns")
     return Source(
         name,

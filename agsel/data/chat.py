@@ -155,9 +155,9 @@ class ChatEncoder:
 
     def _prompt(self, messages: list[Message], tools: list[Any] | None, number: int) -> str | None:
         """What stands before a message. Templates do not render nothing, so for the first one it is cut off."""
-        prompt = self._text(messages[: number or 1], tools, prompt=True)
         if number:
-            return prompt
+            return self._text(messages[:number], tools, prompt=messages[number]["role"] == "assistant")
+        prompt = self._text(messages[:1], tools, prompt=True)
         begun = self._text(messages[:1], tools)
         asked = prompt.removeprefix(begun)
         return begun[: begun.index(asked) + len(asked)] if asked and asked in begun else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,10 @@ def require_data(values: Values, fields: Fields) -> None:
     Raises:
         UserError: as of `load_data`.
     """
-    for source in training_sources(values):
-        _look_at(source, fields)
+    sources = training_sources(values)
+    for source in sources:
+        with _named(source, several=len(sources) > 1):
+            _look_at(source, fields)
     held_out = held_out_source(values)
     if held_out is not None:
         with said_of(EVALUATION):
@@ -198,17 +200,22 @@ def _look_at(source: Source, fields: Fields) -> None:
 
 
 def _read(source: Source, fields: Fields, *, several: bool) -> tuple[Dataset, str]:
-    if not several:
+    with _named(source, several=several):
         return read_rows(source, fields)
-    with said_of(source.name):
-        return read_rows(source, fields)
+
+
+def _named(source: Source, *, several: bool) -> AbstractContextManager[None]:
+    return said_of(source.name) if several else nullcontext()
 
 
 def _in_shares(parts: Sequence[Dataset], shares: Sequence[float]) -> list[Dataset]:
     """The first rows of each, in these shares of the largest whole that needs no row twice (as TRL's `get_dataset`)."""
     weights = [share / sum(shares) for share in shares]
     whole = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-    return [part.select(range(round(weight * whole))) for part, weight in zip(parts, weights, strict=True)]
+    numbers = [round(weight * whole) for weight in weights]
+    if 0 in numbers:
+        raise UserError(f"datasets: fraction {shares[numbers.index(0)]} leaves its dataset no row: raise it")
+    return [part.select(range(number)) for part, number in zip(parts, numbers, strict=True)]
 
 
 def _entries(values: Values) -> list[dict[str, Any]]:

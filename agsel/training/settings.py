@@ -280,5 +280,5 @@ def _require_possible(settings: dict[str, Any]) -> None:
             raise UserError(f"{name} must be 1 or more, got {settings[name]} (--{name})")
     if not settings["learning_rate"] >= 0:
         raise UserError(f"learning_rate must be 0 or more, got {settings['learning_rate']} (--learning_rate)")
-    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and settings["num_train_epochs"] <= 0):
+    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
         raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")

@@ -92,8 +92,8 @@ class _Template(string.Formatter):
 
     def get_field(self, name: str, arguments: Sequence[Any], values: Mapping[str, Any]) -> Any:
         value, first = super().get_field(name, arguments, values)
-        if isinstance(value, bytes):
-            raise TypeError(f"{name} holds bytes, not text")
+        if isinstance(value, bytes) or callable(value):
+            raise TypeError(f"{name} is {kind_name(value)}, not text")
         return as_text(value) if isinstance(value, bool | list | dict | None) else value, first
 
 

@@ -410,6 +410,10 @@ def test_fields_that_do_not_fit_the_dataset_are_refused(tmp_path: Path, fields: 
     ("template", "reason"),
     [
         ("{question.nothing}", "row 0 of the dataset, AttributeError: "),
+        (
+            "{question.upper}",
+            "row 0 of the dataset, TypeError: question.upper is a builtin_function_or_method, not text",
+        ),
         ("{question[nothing]}", "row 0 of the dataset, TypeError: "),
         ("{meta[nothing]}", "row 0 of the dataset, KeyError: "),
         ("{tags[1]}", "row 1 of the dataset, IndexError: "),
@@ -427,7 +431,7 @@ def test_bytes_are_no_text(tmp_path: Path) -> None:
     path = as_parquet(tmp_path, [{"question": b"a", "answer": "b"}])
     refuse(path, "row 0 of the dataset, column question: holds bytes, not text", **MAPPED)
     template = {"prompt_template": "<{question}>", "completion_field": "answer"}
-    refuse(path, "--prompt_template '<{question}>' does not fit row 0", "holds bytes", **template)
+    refuse(path, "--prompt_template '<{question}>' does not fit row 0", "question is bytes", **template)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ AS_WRITTEN: dict[str, tuple[str, str, list[str]]] = {
     "leading zeros": ("rows.csv", "007|1.0|+5|1_000", ["007", "1.0", "+5", "1_000"]),
     "truth values in a table": ("rows.csv", "true|TRUE|2024-01-02", ["true", "TRUE", "2024-01-02"]),
     "space": ("rows.csv", '" a "| b|"c\nd"', [" a ", " b", "c\nd"]),
+    "line breaks": ("rows.csv", '"a\r\nb"|"c\rd"', ["a\r\nb", "c\rd"]),
     "quotes": ("rows.csv", '"say ""a"""|don\'t', ['say "a"', "don't"]),
     "escapes": ("rows.jsonl", r'"a\nb"|"\u00e9\ud83d\ude00"', ["a\nb", "é😀"]),
     "unicode": ("rows.tsv", "日本\u00a0語|e\u0301", ["日本\u00a0語", "e\u0301"]),

@@ -94,6 +94,9 @@ def test_datasets_may_have_shares_of_the_whole(tmp_path: Path) -> None:
     train = load(datasets=entries).train
     assert train["completion"][:] == ["a"] * 6 + ["b"] * 2
     assert train["prompt"][6:] == ["w0", "w1"]
+    third = {"path": texts(tmp_path / "c.jsonl", 3, "c")}
+    rounded = load(datasets=[third | {"fraction": fraction} for fraction in (7, 3)]).train
+    assert rounded["prompt"][:] == ["w0", "w1", "w2", "w0"], "3 / 0.7 * 0.7 is a little less than 3"
     assert load(datasets=[entry | {"fraction": 5} for entry in entries]).train["completion"][:] == ["a"] * 6 + ["b"] * 6
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 
 from agsel.data.formats import FEATURES
 from agsel.data.tokens import (
@@ -113,6 +114,14 @@ def test_all_rows_are_tokenised_in_order(processes: int | None) -> None:
     assert other["labels"][:] == other["input_ids"][:], "and are made anew for another choice"
 
 
+def test_tokens_are_made_anew_when_the_rules_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` finds what it has made by a hash of what makes it."""
+    tokenizer = of_bytes(MARKED, *SPECIAL)
+    before = [Hasher.hash(Encoder(tokenizer, Learning()).labelled) for _ in range(2)]
+    monkeypatch.setattr("agsel.data.tokens.rules", lambda: "other")
+    assert before[0] == before[1] != Hasher.hash(Encoder(tokenizer, Learning()).labelled)
+
+
 def report(longest_kept: int | None, *rows: dict[str, Any], template: str = MARKED) -> TokenReport:
     return TokenReport.of(tokenise(rows_of(*rows), of_bytes(template, *SPECIAL), Learning(), None), longest_kept)
 
@@ -134,8 +143,10 @@ def test_what_is_cut_and_what_is_learnt_is_counted() -> None:
 def test_rows_that_never_learn_to_end_are_counted() -> None:
     """A template that writes no token behind the last answer."""
     open_end = CHATML.replace("<|im_end|>", "{% if message.role == 'user' %}<|im_end|>{% endif %}")
-    made = report(None, text(0, "a", "b"), talk(1), talk(2), template=open_end)
+    rows = (text(0, "a", "b"), talk(1), talk(2))
+    made = report(None, *rows, template=open_end)
     assert made.endless == 2
+    assert report(1, *rows, template=open_end).endless == 0, "those that are cut are counted as such"
     assert made.describe(loses_end=True).endswith("% learnt; 2 of 3 rows without a learnt end token")
     spaced = CHATML.replace("<|im_end|>", "<|im_end|> \n")
     assert report(None, talk(0), template=spaced).endless == 0

@@ -23,7 +23,6 @@ REQUIREMENTS = {
     "tensorboard": "tensorboard>=2.20",
     "numpy": "numpy>=2",
     "pyarrow": "pyarrow>=24",
-    "fsspec": "fsspec>=2024.3",
     "pydantic": "pydantic>=2",
     "jinja2": "jinja2>=3.1",
     "psutil": "psutil>=5.9",

@@ -41,7 +41,7 @@ FLOORS = {
     "agsel/blocks.py": {"agsel.errors", "torch"},
     "agsel/adapters.py": {"agsel.errors", "torch", "peft"},
     "agsel/policies": {"agsel.errors", "numpy"},
-    "agsel/data": {"agsel.errors", "datasets", "fsspec", "pyarrow", "transformers", "trl"},
+    "agsel/data": {"agsel.errors", "datasets", "pyarrow", "transformers", "trl"},
     "agsel/compilation.py": {"agsel.blocks", "torch"},
     "agsel/zero": {
         "agsel.errors",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,22 +72,29 @@ class Side:
         """The text of a row."""
         if not self.is_template:
             value = row.get(self.text)
-            if isinstance(value, list | dict):
+            if isinstance(value, list | dict | bytes):
                 raise complaint(number, self.text, f"holds {kind_name(value)}, not text ({self.flag})")
             return as_text(value)
-        values = {column: _for_template(row.get(column)) for column in {*row, *self.columns}}
         try:
-            return self.text.format_map(values)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            return _Template().vformat(self.text, (), {column: row.get(column) for column in self.columns})
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.flag} {self.text!r} does not fit row {number} of the dataset, {type(error).__name__}: {error}; "
                 "name only what every row has (an empty field counts as text)"
             ) from error
 
 
-def _for_template(value: Any) -> Any:
-    """Nothing and truth values as files write them; lists, objects and numbers keep what templates ask of them."""
-    return as_text(value) if value is None or isinstance(value, bool) else value
+class _Template(string.Formatter):
+    """Fills in values as files write them. `{price:.2f}` and `{tags[0]}` see numbers, lists and objects."""
+
+    def get_value(self, key: int | str, arguments: Sequence[Any], values: Mapping[str, Any]) -> Any:
+        return values[str(key)]
+
+    def get_field(self, name: str, arguments: Sequence[Any], values: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(name, arguments, values)
+        if isinstance(value, bytes) or callable(value):
+            raise TypeError(f"{name} is {kind_name(value)}, not text")
+        return as_text(value) if isinstance(value, bool | list | dict | None) else value, first
 
 
 def side_of(side: str, columns: Sequence[str], fields: Fields) -> Side:
@@ -109,13 +116,20 @@ def side_of(side: str, columns: Sequence[str], fields: Fields) -> Side:
 
 def _columns_of(template: str, columns: Sequence[str], flag: str) -> tuple[str, ...]:
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        found = [re.split(r"[.\[]", name)[0] for name in _names_in(template)]
     except ValueError as error:
         raise UserError(f"{flag} {template!r} is no Python format string: {error}") from error
-    found = [re.split(r"[.\[]", name)[0] for name in names]
     for column in found:
         _require_column(column, columns, flag)
     return tuple(found)
+
+
+def _names_in(template: str) -> Iterator[str]:
+    """Also those inside format specifications, as in `{price:{width}}`."""
+    for _, name, specification, _ in string.Formatter().parse(template):
+        if name is not None:
+            yield name
+            yield from _names_in(specification or "")
 
 
 def _require_column(column: str, columns: Sequence[str], flag: str) -> None:

@@ -7,6 +7,7 @@ Whatever the format, a row becomes the same few columns (`FEATURES`): text has `
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ FEATURES = Features(
         ROW_NUMBER: Value("int64"),
     }
 )
+TEXT_TYPES = (Value("string"), Value("large_string"))
+ROWS_AT_ONCE = 10_000
 NO_TEXT: Row = {"prompt": None, "completion": None}
 NO_MESSAGES: Row = {"messages": None, "tools": None, "first_learnt": None}
 
@@ -45,7 +48,7 @@ class Format:
 
     Attributes:
         name: for people.
-        used: columns that are read.
+        used: columns that are read of the rows that have them.
         make: a row of `FEATURES` from a row and its number.
     """
 
@@ -63,9 +66,10 @@ def read_rows(source: Source, fields: Fields) -> tuple[Dataset, str]:
     rows = open_source(source)
     form = choose_format(rows, fields, source)
     make = partial(_numbered, form.make, rules())
-    made = _take_text(rows, form) if _is_plain_text(rows, form) else rows.convert(make, FEATURES, "Reading rows")
-    dropped = [column for column in rows.columns if column not in form.used]
-    said = f"{source.name} [{source.split}]: {form.name} ({', '.join(form.used)}), {len(made):,} rows"
+    made = _take_text(rows, form) if _is_plain_text(rows, form) else rows.convert(make, form.used, FEATURES)
+    used = [column for column in form.used if column in rows.columns]
+    dropped = [column for column in rows.columns if column not in used]
+    said = f"{source.name} [{source.split}]: {form.name} ({', '.join(used)}), {len(made):,} rows"
     return made, said + (f"; dropped: {', '.join(dropped)}" if dropped else "")
 
 
@@ -73,8 +77,15 @@ def join(parts: Sequence[Dataset]) -> Dataset:
     """Several datasets one after another; rows are numbered through."""
     if len(parts) == 1:
         return parts[0]
-    whole = concatenate_datasets([part.remove_columns(ROW_NUMBER) for part in parts])
-    return whole.add_column(ROW_NUMBER, list(range(len(whole))), feature=FEATURES[ROW_NUMBER])
+    return _numbered_through(concatenate_datasets([part.remove_columns(ROW_NUMBER) for part in parts]))
+
+
+def _numbered_through(rows: Dataset, **columns: pa.Array) -> Dataset:
+    """With more columns; `Dataset.add_column` goes through millions of rows one by one."""
+    columns[ROW_NUMBER] = pa.array(range(len(rows)))
+    features = Features({name: FEATURES[name] for name in columns})
+    whole = concatenate_datasets([rows, Dataset.from_dict(columns, features)], axis=1)
+    return whole.select_columns(list(FEATURES))
 
 
 @cache
@@ -85,7 +96,19 @@ def rules() -> str:
 
 
 def _numbered(make: Callable[[Row, int], Row], _rules: str, row: Row, number: int) -> Row:
-    return make(row, number) | {ROW_NUMBER: number}
+    made = make(row, number)
+    _require_whole_characters(made, number)
+    return made | {ROW_NUMBER: number}
+
+
+def _require_whole_characters(made: Row, number: int) -> None:
+    r"""JSON can write half of a character, as `\ud83d`, which is no text that could be written or tokenised."""
+    try:
+        "".join(value for value in made.values() if isinstance(value, str)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"row {number} of the dataset holds half of a character, {error.object[error.start]!a}: write it whole"
+        ) from error
 
 
 def choose_format(rows: Rows, fields: Fields, source: Source) -> Format:
@@ -98,16 +121,14 @@ def choose_format(rows: Rows, fields: Fields, source: Source) -> Format:
     if fields:
         return _mapped(rows.columns, fields)
     if {"prompt", "completion"} <= columns:
-        return _prompt_and_completion(rows.first)
+        return _prompt_and_completion(rows)
     for column in ("messages", "conversations"):
         if column in columns:
-            used = (column, "tools") if "tools" in columns else (column,)
-            sharegpt = is_sharegpt(rows.first.get(column))
+            sharegpt = is_sharegpt(rows.first(column))
             name = "ShareGPT conversations" if sharegpt else "messages"
-            return Format(name, used, partial(_conversation, column, sharegpt))
+            return Format(name, rows.offered((column, "tools")), partial(_conversation, column, sharegpt))
     if {"instruction", "output"} <= columns:
-        read = [column for column in ("instruction", "input", "output") if column in columns]
-        return Format("Alpaca instructions", tuple(read), _instruction)
+        return Format("Alpaca instructions", rows.offered(("instruction", "input", "output")), _instruction)
     raise UserError(_no_format(rows.columns, source))
 
 
@@ -124,9 +145,9 @@ def _no_format(columns: Sequence[str], source: Source) -> str:
     )
 
 
-def _prompt_and_completion(first: Row) -> Format:
-    if isinstance(first.get("completion"), list):
-        used = ("prompt", "completion", "tools") if "tools" in first else ("prompt", "completion")
+def _prompt_and_completion(rows: Rows) -> Format:
+    if isinstance(rows.first("completion"), list):
+        used = rows.offered(("prompt", "completion", "tools"))
         return Format("prompt and completion of messages", used, _two_parts)
     return Format("prompt and completion", ("prompt", "completion"), _text)
 
@@ -154,28 +175,35 @@ def _is_plain_text(rows: Rows, form: Format) -> bool:
     """Prompts and completions that have the type of text already can be checked as whole columns."""
     if not isinstance(rows, TypedRows) or form.make is not _text:
         return False
-    return all(rows.rows.features[column] == Value("string") for column in form.used)
+    return all(rows.rows.features[column] in TEXT_TYPES for column in form.used)
 
 
 def _take_text(rows: Rows, form: Format) -> Dataset:
     assert isinstance(rows, TypedRows), "of _is_plain_text"
-    chosen = rows.rows.select_columns(list(form.used)).flatten_indices()
+    texts = Features({column: FEATURES[column] for column in form.used})
+    chosen = rows.rows.select_columns(list(form.used)).cast(texts)  # also of a split expression only its rows
     for column in form.used:
-        missing = _first_true(pc.is_null(chosen.data.column(column)))
+        missing = first_row(chosen, column, pc.is_null)
         if missing is not None:
             raise complaint(missing, column, "holds null, not text")
-    blank = _first_true(pc.equal(pc.utf8_trim_whitespace(chosen.data.column("completion")), ""))
+    blank = first_row(chosen, "completion", _is_blank)
     if blank is not None:
         _checked_text("", "", blank, "completion")
-    numbers = {ROW_NUMBER: list(range(len(chosen)))}
-    for name, values in (dict.fromkeys(NO_MESSAGES, [None] * len(chosen)) | numbers).items():
-        chosen = chosen.add_column(name, values, feature=FEATURES[name])
-    return chosen.select_columns(list(FEATURES))
+    return _numbered_through(chosen, **{name: pa.nulls(len(chosen)) for name in NO_MESSAGES})
 
 
-def _first_true(mask: Any) -> int | None:
-    found = pc.index(mask, pa.scalar(True)).as_py()
-    return found if found >= 0 else None
+def first_row(rows: Dataset, column: str, test: Callable[[pa.ChunkedArray], pa.ChunkedArray]) -> int | None:
+    """Number of the first whose column passes; a part at a time, as columns can be larger than the memory."""
+    parts = rows.select_columns([column]).with_format("arrow").iter(ROWS_AT_ONCE)
+    for start, part in zip(itertools.count(0, ROWS_AT_ONCE), parts, strict=False):
+        found = pc.index(test(part[column]), pa.scalar(True)).as_py()
+        if found >= 0:
+            return start + found
+    return None
+
+
+def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.equal(pc.utf8_trim_whitespace(texts), "")
 
 
 def _conversation(column: str, sharegpt: bool, row: Row, number: int) -> Row:
@@ -201,8 +229,12 @@ def _two_parts(row: Row, number: int) -> Row:
 
 
 def _chat(messages: list[dict[str, Any]], tools: list[Any] | None, first_learnt: int) -> Row:
-    written = {"messages": json.dumps(messages), "tools": json.dumps(tools) if tools else None}
+    written = {"messages": _dumps(messages), "tools": _dumps(tools) if tools else None}
     return NO_TEXT | written | {"first_learnt": first_learnt}
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _instruction(row: Row, number: int) -> Row:
@@ -221,6 +253,8 @@ def _instruction(row: Row, number: int) -> Row:
 def _mapped(columns: Sequence[str], fields: Fields) -> Format:
     sources = {side: side_of(side, columns, fields) for side in ("prompt", "completion")}
     used = [column for source in sources.values() for column in source.columns]
+    if not used:
+        raise UserError("no column is learnt: name one in --completion_template, for example '{answer}'")
     return Format("mapped columns", tuple(dict.fromkeys(used)), partial(_render, sources))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from agsel.data.values import is_text, kind_name, plain
@@ -23,12 +24,15 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function": "tool",
 }
-KEPT = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""Of a message; chat templates read these."""
+TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+"""Of a message, beside role, content and tool calls; chat templates read these."""
 
 
 def is_sharegpt(value: Any) -> bool:
     """Whether a list of messages has from and value, in place of role and content."""
+    if is_text(value) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, Mapping) and first.get("from") is not None and first.get("role") is None
 
@@ -60,7 +64,7 @@ def require_answer(messages: list[dict[str, Any]], complain: Complain) -> None:
 
 def read_tools(value: Any, complain: Complain) -> list[Any] | None:
     """A list of tools, or JSON of one; None for none."""
-    tools = _parsed(value, complain) if isinstance(value, str) else value
+    tools = _parsed(value, complain) if isinstance(value, str) and value else value or None
     if tools is not None and not isinstance(tools, list):
         raise complain(f"holds {kind_name(tools)}, not a list of tools")
     return plain(tools) or None
@@ -69,7 +73,7 @@ def read_tools(value: Any, complain: Complain) -> list[Any] | None:
 def _parsed(text: str, complain: Complain) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise complain(f"holds text that is no JSON ({error})") from error
 
 
@@ -85,13 +89,16 @@ def _read_message(message: Any, number: int, complain: Complain, sharegpt: bool)
     if found["role"] not in ROLES:
         raise complain(f"message {number} has the unknown role {found['role']!r}: known are {', '.join(ROLES)}")
     calls = _read_calls(found.get("tool_calls"), number, complain)
-    kept = {name: found[name] for name in KEPT if name in found and name != "tool_calls"}
-    kept["content"] = _read_content(found.get("content"), bool(calls), number, complain)
-    return kept | ({"tool_calls": calls} if calls else {})
+    content = _read_content(found.get("content"), bool(calls), number, complain)
+    texts = {name: found[name] for name in TEXTS if name in found}
+    for name, text in texts.items():
+        if not is_text(text):
+            raise complain(f"the {name} of message {number} is {kind_name(text)}, not text")
+    return {"role": found["role"], "content": content} | texts | ({"tool_calls": calls} if calls else {})
 
 
 def _of_sharegpt(message: Mapping[str, Any], number: int, complain: Complain) -> dict[str, Any]:
-    if message["from"] not in SHAREGPT_ROLES:
+    if not is_text(message["from"]) or message["from"] not in SHAREGPT_ROLES:
         known = ", ".join(SHAREGPT_ROLES)
         raise complain(f"message {number} is from the unknown role {message['from']!r}: known are {known}")
     others = {name: value for name, value in message.items() if name not in ("from", "value")}
@@ -110,7 +117,7 @@ def _read_content(content: Any, has_calls: bool, number: int, complain: Complain
 
 
 def _text_of_part(part: Any, number: int, complain: Complain) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+    if isinstance(part, Mapping) and part.get("type") == "text" and is_text(part.get("text")):
         return part["text"]
     raise complain(f"the content of message {number} has a part that is no text: agsel trains on text only")
 
@@ -132,7 +139,7 @@ def _with_parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return call
         return call | {"arguments": parsed} if isinstance(parsed, dict) else call
     return call

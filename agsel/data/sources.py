@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec
-from datasets import Dataset, Features, ReadInstruction, load_dataset
-from datasets.data_files import EmptyDatasetError, get_data_patterns
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, ReadInstruction, load_dataset, load_dataset_builder
+from datasets.data_files import DataFilesDict, EmptyDatasetError, get_data_patterns
 from datasets.exceptions import DatasetGenerationError
 
 from agsel.data.values import FileNumber, kind_name, without_nulls
@@ -28,7 +30,10 @@ TEXT_FILES = (".json", ".jsonl", *DELIMITERS)
 FILES = (*TEXT_FILES, ".parquet")
 BUILDERS = ("json", "csv", "parquet")
 """Names that `datasets` has for kinds of files."""
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+"""By ending, as Arrow calls them."""
+SAVED_TO_DISK = ("state.json", "dataset_dict.json")
+"""In the folders of `Dataset.save_to_disk`."""
 ROWS_SAMPLED = 1000
 """The columns of a text file are those of its first rows."""
 
@@ -58,7 +63,7 @@ class Source:
 
 def complaint(number: int, column: str, what: str) -> UserError:
     """What is wrong with a row."""
-    return UserError(f"row {number} of the dataset: its column {column} {what}")
+    return UserError(f"row {number} of the dataset, column {column}: {what}")
 
 
 class TypedRows:
@@ -67,37 +72,51 @@ class TypedRows:
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
         self.columns = tuple(rows.column_names)
-        self.first: Row = rows[0]
 
-    def convert(self, make: Convert, features: Features, description: str) -> Dataset:
-        """A row of `features` from every row. What a row has not got is null in a column with a type: left out."""
-        return self.rows.map(
+    def first(self, column: str) -> Any:
+        """Of the first row."""
+        return self.rows.select_columns([column])[0][column]
+
+    def offered(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """Those of the columns that rows have."""
+        return tuple(column for column in columns if column in self.columns)
+
+    def convert(self, make: Convert, used: Sequence[str], features: Features) -> Dataset:
+        """A row of `features` from the columns used of every row.
+
+        What a row has not got is null in a column with a type: left out.
+        """
+        return self.rows.select_columns(list(used)).map(
             lambda row, number: make(without_nulls(row), number),
             with_indices=True,
-            remove_columns=self.rows.column_names,
+            remove_columns=list(used),
             features=features,
-            desc=description,
+            desc="Reading rows",
         )
 
 
 class WrittenRows:
     """Rows of JSON or CSV files, read anew as they are written whenever they are asked for."""
 
-    def __init__(self, paths: Sequence[Path], split: str) -> None:
-        self._paths, self._split = list(paths), split
+    def __init__(self, paths: Sequence[Path], source: Source) -> None:
+        self._paths, self._split, self._wanted = list(paths), source.split, source.columns
         sample = list(itertools.islice(read_files(self._paths), ROWS_SAMPLED))
         self.columns = tuple(dict.fromkeys(column for row in sample for column in row))
-        self.first: Row = sample[0] if sample else {}
+        self._first: Row = sample[0] if sample else {}
 
-    def convert(self, make: Convert, features: Features, description: str) -> Dataset:
-        """A row of `features` from every row of the split."""
-        stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self._paths]
+    def first(self, column: str) -> Any:
+        """Of the first row."""
+        return self._first.get(column)
+
+    def offered(self, columns: Sequence[str]) -> tuple[str, ...]:
+        """Those of the columns that rows may have: some can have what the first ones do not."""
+        return tuple(column for column in columns if self._wanted is None or column in self._wanted)
+
+    def convert(self, make: Convert, used: Sequence[str], features: Features) -> Dataset:
+        """A row of `features` from the columns used of every row of the split."""
+        given = {"stamps": tuple(map(_stamp, self._paths)), "used": tuple(used), "make": make}
         try:
-            whole = Dataset.from_generator(
-                _converted,
-                features=features,
-                gen_kwargs={"stamps": stamps, "make": make},
-            )
+            whole = Dataset.from_generator(_converted, features=features, gen_kwargs=given)
         except DatasetGenerationError as error:
             raise _cause(error) from error
         return _part(whole, self._split)
@@ -114,7 +133,7 @@ def open_source(source: Source) -> Rows:
     """
     paths = local_files(source)
     if paths is not None and kind_of(paths[0]) in TEXT_FILES:
-        rows: Rows = WrittenRows(paths, source.split)
+        rows: Rows = WrittenRows(paths, source)
         if not rows.columns:
             raise UserError(f"{source.name} has no rows ({source.flag}): give it at least one")
     else:
@@ -146,7 +165,7 @@ def local_files(source: Source) -> list[Path] | None:
     Raises:
         UserError: there are none.
     """
-    if not source.name:
+    if not source.name or (source.name in BUILDERS and source.files is None and not Path(source.name).is_dir()):
         raise UserError(f"no dataset: name a hub dataset, a folder or a {', '.join(FILES)} file ({source.flag})")
     path = Path(source.name)
     if source.files is not None:
@@ -170,12 +189,12 @@ def _named_files(source: Source) -> list[Path] | None:
     if any("://" in name for name in names):
         return None
     base = Path() if source.name in BUILDERS else base
-    return [_readable(path, source) for name in names for path in _expanded(base / name)]
+    return _of_one_kind([_readable(path, source) for name in names for path in _expanded(base / name)], source)
 
 
 def _expanded(path: Path) -> list[Path]:
-    """What a pattern such as `part-*.jsonl` stands for."""
-    return sorted(map(Path, glob.glob(str(path), recursive=True))) if glob.has_magic(str(path)) else [path]
+    """What a pattern such as `part-*.jsonl` stands for, itself if there is no such file."""
+    return sorted(map(Path, glob.glob(str(path), recursive=True))) or [path]
 
 
 def _readable(path: Path, source: Source) -> Path:
@@ -195,12 +214,11 @@ def _readable(path: Path, source: Source) -> Path:
 
 def _files_in_folder(folder: Path, source: Source) -> list[Path] | None:
     """Those of the split by the names that `datasets` knows, such as train.jsonl and test.jsonl; all of one kind."""
-    try:
-        patterns = get_data_patterns(str(folder.resolve()))
-    except EmptyDatasetError as error:
-        raise UserError(f"{folder} holds no data files ({source.flag}): it needs {', '.join(FILES)} files") from error
-    by_split = {str(split): _matching(found) for split, found in patterns.items()}
-    by_split = {split: paths for split, paths in by_split.items() if paths}
+    if any((folder / name).is_file() for name in SAVED_TO_DISK):
+        raise UserError(
+            f"{folder} was written by save_to_disk ({source.flag}): write a file with to_parquet, and name that"
+        )
+    by_split = _files_by_split(folder, source)
     wanted = _split_name(source.split)
     if not by_split:
         return None
@@ -209,28 +227,64 @@ def _files_in_folder(folder: Path, source: Source) -> list[Path] | None:
             f"{folder} ({source.flag}) has no files for the split {wanted!r} (--dataset_train_split, "
             f"--dataset_test_split), only for {', '.join(by_split)}"
         )
-    kinds = sorted({kind_of(path) for path in by_split[wanted]})
+    return _of_one_kind(by_split[wanted], source)
+
+
+def _of_one_kind(paths: list[Path], source: Source) -> list[Path]:
+    kinds = sorted({kind_of(path) for path in paths})
     if len(kinds) > 1:
-        raise UserError(f"{folder} ({source.flag}) has files of several kinds, {', '.join(kinds)}: name one file")
-    return by_split[wanted]
+        raise UserError(f"{source.name} ({source.flag}) has files of several kinds, {', '.join(kinds)}: name one file")
+    return paths
 
 
-def _matching(patterns: Iterable[str]) -> list[Path]:
-    files = fsspec.filesystem("file")
-    found = sorted({Path(str(path)) for pattern in patterns for path in files.glob(pattern)})
-    return [path for path in found if path.is_file() and kind_of(path)]
+def _files_by_split(folder: Path, source: Source) -> dict[str, list[Path]]:
+    """As the README of a folder from the hub lists them, or by their names."""
+    base = glob.escape(str(folder.resolve()))
+    try:
+        if _lists_files(folder / "README.md"):
+            found = load_dataset_builder(str(folder), source.config).config.data_files
+        else:
+            found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    except EmptyDatasetError as error:
+        raise UserError(f"{folder} holds no data files ({source.flag}): it needs {', '.join(FILES)} files") from error
+    except Exception as error:  # whatever is wrong with a README
+        raise UserError(
+            f"cannot tell the files of {folder} ({source.flag}, --dataset_config): {one_line(error)}"
+        ) from error
+    by_split = {str(split): [Path(path) for path in paths if kind_of(Path(path))] for split, paths in found.items()}
+    return {split: paths for split, paths in by_split.items() if paths}
+
+
+def _lists_files(readme: Path) -> bool:
+    return readme.is_file() and any(line.startswith(b"configs:") for line in readme.read_bytes().splitlines())
 
 
 def _load(source: Source, paths: Sequence[Path] | None) -> Dataset:
+    rows = _load_hub(source) if paths is None else _part(_load_parquet(source, paths), source.split)
+    if not len(rows):
+        raise UserError(f"{source.name} has no rows in split {source.split!r} ({source.flag}): give it at least one")
+    return rows
+
+
+def _load_parquet(source: Source, paths: Sequence[Path]) -> Dataset:
+    try:
+        filled = [path for path in paths if pq.read_metadata(path).num_rows]
+        if not filled:
+            raise UserError(f"{source.name} has no rows ({source.flag}): give it at least one")
+        return load_dataset("parquet", data_files=[glob.escape(str(path)) for path in filled], split="train")
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        if isinstance(error, AgselError):
+            raise
+        raise UserError(f"cannot read {source.name} ({source.flag}): {one_line(error.__cause__ or error)}") from error
+
+
+def _load_hub(source: Source) -> Dataset:
     name, split = source.name, source.split
     try:
-        if paths is not None:
-            rows = _part(load_dataset("parquet", data_files=[str(path) for path in paths], split="train"), split)
-        else:
-            rows = load_dataset(name, source.config, data_dir=source.folder, data_files=source.files, split=split)
+        return load_dataset(name, source.config, data_dir=source.folder, data_files=source.files, split=split)
     except DatasetGenerationError as error:
         raise UserError(f"cannot read {name} ({source.flag}): {one_line(error.__cause__ or error)}") from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot load {name} ({source.flag}), split {split!r} (--dataset_train_split, --dataset_test_split; "
             f"train[90%:] is the end of train): {one_line(error)}"
@@ -240,9 +294,6 @@ def _load(source: Source, paths: Sequence[Path] | None) -> Dataset:
             f"cannot find or reach the dataset {name} ({source.flag}): {one_line(error)}; correct the name, or give a "
             "file"
         ) from error
-    if not len(rows):
-        raise UserError(f"{name} has no rows in split {split!r} ({source.flag}): give it at least one")
-    return rows
 
 
 def _split_name(split: str) -> str:
@@ -265,9 +316,15 @@ def _part(whole: Dataset, split: str) -> Dataset:
     return whole if len(chosen) == len(whole) else whole.select(chosen)
 
 
-def _converted(stamps: Sequence[tuple[str, int, int]], make: Convert) -> Iterator[Row]:
-    for number, row in enumerate(read_files([Path(path) for path, _, _ in stamps])):
-        yield make(row, number)
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """Another one, and `datasets` does not go on giving what was in a file before."""
+    state = path.stat()
+    return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
+def _converted(stamps: Sequence[tuple[str, int, int, int]], used: Sequence[str], make: Convert) -> Iterator[Row]:
+    for number, row in enumerate(read_files([Path(path) for path, *_ in stamps])):
+        yield make({column: row[column] for column in used if column in row}, number)
 
 
 def _cause(error: BaseException) -> AgselError | UserError:
@@ -289,30 +346,51 @@ def read_files(paths: Iterable[Path]) -> Iterator[Row]:
     for path in paths:
         kind = kind_of(path)
         try:
-            with fsspec.open(str(path), "rt", encoding="utf-8-sig", newline="", compression="infer") as file:
+            with _open(path) as file:
                 yield from _read_table(file, path, DELIMITERS[kind]) if kind in DELIMITERS else _read_json(file, path)
-        except (OSError, EOFError, UnicodeDecodeError, csv.Error, ImportError, ValueError) as error:
+        except UnicodeDecodeError as error:
+            raise UserError(f"cannot read {path}: {error}; save it as UTF-8") from error
+        except (OSError, EOFError, ValueError) as error:
             if isinstance(error, AgselError):
                 raise
             raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
+def _open(path: Path) -> IO[str]:
+    content = pa.input_stream(str(path), compression=COMPRESSIONS.get(path.suffix.lower()), buffer_size=2**16)
+    return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+
+
 def _read_table(file: IO[str], path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(file, delimiter=delimiter, strict=True)
-    header = next(reader, [])
-    for number, values in enumerate(filter(None, reader)):
+    try:
+        yield from _read_lines(filter(None, reader), path)
+    except csv.Error as error:
+        raise UserError(
+            f"cannot read {path}, line {reader.line_num}: {error}; put text with quotes in quotes, and double its own"
+        ) from error
+
+
+def _read_lines(lines: Iterator[list[str]], path: Path) -> Iterator[Row]:
+    header = next(lines, [])
+    twice = next((name for name in filter(None, header) if header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} has the column {twice!r} twice: rename one of both")
+    for number, values in enumerate(lines):
         if len(values) != len(header):
             raise UserError(
                 f"row {number} of {path} has {len(values)} fields, its first line names {len(header)}: correct it, or "
                 "put text with a delimiter or a line break in quotes"
             )
-        yield dict(zip(header, values, strict=True))
+        yield {name: value for name, value in zip(header, values, strict=True) if name}
 
 
 def _read_json(file: IO[str], path: Path) -> Iterator[Row]:
     """One row a line, or one list of rows."""
-    first = next((line for line in file if line.strip()), "")
+    first = next((line for line in file if line.strip()), None)
+    if first is None:
+        return
     if first.lstrip().startswith("[") or not _is_json(first):
         yield from _read_json_list(first + file.read(), path)
         return
@@ -334,7 +412,7 @@ def _read_json_list(text: str, path: Path) -> Iterator[Row]:
 
 def _require_object(row: Any, number: int, path: Path) -> Row:
     if not isinstance(row, dict):
-        raise UserError(f"cannot read {path}: row {number} is no JSON object, but {json.dumps(row)[:40]}")
+        raise UserError(f"cannot read {path}: row {number} is no JSON object, but {kind_name(row)}")
     return row
 
 
@@ -347,4 +425,7 @@ def _is_json(line: str) -> bool:
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, parse_int=FileNumber, parse_float=FileNumber, parse_constant=FileNumber)
+    try:
+        return json.loads(text, parse_int=FileNumber, parse_float=FileNumber, parse_constant=FileNumber)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

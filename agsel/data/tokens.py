@@ -12,14 +12,14 @@ from datasets import Sequence as ListOf
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 
-from agsel.data.chat import ChatEncoder, Tokens, special_ids
-from agsel.data.formats import ROW_NUMBER, rules
+from agsel.data.chat import ChatEncoder, Endings, Tokens
+from agsel.data.formats import ROW_NUMBER, first_row, rules
 from agsel.data.sources import Row
 
 NOT_LEARNT = -100
 """The label of such a token, as PyTorch's cross-entropy has it."""
 ENDED = "agsel_ended"
-"""Column: whether the last learnt token of a row is one that ends a text or a turn."""
+"""Column: whether what is learnt of a row ends with a token that ends a text or a turn, but for space."""
 TOKEN_FEATURES = Features(
     {
         "input_ids": ListOf(Value("int32")),
@@ -51,13 +51,18 @@ class Learning:
         return " and ".join(name for name, chosen in kinds.items() if chosen) or "on all tokens"
 
 
+def first_conversation(rows: Dataset) -> int | None:
+    """Number of the first one among the rows of `agsel.data.formats`."""
+    return first_row(rows, "messages", pc.is_valid)
+
+
 def has_conversations(rows: Dataset) -> bool:
     """Whether some of the rows of `agsel.data.formats` are."""
-    return rows.data.column("messages").null_count < len(rows.data)
+    return first_conversation(rows) is not None
 
 
 def _any_text(rows: Dataset) -> bool:
-    return rows.data.column("messages").null_count > 0
+    return first_row(rows, "messages", pc.is_null) is not None
 
 
 class Encoder:
@@ -70,7 +75,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, learning: Learning) -> None:
         self._tokenizer, self._learning, self._rules = tokenizer, learning, rules()
-        self._ends = special_ids(tokenizer)
+        self._endings = Endings(tokenizer)
         self._chat: ChatEncoder | None = None
 
     def encode(self, row: Row) -> Tokens:
@@ -87,8 +92,9 @@ class Encoder:
         """A row of `TOKEN_FEATURES`."""
         tokens = self.encode(row)
         labels = [token if learnt else NOT_LEARNT for token, learnt in zip(tokens.ids, tokens.learnt, strict=True)]
-        last = next((label for label in reversed(labels) if label != NOT_LEARNT), None)
-        return {"input_ids": tokens.ids, "labels": labels, ROW_NUMBER: row[ROW_NUMBER], ENDED: last in self._ends}
+        learnt = [label for label in labels if label != NOT_LEARNT]
+        ended = self._endings.behind(learnt, 0) is not None
+        return {"input_ids": tokens.ids, "labels": labels, ROW_NUMBER: row[ROW_NUMBER], ENDED: ended}
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, learning: Learning) -> Tokens:

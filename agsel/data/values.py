@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -15,6 +16,9 @@ class FileNumber(str):
 
     def __format__(self, specification: str) -> str:
         return format(self.value, specification) if specification else str(self)
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def plain(value: Any) -> Any:
@@ -46,7 +50,16 @@ def as_text(value: Any) -> str:
     """A value as a file would write it; nothing for null."""
     if value is None:
         return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return as_json(value) if isinstance(value, bool | list | dict) else str(value)
+
+
+def as_json(value: Any) -> str:
+    """A value as JSON, in which numbers keep their spelling."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_json, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{as_json(name)}: {as_json(member)}" for name, member in value.items()) + "}"
+    return str(value) if isinstance(value, FileNumber) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def kind_name(value: Any) -> str:
@@ -55,5 +68,5 @@ def kind_name(value: Any) -> str:
         return f"a truth value ({as_text(value)})"
     if isinstance(value, FileNumber | int | float):
         return f"a number ({value})"
-    names = {str: "text", list: "a list", dict: "an object", type(None): "null"}
+    names = {str: "text", bytes: "bytes", list: "a list", dict: "an object", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,17 @@ Values = Mapping[str, Any]
 
 READ_EARLY = 10_000_000
 """Bytes: local data up to this size is read before anything is started, of more only the beginning."""
-OF_AN_ENTRY = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction")
-"""What one of `datasets` may set, as TRL's DatasetConfig."""
+OF_AN_ENTRY = {
+    "path": (str,),
+    "name": (str,),
+    "data_dir": (str,),
+    "data_files": (str, list, dict),
+    "split": (str,),
+    "columns": (list,),
+    "fraction": (int, float),
+}
+"""What one of `datasets` may set, as TRL's DatasetConfig, and as what."""
+KINDS = {str: "text", list: "a list", dict: "a mapping", int: "a number", float: "a number"}
 EVALUATION = "evaluation data"
 
 
@@ -48,8 +58,10 @@ def require_data(values: Values, fields: Fields) -> None:
     Raises:
         UserError: as of `load_data`.
     """
-    for source in training_sources(values):
-        _look_at(source, fields)
+    sources = training_sources(values)
+    for source in sources:
+        with _named(source, several=len(sources) > 1):
+            _look_at(source, fields)
     held_out = held_out_source(values)
     if held_out is not None:
         with said_of(EVALUATION):
@@ -98,7 +110,7 @@ def training_sources(values: Values) -> list[Source]:
     given = [entry.get("fraction") for entry in entries]
     if any(fraction is not None for fraction in given):
         for fraction in given:
-            if not isinstance(fraction, int | float) or fraction <= 0:
+            if fraction is None or not 0 < fraction < math.inf:
                 raise UserError(f"datasets: fraction is {fraction} for one: give every dataset one above 0, or none")
     return [_source_of(entry) for entry in entries]
 
@@ -188,17 +200,22 @@ def _look_at(source: Source, fields: Fields) -> None:
 
 
 def _read(source: Source, fields: Fields, *, several: bool) -> tuple[Dataset, str]:
-    if not several:
+    with _named(source, several=several):
         return read_rows(source, fields)
-    with said_of(source.name):
-        return read_rows(source, fields)
+
+
+def _named(source: Source, *, several: bool) -> AbstractContextManager[None]:
+    return said_of(source.name) if several else nullcontext()
 
 
 def _in_shares(parts: Sequence[Dataset], shares: Sequence[float]) -> list[Dataset]:
     """The first rows of each, in these shares of the largest whole that needs no row twice (as TRL's `get_dataset`)."""
     weights = [share / sum(shares) for share in shares]
     whole = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-    return [part.select(range(round(weight * whole))) for part, weight in zip(parts, weights, strict=True)]
+    numbers = [round(weight * whole) for weight in weights]
+    if 0 in numbers:
+        raise UserError(f"datasets: fraction {shares[numbers.index(0)]} leaves its dataset no row: raise it")
+    return [part.select(range(number)) for part, number in zip(parts, numbers, strict=True)]
 
 
 def _entries(values: Values) -> list[dict[str, Any]]:
@@ -212,16 +229,19 @@ def _entry(entry: Any) -> dict[str, Any]:
             entry = json.loads(entry)
     if not isinstance(entry, dict) or not entry.get("path"):
         raise UserError(f"datasets: {entry!r} has no path: write one `path: NAME_OR_FILE` for each dataset")
-    for name in entry:
+    for name, value in entry.items():
         if name not in OF_AN_ENTRY:
-            raise UserError(f"datasets: unknown setting {name!r}{suggestion(name, OF_AN_ENTRY)}")
+            raise UserError(f"datasets: unknown setting {name!r}{suggestion(str(name), OF_AN_ENTRY)}")
+        if value is not None and not isinstance(value, OF_AN_ENTRY[name]):
+            kinds = " or ".join(dict.fromkeys(KINDS[kind] for kind in OF_AN_ENTRY[name]))
+            raise UserError(f"datasets: {name} is {value!r}: it must be {kinds}")
     return entry
 
 
 def _source_of(entry: Mapping[str, Any]) -> Source:
-    name, folder, files = str(entry["path"]), entry.get("data_dir"), entry.get("data_files")
+    name, folder, files = entry["path"], entry.get("data_dir"), entry.get("data_files")
     if folder is not None and files is None and (name in BUILDERS or Path(name).is_dir()):
-        name, folder = str(folder if name in BUILDERS else Path(name, folder)), None
+        name, folder = folder if name in BUILDERS else str(Path(name, folder)), None
     columns = entry.get("columns")
     return Source(
         name,

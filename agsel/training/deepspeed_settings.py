@@ -106,9 +106,9 @@ def read_deepspeed(deepspeed: Any) -> dict[str, Any]:
     """The DeepSpeed settings: of a file, of a shipped one by its name, as JSON, or as they stand in a YAML file."""
     settings = deepspeed
     if isinstance(deepspeed, str):
-        text = deepspeed if deepspeed.startswith("{") else _deepspeed_file(deepspeed).read_text()
+        file = None if deepspeed.startswith("{") else _deepspeed_file(deepspeed)
         try:
-            settings = json.loads(text)
+            settings = json.loads(file.read_text(encoding="utf-8-sig") if file else deepspeed)
         except ValueError as error:
             raise UserError(f"{deepspeed} is no JSON (--deepspeed): {error}") from error
     if not isinstance(settings, dict):

@@ -5,6 +5,7 @@ All of it is plain values, read and checked before anything is started.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from argparse import Namespace
@@ -31,6 +32,13 @@ from agsel.training.usage import OWN, UPSTREAM, describe
 Group = TypeVar("Group")
 
 GROUPS = (*UPSTREAM, *OWN)
+AT_LEAST_1 = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "dataset_num_proc",
+)
 NOT_WRITTEN = ("hub_token", "local_rank")
 OF_TRL_ALONE = {
     "streaming": "agsel checks every row before it trains: leave it out",
@@ -173,11 +181,14 @@ def _file_of(name: str) -> Path:
 def _read_file(path: Path) -> dict[str, Any]:
     """The settings in the file of `--config`."""
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"the file of --config is no YAML: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path} has no settings (--config): write one `name: value` a line, as the recipes do")
+    wrong = next((name for name in settings if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise UserError(f"unknown setting {str(wrong).lower()!r} in the file of --config")
     return settings
 
 
@@ -203,7 +214,7 @@ def _as_declared(in_file: Mapping[str, Any], groups: Iterable[type], before: Map
 def _kinds(hint: Any) -> tuple[set[type], set[Any]]:
     """(types that a value may have, its names if only some are allowed)"""
     kinds = {hint} if isinstance(hint, type) or get_origin(hint) is list else {*get_args(hint)}
-    literals = {name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)}
+    literals = {name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind) if name is not False}
     if get_origin(hint) is Literal:
         kinds, literals = {str}, {*get_args(hint)}
     types = {get_origin(kind) or kind for kind in kinds} - {Literal}
@@ -219,17 +230,29 @@ def _of_kind(name: str, value: Any, hint: Any, default: Any) -> Any:
         return value
     if value is False and "no" in names:
         return "no"
-    if isinstance(value, str) and names and value not in names:
-        raise UserError(f"{name} is {value!r} in the file of --config: it must be one of {', '.join(sorted(names))}")
-    if isinstance(value, float) and int in kinds and float not in kinds:
-        if not value.is_integer():
-            raise UserError(f"{name} is {value} in the file of --config: it must be a whole number")
-        return int(value)
-    if isinstance(value, bool) and bool not in kinds and str not in kinds:
-        raise UserError(f"{name} is {str(value).lower()} in the file of --config: it takes no truth value")
+    if list in kinds and type(value) not in kinds:
+        return [value]
+    if isinstance(value, bool) and kinds <= {str, type(None)}:
+        return str(value).lower()
+    needed = _what_it_must_be(value, kinds, names)
+    if needed is not None:
+        raise UserError(f"{name} is {json.dumps(value, default=str)} in the file of --config: it {needed}")
+    return int(value) if isinstance(value, float) and int in kinds and float not in kinds else value
+
+
+def _what_it_must_be(value: Any, kinds: set[type], names: set[str]) -> str | None:
+    """What a value of a setting should have been, None if it may be what it is."""
+    if names and not isinstance(value, tuple(kinds - {str})) and value not in names:
+        return f"must be one of {', '.join(sorted(names))}"
     if isinstance(value, list | dict) and type(value) not in kinds:
-        raise UserError(f"{name} has several values in the file of --config: it takes one")
-    return value
+        return "takes one value"
+    if isinstance(value, bool) and bool not in kinds and str not in kinds:
+        return "takes no truth value"
+    if isinstance(value, float) and int in kinds and float not in kinds and not value.is_integer():
+        return "must be a whole number"
+    if kinds <= {str, type(None)} and not isinstance(value, str):
+        return "is text, put it in quotes"
+    return None
 
 
 class _Parser(TrlParser):
@@ -264,8 +287,10 @@ def _require_possible(settings: dict[str, Any]) -> None:
         )
     if settings["enable_jit_checkpoint"]:
         raise UserError("--enable_jit_checkpoint would take SIGTERM from agsel, which saves the run then: leave it out")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if settings[name] < 1:
+    for name in AT_LEAST_1:
+        if settings[name] is not None and settings[name] < 1:
             raise UserError(f"{name} must be 1 or more, got {settings[name]} (--{name})")
-    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and settings["num_train_epochs"] <= 0):
+    if not settings["learning_rate"] >= 0:
+        raise UserError(f"learning_rate must be 0 or more, got {settings['learning_rate']} (--learning_rate)")
+    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
         raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig
 
-from agsel.data.tokens import Encoder, Learning, has_conversations
+from agsel.data.tokens import Encoder, Learning, first_conversation
 from agsel.errors import UserError, one_line
 from agsel.training.model import loading
 from agsel.zero.parameters import global_shape
@@ -104,9 +104,9 @@ def require_chat_template(
     Raises:
         UserError: there is no template, it fails, or it does not tell what the assistant says.
     """
-    if has_conversations(rows):
-        first = rows[pc.index(pc.is_valid(rows.data.column("messages")), True).as_py()]
-        Encoder(_with_named_template(tokenizer, training.chat_template_path), learning).encode(first)
+    first = first_conversation(rows)
+    if first is not None:
+        Encoder(_with_named_template(tokenizer, training.chat_template_path), learning).encode(rows[first])
 
 
 def _is_tokenizer(chat_template_path: str | None) -> bool:

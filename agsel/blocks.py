@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from agsel.errors import UserError
 EMBED, FINAL_NORM, HEAD = "embed", "final_norm", "head"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A named set of parameters that is selected, updated and moved as one."""
 
@@ -69,27 +69,80 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return [Block(name, tuple(members[name])) for name in sorted(members, key=_forward_position)]
 
 
-def block_param_groups(model: nn.Module, blocks: Literal["layers", "all"] = "layers") -> list[dict[str, Any]]:
+def taking_part(
+    found: Sequence[Block], blocks: Literal["layers", "all"] = "layers", select_from: float = 0
+) -> list[Block]:
+    """Of a model's blocks, those that take part.
+
+    Args:
+        found: of `find_blocks`.
+        blocks: `"layers"` leaves out embedding, final norm and head.
+        select_from: number of the lowest layer that takes part, or, below 1, the share of the layers below it.
+
+    Raises:
+        UserError: `blocks` is neither value, or there is no such layer, or all of the model is to take part.
+    """
+    require_scope(blocks, select_from)
+    layers = [block for block in found if block.is_layer]
+    chosen = layers[_lowest_layer(select_from, len(layers)) :]
+    return [block for block in found if blocks == "all" or block in chosen]
+
+
+def require_scope(blocks: str, select_from: float) -> None:
+    """Refuse what is wrong for every model.
+
+    Raises:
+        UserError: as of `taking_part`.
+    """
+    if blocks not in ("layers", "all"):
+        raise UserError(f"blocks must be 'layers' or 'all', got {blocks!r} (--select_blocks)")
+    if not select_from >= 0 or (select_from >= 1 and select_from % 1 != 0):
+        raise UserError(
+            f"select_from must be the number of a layer, or a share of the layers below 1, got {select_from:g} "
+            "(--select_from)"
+        )
+    if select_from and blocks == "all":
+        raise UserError(
+            "select_from keeps the backward from the layers below, but the embedding needs it through all of them: "
+            "leave it out (--select_from), or select among the layers (--select_blocks layers)"
+        )
+
+
+def _lowest_layer(select_from: float, layers: int) -> int:
+    rounding_slack = 1e-9  # 0.29 * 100 is 28.999999999999996, and 29 is meant
+    lowest = int(select_from * layers + rounding_slack) if select_from < 1 else int(select_from)
+    if lowest >= layers:
+        raise UserError(
+            f"select_from is {lowest}, and the model has layers 0 to {layers - 1}: choose a lower one (--select_from)"
+        )
+    return lowest
+
+
+def block_param_groups(
+    model: nn.Module, blocks: Literal["layers", "all"] = "layers", select_from: float = 0
+) -> list[dict[str, Any]]:
     """One optimizer param group per block that takes part; everything else is frozen.
 
     Args:
         model: a decoder model, before `deepspeed.initialize`, with every block trainable.
         blocks: `"layers"` selects among the decoder layers and freezes embedding, final norm and head; `"all"` makes
             those selectable blocks too, as in the AdaGradSelect paper, at the price of a full-depth backward.
+        select_from: number of the lowest layer that takes part, or, below 1, the share of the layers below it. These
+            are frozen for good: no backward reaches them, and there are no optimizer states of them.
 
     Returns:
         `[{"params": [...]}, ...]` in forward order, for a `torch.optim.AdamW`.
 
     Raises:
-        UserError: `blocks` is neither value, no blocks are found, or a block has no trainable parameter. A PEFT
-            model's blocks without adapters are left out instead.
+        UserError: as of `taking_part`, no blocks are found, or a block has no trainable parameter. A PEFT model's
+            blocks without adapters are left out instead.
     """
-    if blocks not in ("layers", "all"):
-        raise UserError(f"blocks must be 'layers' or 'all', got {blocks!r} (--select_blocks)")
     is_peft = hasattr(_language_model(model), "peft_config")
+    found = find_blocks(model)
+    chosen = taking_part(found, blocks, select_from)
     groups = []
-    for block in find_blocks(model):
-        if blocks == "layers" and not block.is_layer:
+    for block in found:
+        if block not in chosen:
             for parameter in block.parameters:
                 parameter.requires_grad_(False)
         elif block.trainable:

@@ -37,7 +37,8 @@ from agsel.training.fit import plan_of_run
 from agsel.training.generation import require_generation_config
 from agsel.training.hub import require_hub
 from agsel.training.identity import describe_settings, describe_trainer
-from agsel.training.lora import settle_targets
+from agsel.training.lora import require_taking_part, settle_targets
+from agsel.training.merging import merge_adapter
 from agsel.training.model import init_kwargs, require_model
 from agsel.training.output import direct_output, on_first_rank
 from agsel.training.packages import require_packages
@@ -103,7 +104,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
             sanity_checks=configuration.safety.sanity_checks,
         )
 
-    train_blocks(trainer, attach, blocks=configuration.taking_part)
+    train_blocks(trainer, attach, blocks=configuration.taking_part, select_from=configuration.selection.select_from)
     run = prepare_resume(configuration, data, trainer, checkpoint)
     first_rank_does(partial(write_configuration, configuration), group)
     beginning.is_over(group)
@@ -114,6 +115,9 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         say_goodbye(trainer, requests)
     else:
         export_model(trainer, run_folder / "model", group)
+        if configuration.output.merge_adapter:
+            base = configuration.model.model_name_or_path
+            merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
         say_done(configuration)
     return trainer
 
@@ -168,6 +172,7 @@ def build_trainer(configuration: Configuration, data: RunData) -> RowTrainer:
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.selection.compile_layers:
         agsel.compile_layers(trainer.model)
+    require_taking_part(trainer.model, configuration.blocks_of(trainer.model))
     direct_output(trainer)
     return trainer
 

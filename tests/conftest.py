@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 from torch import distributed
 
 from tests.distributed import free_port
@@ -26,8 +27,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import deepspeed
 
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # they would wait for each other where other tests use the cores
     monkeypatch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)  # of the test before, whose group is destroyed
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     deepspeed.init_distributed("gloo", verbose=False)
     yield
     distributed.destroy_process_group()
+    torch.set_num_threads(threads)

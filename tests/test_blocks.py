@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from agsel.blocks import block_param_groups, find_blocks
+from agsel.errors import UserError
 from agsel.zero.parameters import global_numel
 
 LAYERS = 3
@@ -327,6 +328,35 @@ def test_layers_freezes_what_takes_no_part() -> None:
     in_groups = names_of_groups(model, groups)
     assert in_groups == [{*members(model)[name]} for name in NAMES_OF_LAYERS]
     assert trainable(model) == set.union(*in_groups)
+
+
+@pytest.mark.parametrize(("select_from", "lowest"), [(0, 0), (2, 2), (2.0, 2), (0.5, 1), (0.99, 2)])
+def test_no_backward_reaches_the_layers_below(select_from: float, lowest: int) -> None:
+    model = tiny_decoder("llama")
+    groups = block_param_groups(model, "layers", select_from)
+    layers = model.model.layers
+    assert [set(group["params"]) for group in groups] == [set(layer.parameters()) for layer in layers[lowest:]]
+    reached = []
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda _, __, output, number=number: reached.append((number, output.requires_grad)))
+    model(input_ids=torch.arange(6)[None])
+    assert reached == [(number, number >= lowest) for number in range(LAYERS)]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "select_from", "message"),
+    [
+        ("layers", LAYERS, f"layers 0 to {LAYERS - 1}: choose a lower one (--select_from)"),
+        ("layers", -1, "(--select_from)"),
+        ("layers", 1.5, "(--select_from)"),
+        ("layers", float("nan"), "(--select_from)"),
+        ("all", 1, "--select_blocks layers"),
+        ("all", 0.5, "--select_blocks layers"),
+    ],
+)
+def test_no_such_lowest_layer(blocks: Any, select_from: float, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        block_param_groups(tiny_decoder("llama"), blocks, select_from)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -376,7 +376,7 @@ def plan_of(model: nn.Module) -> tuple[str, str | None]:
     )
     configuration: Any = SimpleNamespace(
         training=training,
-        selection=SimpleNamespace(compile_layers=False, offload_states=True),
+        selection=SimpleNamespace(compile_layers=False, offload_states=True, select_from=0),
         taking_part="layers",
     )
     trainer: Any = SimpleNamespace(model=model, train_dataset=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))

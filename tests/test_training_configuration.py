@@ -67,6 +67,7 @@ def test_the_methods_own_default_of_the_blocks_that_take_part() -> None:
     assert parse(*always).taking_part == "layers"
     assert parse(*always, "--method", "full").taking_part == "all"
     assert parse(*always, "--method", "full", "--select_blocks", "layers").taking_part == "layers"
+    assert parse(*always, "--method", "full", "--select_from", "0.5").taking_part == "layers"
 
 
 def test_what_the_method_does_not_read_is_refused_on_the_command_line(recipe: Path) -> None:
@@ -157,6 +158,12 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
         (["--fp16", "true", "--bf16", "true"], "fp16 and bf16"),
         (["--per_device_train_batch_size", "0"], "must be 1 or more, got 0.*--per_device_train_batch_size"),
         (["--gradient_accumulation_steps", "0"], "must be 1 or more, got 0.*--gradient_accumulation_steps"),
+        (["--select_from", "-1"], "--select_from"),
+        (["--select_from", "1.5"], "--select_from"),
+        (["--select_from", "2", "--select_blocks", "all"], "--select_from.*--select_blocks layers"),
+        (["--select_from", "2", "--method", "lisa"], "--select_from.*--select_blocks layers"),
+        (["--merge_adapter", "true"], "--use_peft"),
+        (["--method", "ist"], "--use_peft"),
         (["--report_to", "wandb"], "wandb is not installed.*--report_to"),
     ],
 )
@@ -254,11 +261,12 @@ def titles(text: str) -> list[str]:
 def test_help_begins_with_how_to_start_and_the_settings_of_agsel(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys)
     assert text.startswith("usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE]")
-    assert titles(text)[:5] == [
+    assert titles(text)[:6] == [
         "block selection:",
         "settings of the methods:",
         "columns of the dataset:",
         "datasets:",
+        "output:",
         "safety:",
     ]
     assert "--help all" in text.splitlines()[-1]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import constants
+from peft import PeftModel
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -27,6 +28,7 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from agsel.blocks import find_blocks, taking_part
 from agsel.data.tokens import Learning
 from agsel.errors import UserError
 from agsel.training import hub, packages, room
@@ -44,7 +46,7 @@ from agsel.training.tokenizer import (
     require_tokenizer,
 )
 from tests.test_launch import several_runs
-from tests.tiny import VOCABULARY, tiny_model
+from tests.tiny import VOCABULARY, adapted_model, tiny_model
 from tests.tiny_run import save_model, save_rows, settings
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 12345\n"
@@ -574,9 +576,15 @@ def needed(monkeypatch: pytest.MonkeyPatch, run_folder: Path, model: Any, **chan
     asked: list[int] = []
     monkeypatch.setattr(room, "require_room", lambda folder, number: asked.append(number))
     of_run = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 1} | changed
-    stage, blocks = of_run.pop("stage", 2), of_run.pop("blocks", "layers")
+    stage, blocks, merges = of_run.pop("stage", 2), of_run.pop("blocks", "layers"), of_run.pop("merges", False)
     arguments = training(output_dir=str(run_folder), **of_run)
-    configuration: Any = SimpleNamespace(training=arguments, zero_stage=stage, taking_part=blocks)
+    configuration: Any = SimpleNamespace(
+        training=arguments,
+        zero_stage=stage,
+        blocks_of=lambda model: taking_part(find_blocks(model), blocks),
+        output=SimpleNamespace(merge_adapter=merges),
+        model=SimpleNamespace(dtype="float32"),
+    )
     room.require_room_for_run(configuration, SimpleNamespace(model=model), Steps(per_epoch=30, total=100))
     return asked[0]
 
@@ -589,6 +597,9 @@ def test_a_run_needs_room_for_the_model_and_its_checkpoints(monkeypatch: pytest.
     assert needed(monkeypatch, tmp_path, model) == 4 * everything + 2 * (8 * everything + 12 * layers)
     assert needed(monkeypatch, tmp_path, model, blocks="all") == 4 * everything + 2 * 20 * everything
     assert needed(monkeypatch, tmp_path, model, stage=3) == 4 * everything + 2 * (4 * everything + 12 * layers)
+    assert needed(monkeypatch, tmp_path, adapted_model(), save_strategy="no", merges=True) == 4 * everything + 4 * sum(
+        weight.numel() for weight in adapted_model().parameters() if weight.requires_grad
+    )
     assert needed(monkeypatch, tmp_path, model, bf16=True) == 2 * everything + 2 * (4 * everything + 12 * layers)
     for step in (10, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -616,9 +627,15 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     rows = save_rows(folder / "rows.jsonl", 8)
     images = save_rows(folder / "images.jsonl", 8, row_5={"question": "w3 <image>"})
     eager = json.dumps({"attn_implementation": "eager"})
+    adapted = {"use_peft": True, "merge_adapter": True, "learning_rate": 0.01, "max_steps": 4}
+    zero3 = {"deepspeed": "zero3", "gradient_checkpointing": False}
     changed = {
         "mended": {"save_strategy": "steps", "save_steps": 1, "model_init_kwargs": eager},
-        "adapted": {"use_peft": True, "lora_target_modules": "q_proj"},
+        "adapted": adapted | {"lora_target_modules": "q_proj"},
+        "adapted-3": adapted | {"lora_target_modules": "all-linear", "use_dora": True, **zero3},
+        "from": {"select_fraction": 1.0, "select_from": 0.5},
+        "beyond": {"select_from": 4},
+        "around": {"use_peft": True, "lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},
         "images": {"dataset_name": images},
         "pushed": {"push_to_hub": True},
         "pointer": {"model_name_or_path": folder},
@@ -650,12 +667,39 @@ def test_a_run_adapts_the_one_module_that_is_named(runs: tuple[Path, dict[str, A
     ]
 
 
+@pytest.mark.parametrize("name", ["adapted", "adapted-3"])
+def test_the_merged_model_is_the_adapted_one(runs: tuple[Path, dict[str, Any]], name: str) -> None:
+    folder, outcomes = runs
+    code, output, _ = outcomes[name]
+    assert code == 0, output
+    ids = torch.arange(20)[None]
+    base, merged = (LlamaForCausalLM.from_pretrained(path) for path in (folder / "model", folder / name / "merged"))
+    with torch.no_grad():
+        of_base, of_merged = base(input_ids=ids).logits, merged(input_ids=ids).logits
+        of_adapted = PeftModel.from_pretrained(base, folder / name / "model")(input_ids=ids).logits
+    torch.testing.assert_close(of_merged, of_adapted, rtol=0, atol=1e-6)
+    assert (of_merged - of_base).abs().max() > 1e-3
+    AutoTokenizer.from_pretrained(folder / name / "merged")
+
+
+def test_a_run_from_a_layer_on_changes_those_layers_alone(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, outcomes = runs
+    code, output, _ = outcomes["from"]
+    assert code == 0, output
+    before, after = (LlamaForCausalLM.from_pretrained(path) for path in (folder / "model", folder / "from" / "model"))
+    weights = after.state_dict()
+    changed = {name for name, weight in before.state_dict().items() if not torch.equal(weight, weights[name])}
+    assert changed == {name for name in weights if ".layers.2." in name or ".layers.3." in name}
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("images", "embedding of 61: token 61, '<image>', is none of them"),
         ("pushed", "--push_to_hub cannot work offline"),
         ("pointer", "config.json is the pointer that Git LFS leaves"),
+        ("beyond", "the model has layers 0 to 3: choose a lower one (--select_from)"),
+        ("around", "head would not be trained"),
     ],
 )
 def test_a_run_that_would_fail_ends_at_its_start_in_one_line(

@@ -58,7 +58,8 @@ def describe(options: argparse.Namespace) -> str:
     planner = Planner(
         meta_model(config),
         workload(options),
-        blocks=options.blocks or policy.takes_part,
+        blocks=options.blocks or ("layers" if options.select_from else policy.takes_part),
+        select_from=options.select_from,
         offload_states=options.offload,
         policy=policy,
         ranks_per_host=options.gpus_per_host,
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
     parser.add_argument("--method", choices=OVER_WEIGHTS, default="adagradselect", help="as in launch/train.py")
     parser.add_argument("--fraction", type=float, default=0.3, help="share of the blocks updated per step")
+    parser.add_argument("--select_from", type=float, default=0, help="lowest layer that takes part, or a share below 1")
     parser.add_argument("--blocks", choices=("layers", "all"), help="blocks that take part; default: the method's")
     parser.add_argument("--micro_batch", type=int, default=8, help="rows per forward and GPU")
     parser.add_argument("--sequence", type=int, default=512, help="tokens per row")

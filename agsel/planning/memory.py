@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agsel.blocks import Block, find_blocks
+from agsel.blocks import Block, find_blocks, taking_part
 from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Workload, running_model
 from agsel.policies import BlockInfo, Policy, StepKind
 from agsel.zero.parameters import block_infos, global_numel
@@ -84,6 +84,7 @@ class Planner:
         model: from `meta_model` or `meta_copy`, and nobody else's.
         workload: batch, kernels, ZeRO settings.
         blocks: which blocks take part.
+        select_from: the lowest layer that does, as in `agsel.block_param_groups`.
         offload_states: keep the optimizer states of blocks that are not selected in host memory.
         policy: of the run, for what it pins to the device and what it drops; None for one that does neither.
         ranks_per_host: that share the host's memory; all by default.
@@ -98,11 +99,12 @@ class Planner:
         workload: Workload,
         *,
         blocks: Literal["layers", "all"] = "layers",
+        select_from: float = 0,
         offload_states: bool = True,
         policy: Policy | None = None,
         ranks_per_host: int | None = None,
     ) -> None:
-        self._blocks = [b for b in find_blocks(model) if b.trainable and (b.is_layer or blocks == "all")]
+        self._blocks = [b for b in taking_part(find_blocks(model), blocks, select_from) if b.trainable]
         self._groups = [block.trainable for block in self._blocks]
         self._trained_in_full = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._weights = sum(parameter.nbytes for parameter in model.parameters())

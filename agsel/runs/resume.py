@@ -28,7 +28,7 @@ REFUSED = {
     "seed": ("--seed, --data_seed", "the order of the rows follows from it"),
     "order": ("--train_sampling_strategy", "the rows that the run has not seen yet follow from it"),
     "method": ("--method", "the saved state of the selection is of that method"),
-    "blocks": ("--select_blocks", "the saved state of the selection is over them"),
+    "blocks": ("--select_blocks, --select_from", "the saved state of the selection is over them"),
     "learning rate": ("--learning_rate", "the saved schedule goes on"),
     "weight decay": ("--weight_decay", "the saved optimizer goes on"),
     "adam": ("--adam_beta1, --adam_beta2, --adam_epsilon", "the saved optimizer goes on"),

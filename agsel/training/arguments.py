@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from agsel.blocks import require_scope
 from agsel.errors import UserError
 from agsel.policies import METHODS
 
@@ -35,6 +36,14 @@ class SelectionArguments:
             f"Default: layers, but all for {', '.join(WITH_ALL_BLOCKS)}."
         },
     )
+    select_from: float = field(
+        default=0,
+        metadata={
+            "help": "Number of the lowest decoder layer that takes part, or, below 1, the share of the layers below "
+            "it. These stay as they are, and no backward goes through them. `--select_fraction` is then of the layers "
+            "that take part."
+        },
+    )
     offload_states: bool = field(
         default=True,
         metadata={
@@ -63,8 +72,7 @@ class SelectionArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.select_blocks not in (None, "layers", "all"):
-            raise UserError(f"select_blocks must be layers or all, got {self.select_blocks!r} (--select_blocks)")
+        require_scope(self.select_blocks or "layers", self.select_from)
 
 
 @dataclass
@@ -141,3 +149,18 @@ class SafetyArguments:
             raise UserError(
                 f"sanity_checks must be a number of steps, or 0 for never, got {self.sanity_checks} (--sanity_checks)"
             )
+
+
+@dataclass
+class OutputArguments:
+    """What is written beside what TRL and transformers have settings for."""
+
+    _argument_group_name = "output"
+
+    merge_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "With `--use_peft`: at the end, also write the model with the adapter added to its weights, to "
+            "`merged/` in the run folder. The first rank's host must hold it once more."
+        },
+    )

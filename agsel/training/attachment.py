@@ -37,6 +37,7 @@ def add_selection(
     policy: Policy,
     *,
     blocks: Literal["layers", "all"] = "layers",
+    select_from: float = 0,
     offload_states: bool = True,
     pin_memory: bool = True,
     max_skipped_steps: int = 50,
@@ -48,6 +49,7 @@ def add_selection(
         trainer: under DeepSpeed ZeRO stage 1, 2 or 3, without an optimizer of its own.
         policy: who is updated next; equal on all ranks.
         blocks: which blocks take part, as in `agsel.block_param_groups`.
+        select_from: the lowest layer that does, likewise.
         offload_states: keep the optimizer states of blocks that are not selected in host memory.
         pin_memory: page-lock that memory.
         max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
@@ -72,10 +74,12 @@ def add_selection(
             sanity_checks=sanity_checks,
         )
 
-    return train_blocks(trainer, attach, blocks=blocks)
+    return train_blocks(trainer, attach, blocks=blocks, select_from=select_from)
 
 
-def train_blocks(trainer: Trainer, attach: Attach, *, blocks: Literal["layers", "all"]) -> SelectionCallback:
+def train_blocks(
+    trainer: Trainer, attach: Attach, *, blocks: Literal["layers", "all"], select_from: float = 0
+) -> SelectionCallback:
     """Give a Trainer's optimizer one param group per block, and its engine to `attach` as soon as it is made.
 
     The optimizer becomes AdamW with the learning rate, betas, eps and weight decay of the trainer's arguments. Weight
@@ -85,6 +89,7 @@ def train_blocks(trainer: Trainer, attach: Attach, *, blocks: Literal["layers", 
         trainer: under DeepSpeed ZeRO stage 1, 2 or 3, without an optimizer of its own.
         attach: calls `agsel.attach` on the engine that it is given.
         blocks: which blocks take part, as in `agsel.block_param_groups`.
+        select_from: the lowest layer that does, likewise.
 
     Raises:
         UserError: called twice, no DeepSpeed, an optimizer in the DeepSpeed configuration, `--optim` is no AdamW of
@@ -99,7 +104,7 @@ def train_blocks(trainer: Trainer, attach: Attach, *, blocks: Literal["layers", 
     adam = Trainer.get_optimizer_cls_and_kwargs(trainer.args)[1] | {"weight_decay": trainer.args.weight_decay}
 
     def build_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(agsel.block_param_groups(model, blocks), **adam)
+        return torch.optim.AdamW(agsel.block_param_groups(model, blocks, select_from), **adam)
 
     trainer.optimizer_cls_and_kwargs = (lambda: build_optimizer, {})
     callback = SelectionCallback(trainer)

@@ -10,14 +10,16 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
+from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
+from agsel.blocks import Block, find_blocks, require_scope, taking_part
 from agsel.data.fields import Fields
 from agsel.errors import UserError, one_line
-from agsel.policies import Policy
-from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
+from agsel.policies import FullFineTuning, Policy
+from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments
 from agsel.training.methods import build_policy, policy_class
 from agsel.training.model import agree_on_settings
 from agsel.training.settings import Settings
@@ -40,6 +42,7 @@ class Configuration:
     selection: SelectionArguments
     fields: Fields
     data: DataArguments
+    output: OutputArguments
     safety: SafetyArguments
     resolved: dict[str, Any]
     ignored: dict[str, Any]
@@ -51,9 +54,19 @@ class Configuration:
 
     @property
     def taking_part(self) -> Literal["layers", "all"]:
-        """`select_blocks`, or what the method takes where it is left open."""
-        chosen = self.selection.select_blocks or policy_class(self.selection.method).takes_part
+        """`select_blocks`, or what the method takes where it is left open. `full` from a layer on has layers only."""
+        method = policy_class(self.selection.method)
+        from_a_layer = self.selection.select_from > 0 and issubclass(method, FullFineTuning)
+        chosen = self.selection.select_blocks or ("layers" if from_a_layer else method.takes_part)
         return cast(Literal["layers", "all"], chosen)
+
+    def blocks_of(self, model: nn.Module) -> list[Block]:
+        """The blocks of a model that take part.
+
+        Raises:
+            UserError: as of `agsel.blocks.taking_part`.
+        """
+        return taking_part(find_blocks(model), self.taking_part, self.selection.select_from)
 
     def build_policy(self) -> Policy:
         """The policy that the settings describe."""
@@ -73,6 +86,7 @@ def configure(settings: Settings) -> Configuration:
         settings.group(SelectionArguments),
         settings.group(Fields),
         settings.group(DataArguments),
+        settings.group(OutputArguments),
         settings.group(SafetyArguments),
         settings.values,
         settings.ignored,
@@ -100,12 +114,15 @@ def _complete(configuration: Configuration) -> None:
     if engine_dtype == "float32" and model.dtype != "float32":
         raise UserError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
     _require_schedule(training)
+    require_scope(configuration.taking_part, configuration.selection.select_from)
     method = configuration.selection.method
     if policy_class(method).needs_adapters and not model.use_peft:
         raise UserError(
             f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
             "all-linear, or use another method"
         )
+    if configuration.output.merge_adapter and not model.use_peft:
+        raise UserError("--merge_adapter is for adapters, and there are none: add --use_peft, or leave it out")
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))

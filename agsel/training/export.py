@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,12 +69,23 @@ def _write(trainer: Trainer, weights: dict[str, Any], folder: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(model, PreTrainedModel):
         weights = {name: tensor for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
-    staged = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+    with complete_or_absent(folder) as staged:
         model.save_pretrained(staged, state_dict=weights)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(staged)
+
+
+@contextmanager
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder to write a model to, which takes the place of `folder` at the end.
+
+    Raises:
+        RunError: the disk does not take it.
+    """
+    staged = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        yield staged
     except Exception as error:
         reason = fault_of_disk(folder.parent, error)
         shutil.rmtree(staged, ignore_errors=True)

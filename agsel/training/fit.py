@@ -43,6 +43,7 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
         meta_copy(trainer.model, _dtype(training)),
         _workload(configuration, trainer),
         blocks=configuration.taking_part,
+        select_from=selection.select_from,
         offload_states=selection.offload_states,
         policy=policy,
         ranks_per_host=_local_ranks(),

@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterable
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig
 from trl import ModelConfig
 
+from agsel.blocks import Block, find_blocks
 from agsel.errors import UserError, suggestion
 
 ALL_LINEAR = "all-linear"
@@ -33,6 +35,25 @@ def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
         model.lora_target_modules = targets = _name_or_expression(targets, names)
     if isinstance(targets, list):
         _require_modules(targets, names, "--lora_target_modules")
+
+
+def require_taking_part(model: nn.Module, blocks: Collection[Block]) -> None:
+    """Refuse adapters, or modules trained beside them, around the layers if only layers are trained.
+
+    Args:
+        model: with adapters, if any.
+        blocks: that take part.
+
+    Raises:
+        UserError: names what would stay as it is.
+    """
+    names = {block.name for block in blocks}
+    around = [b.name for b in find_blocks(model) if b.trainable and not b.is_layer and b.name not in names]
+    if around and hasattr(model, "peft_config"):
+        raise UserError(
+            f"{' and '.join(around)} would not be trained, though --lora_target_modules or --lora_modules_to_save name "
+            "them: select among all blocks (--select_blocks all), or leave them out"
+        )
 
 
 def module_names(architecture: type[transformers.PreTrainedModel], config: PreTrainedConfig) -> list[str]:

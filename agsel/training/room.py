@@ -10,7 +10,6 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig
 
-from agsel.blocks import find_blocks
 from agsel.errors import UserError
 from agsel.runs.checkpoints import checkpoints_in
 from agsel.training.configuration import Configuration
@@ -31,8 +30,9 @@ def require_room_for_run(configuration: Configuration, trainer: Trainer, steps: 
     checkpoints = checkpoints_at_once(configuration.training, steps)
     new = max(1, checkpoints - len(checkpoints_in(run_folder))) if checkpoints else 0
     weights = _bytes_of_weights(configuration.training, trainer)
+    merged = _bytes_of_merged(configuration, trainer) if configuration.output.merge_adapter else 0
     copies = 1 if configuration.zero_stage == 3 else 2  # DeepSpeed keeps one beside the Trainer's
-    require_room(run_folder, weights + new * (copies * weights + _bytes_of_states(configuration, trainer)))
+    require_room(run_folder, merged + weights + new * (copies * weights + _bytes_of_states(configuration, trainer)))
 
 
 def require_room(run_folder: Path, needed_bytes: int) -> None:
@@ -69,7 +69,12 @@ def _bytes_of_weights(training: SFTConfig, trainer: Trainer) -> int:
     return global_numel(written) * (2 if training.bf16 or training.fp16 else 4)
 
 
+def _bytes_of_merged(configuration: Configuration, trainer: Trainer) -> int:
+    adapters = global_numel(weight for weight in trainer.model.parameters() if weight.requires_grad)
+    itemsize = 4 if configuration.model.dtype == "float32" else 2
+    return itemsize * (global_numel(trainer.model.parameters()) - adapters)
+
+
 def _bytes_of_states(configuration: Configuration, trainer: Trainer) -> int:
-    everything = configuration.taking_part == "all"
-    blocks = (block for block in find_blocks(trainer.model) if everything or block.is_layer)
+    blocks = configuration.blocks_of(trainer.model)
     return BYTES_OF_STATES * sum(global_numel(block.trainable) for block in blocks)

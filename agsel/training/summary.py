@@ -63,7 +63,7 @@ def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy,
         [
             f"engine    ZeRO-{configuration.zero_stage}, {configuration.model.dtype}, {ranks}",
             f"model     {model}: {global_numel(trainer.model.parameters()):,} parameters",
-            *_describe_blocks(trainer.model, configuration.taking_part, policy, steps.total),
+            *_describe_blocks(trainer.model, configuration, policy, steps.total),
             f"batch     {arguments.per_device_train_batch_size} examples x {arguments.gradient_accumulation_steps} "
             f"accumulation x {ranks} = {examples} examples or about {round(examples * _mean_length(trainer)):,} tokens "
             "per step",
@@ -73,11 +73,11 @@ def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy,
     )
 
 
-def _describe_blocks(model: nn.Module, taking_part: str, policy: Policy, steps: int) -> list[str]:
+def _describe_blocks(model: nn.Module, configuration: Configuration, policy: Policy, steps: int) -> list[str]:
     """The blocks that are selected from and the others, with their sizes, and how the selection is made."""
-    blocks = find_blocks(model)
-    selectable = [block for block in blocks if block.trainable and (block.is_layer or taking_part == "all")]
-    frozen = [block for block in blocks if block not in selectable]
+    selectable = [block for block in configuration.blocks_of(model) if block.trainable]
+    names = {block.name for block in selectable}
+    frozen = [block for block in find_blocks(model) if block.name not in names]
     started = policy.started(block_infos(selectable))
     per_step, remark = started.blocks_per_step, started.remark(steps)
     remarks = [f"note      {remark}"] if remark else []

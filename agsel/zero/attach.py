@@ -83,7 +83,7 @@ def attach(
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
     }
-    guards.require_adapters(policy, engine.module)
+    guards.require_adapters(policy, engine.module, blocks)
     group = optimizer.dp_process_group
     require_equal_settings(policy.settings() | settings, group)
     policy.start(block_infos(blocks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from agsel.adapters import has_scalable_adapters
-from agsel.blocks import decoder_layers
+from agsel.blocks import Block, decoder_layers
 from agsel.errors import UserError
 from agsel.policies import Policy
 
@@ -117,12 +118,18 @@ def _offloads(config: Any) -> bool:
     return config is not None and config.device != "none"
 
 
-def require_adapters(policy: Policy, model: nn.Module) -> None:
-    """Refuse a policy that scales adapters, on a model that has a layer without.
+def require_adapters(policy: Policy, model: nn.Module, blocks: Iterable[Block]) -> None:
+    """Refuse a policy that scales adapters of layers, on a model that has a layer without, or on other blocks.
 
     Raises:
         UserError: so it is.
     """
+    around = [block.name for block in blocks if not block.is_layer]
+    if policy.needs_adapters and around:
+        raise UserError(
+            f"{type(policy).__name__} scales the adapters of decoder layers, and {around[0]} takes part: select among "
+            "the layers (--select_blocks layers), or use another method (--method)"
+        )
     if policy.needs_adapters and not all(map(has_scalable_adapters, decoder_layers(model))):
         raise UserError(
             f"{type(policy).__name__} trains LoRA or DoRA adapters, and a layer of the model has none: add them "

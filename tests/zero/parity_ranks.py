@@ -56,6 +56,7 @@ PARITY |= {
     )
     for stage, rule, adapters in OVER_ADAPTERS
 }
+PARITY |= {f"stage{stage}-from-1": Scenario(stage=stage, clip=0.3, blocks="layers", select_from=1) for stage in (1, 3)}
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(
         stage=stage, dtype=dtype, policy=agsel.FullFineTuning, steps=6, accumulation=2, config=config

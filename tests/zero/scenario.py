@@ -35,6 +35,7 @@ class Scenario:
     fused: bool = False
     compiled: bool = False
     adapters: Literal["lora", "dora"] | None = None
+    select_from: float = 0
     policy: Callable[[], agsel.Policy] = field(
         default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
     )
@@ -86,7 +87,7 @@ def start_engine(scenario: Scenario, *, attach: bool = True, model: Any = None, 
         agsel.compile_layers(model, backend="inductor" if torch.cuda.is_available() else "aot_eager")
     if scenario.stage == 3 and not attach:
         deepspeed.utils.set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
-    groups = agsel.block_param_groups(model, scenario.blocks)  # type: ignore[arg-type]
+    groups = agsel.block_param_groups(model, scenario.blocks, scenario.select_from)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups, fused=scenario.fused, **ADAM)  # type: ignore[arg-type]
     with agsel.lean_initialization() if attach else nullcontext():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
@@ -142,11 +143,8 @@ class Reference:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.model = scenario.model()
-        self.blocks = {
-            block.name: list(block.trainable)
-            for block in agsel.find_blocks(self.model)
-            if block.trainable and (scenario.blocks == "all" or block.is_layer)
-        }
+        blocks = [b for b in agsel.find_blocks(self.model) if b.trainable and (scenario.blocks == "all" or b.is_layer)]
+        self.blocks = {block.name: list(block.trainable) for block in blocks[int(scenario.select_from) :]}
         self.optimizers = {name: torch.optim.AdamW(parameters, **ADAM) for name, parameters in self.blocks.items()}  # type: ignore[arg-type]
         self.policy = scenario.policy()
         infos = [BlockInfo(name, sum(p.numel() for p in parameters)) for name, parameters in self.blocks.items()]

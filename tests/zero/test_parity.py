@@ -31,7 +31,15 @@ def test_equals_the_plain_loop(
 ) -> None:
     scenario = PARITY[name]
     policy = scenario.policy()
-    key = (scenario.accumulation, scenario.clip, scenario.blocks, scenario.tied, scenario.adapters, str(policy))
+    key = (
+        scenario.accumulation,
+        scenario.clip,
+        scenario.blocks,
+        scenario.tied,
+        scenario.adapters,
+        scenario.select_from,
+        str(policy),
+    )
     if key not in references:
         references[key] = Reference(scenario).run()
     reference = references[key]

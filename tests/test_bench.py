@@ -424,10 +424,11 @@ def test_the_plan_of_the_scaling_table_is_one() -> None:
 def test_what_a_method_is_follows_from_its_entry() -> None:
     """Only launch/train.py builds an engine of its own, and it takes a policy; so do all that move states."""
     assert [name for name, method in METHODS.items() if method.start is None] == ["trainer"]
-    moving = ["fixed", "exploit", "explore", "topk", "lisa", "trainer"]
+    over_adapters = ["exploit-lora-256", "ist-lora-256"]
+    moving = ["fixed", "exploit", "explore", "topk", "lisa", "agsel-badam", *over_adapters, "trainer"]
     assert [name for name, method in METHODS.items() if method.moves_states] == moving
     reading = {name for name, method in METHODS.items() if method.reads_fraction}
-    assert reading == {"bound", *moving, "badam"}
+    assert reading == {"bound", *moving, "badam"} - {"agsel-badam"}
     kinds = {name: method.kinds_of_steps for name, method in METHODS.items() if method.kinds_of_steps}
-    exploiting = dict.fromkeys(("fixed", "exploit", "lisa", "trainer"), ("exploit",))
+    exploiting = dict.fromkeys((name for name in moving if name not in ("explore", "topk")), ("exploit",))
     assert kinds == {"full": ("full",), "explore": ("explore",), "topk": ("explore",), **exploiting}

@@ -40,7 +40,7 @@ LATE = ("fetches", "evictions")
 
 def scenario(stage: int, policy: partial[agsel.Policy]) -> Scenario:
     """On GPUs long, and with blocks so wide that a copy outlasts the work that must wait for it."""
-    steps = 12 if not ON_GPU else 500 if policy is NEW_SET_EVERY_STEP else 60
+    steps = 12 if not ON_GPU or policy in RULES.values() else 500 if policy is NEW_SET_EVERY_STEP else 60
     intermediate = 100_000 if ON_GPU else 36
     return Scenario(
         stage=stage,

@@ -35,6 +35,7 @@ class Method:
         meaning: what it is, in a phrase.
         start: what builds its engine; None if launch/train.py does.
         policy: agsel's, for a fraction of the layers; None if agsel does not take part.
+        lora_rank: of agsel's adapters; None if it trains all weights of a layer.
         fraction_of_stock: whether a method without a policy reads the fraction, too.
         kinds: of the steps that are measured, where they are not all kinds of the policy.
     """
@@ -42,6 +43,7 @@ class Method:
     meaning: str
     start: Starter | None
     policy: PolicyOf | None = None
+    lora_rank: int | None = None
     fraction_of_stock: bool = False
     kinds: tuple[PlannedStep, ...] = ()
 
@@ -61,9 +63,12 @@ class Method:
         return self.kinds or (self.policy(Configuration.fraction).kinds_of_steps if self.policy else ())
 
 
-def selecting(meaning: str, policy: PolicyOf, kinds: tuple[PlannedStep, ...] = ()) -> Method:
+def selecting(
+    meaning: str, policy: PolicyOf, kinds: tuple[PlannedStep, ...] = (), lora_rank: int | None = None
+) -> Method:
     """agsel with the policy made from the fraction."""
-    return Method(meaning=meaning, start=partial(start_selection, policy), policy=policy, kinds=kinds)
+    start = partial(start_selection, policy, lora_rank=lora_rank)
+    return Method(meaning=meaning, start=start, policy=policy, lora_rank=lora_rank, kinds=kinds)
 
 
 def random_sets(every: int) -> Callable[[float], agsel.RandomBlocks]:
@@ -98,7 +103,17 @@ METHODS: dict[str, Method] = {
         "agsel, the layers with the largest gradient norms, every step explores", exploring, kinds=("explore",)
     ),
     "topk": selecting("agsel's TopK policy", lambda fraction: agsel.TopK(fraction=fraction)),
-    "lisa": selecting("agsel, a new random set every 20 steps, as LISA", random_sets(every=20)),
+    "lisa": selecting(
+        "agsel, LISA: a new random set of layers every 20 steps, beside embedding, final norm and head",
+        lambda fraction: agsel.Lisa(fraction=fraction),
+    ),
+    "agsel-badam": selecting("agsel, BAdam: one layer for 20 steps", lambda _: agsel.BAdam(every=20)),
+    "exploit-lora-256": selecting(
+        "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
+    ),
+    "ist-lora-256": selecting(
+        "agsel, IST over LoRA r=256", lambda fraction: agsel.Ist(fraction=fraction), lora_rank=256
+    ),
     "trainer": Method(
         meaning="`exploit` through launch/train.py and TRL's own fused loss", start=None, policy=exploiting
     ),

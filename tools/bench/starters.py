@@ -91,10 +91,12 @@ def expected_set(layers: int, fraction: float) -> list[int]:
 
 
 def start_selection(
-    policy_of: PolicyOf, model: PreTrainedModel, configuration: Configuration
+    policy_of: PolicyOf, model: PreTrainedModel, configuration: Configuration, *, lora_rank: int | None = None
 ) -> tuple[Any, agsel.Selection]:
-    """agsel with the policy for the fraction."""
+    """agsel with the policy for the fraction, over all weights or over LoRA adapters."""
     policy = policy_of(configuration.fraction)
+    if lora_rank is not None:
+        model = with_adapters(model, lora_rank)
     with agsel.lean_initialization():
         groups = agsel.block_param_groups(model, policy.takes_part)
         engine = start(model, adam(groups), zero_config(configuration))
@@ -103,11 +105,16 @@ def start_selection(
 
 def start_lora(rank: int, model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
     """LoRA adapters of this rank on all linear layers, everything else frozen."""
+    adapted = with_adapters(model, rank)
+    return start(adapted, adam(trainable(adapted)), zero_config(configuration)), None
+
+
+def with_adapters(model: PreTrainedModel, rank: int) -> Any:
+    """The model with LoRA adapters of this rank on all linear layers, in its own type."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    return start(adapted, adam(trainable(adapted)), zero_config(configuration)), None
+    return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 
 def start_zero_offload(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from agsel.policies import Probe
 
 NOT_FOR_PROBES = ("num_items_in_batch", "fused_lm_head")
 """What Trainers add so that the model returns something else than the mean loss of the rows."""
+SKIP_LOGITS = "skip_logits"
 
 
 @torch.no_grad()
@@ -44,6 +46,7 @@ def losses_of(
         UserError: the model returns no loss, or a block that is suppressed has no adapters.
     """
     losses = []
+    options = options | _without_logits(model)
     with evaluating(model):
         for probe in probes:
             rows = max(1, probe.rows // dist.get_world_size(group))
@@ -56,6 +59,16 @@ def losses_of(
     means = torch.stack(losses)
     dist.all_reduce(means, group=group)
     return (means / dist.get_world_size(group)).tolist()
+
+
+def _without_logits(model: nn.Module) -> dict[str, bool]:
+    """What keeps Liger's forward, which computes the loss without logits in training, from making them here."""
+    takes = (inspect.signature(module.forward).parameters for module in model.modules() if _has_head(module))
+    return {SKIP_LOGITS: True} if any(SKIP_LOGITS in parameters for parameters in takes) else {}
+
+
+def _has_head(module: nn.Module) -> bool:
+    return getattr(module, "get_output_embeddings", None) is not None
 
 
 def first_rows(value: Any, rows: int) -> Any:

@@ -107,7 +107,10 @@ METHODS: dict[str, Method] = {
         "agsel, LISA: a new random set of layers every 20 steps, beside embedding, final norm and head",
         lambda fraction: agsel.Lisa(fraction=fraction),
     ),
-    "agsel-badam": selecting("agsel, BAdam: one layer for 20 steps", lambda _: agsel.BAdam(every=20)),
+    "agsel-badam": selecting(
+        "agsel, BAdam: one layer for 20 steps, the lowest first, which has the longest backward",
+        lambda _: agsel.BAdam(every=20, order="ascending"),
+    ),
     "exploit-lora-256": selecting(
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
     ),

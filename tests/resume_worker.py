@@ -19,7 +19,7 @@ from tests.tiny_run import settings
 
 
 def run(folder: Path, name: str, arguments: list[str]) -> Path:
-    train.main(settings(folder / "model", folder / "rows.jsonl", folder / name) + arguments)
+    train.main(settings(folder / "model", folder / "rows.jsonl", folder / name, select_fraction=None) + arguments)
     return folder / name
 
 

@@ -18,9 +18,29 @@ STEPS = 12
 CUTS = (3, 4, 10)
 """In the middle of epoch 1 while exploring, at its end, and in the middle of epoch 3 after exploring."""
 NOT_COMPARED = ("training_args.bin",)
+METHODS: dict[str, dict[str, Any]] = {
+    "adagradselect": {"select_fraction": 0.5, "explore_steps": 6, "epsilon_end": 0.5},
+    "lisa": {"select_fraction": 0.5, "select_every": 4},
+    "badam": {"select_every": 4},
+    "grass": {"select_fraction": 0.5, "select_every": 2, "probe_steps": 2, "refresh_every": 8},
+    "ist": {
+        **{"select_fraction": 0.5, "use_peft": True, "lora_target_modules": "all-linear"},
+        "gradient_checkpointing": False,
+    },
+}
+"""Their settings. Cuts lie in the middle of a turn, between probing and training, and where IST asks for losses."""
+RUNS = [
+    *((stage, "adagradselect") for stage in (1, 2, 3)),
+    (3, "lisa"),
+    (3, "badam"),
+    (2, "badam"),
+    (3, "grass"),
+    (2, "ist"),
+]
+FAST = (3, "adagradselect")
 
 
-def train_and_resume(folder: Path, stage: int) -> Path:
+def train_and_resume(folder: Path, stage: int, method: str) -> Path:
     """Three epochs of four steps, of two micro-batches each; dropout, so that random numbers matter."""
     model = save_model(folder / "model")
     config = json.loads((model / "config.json").read_text())
@@ -36,8 +56,8 @@ def train_and_resume(folder: Path, stage: int) -> Path:
         "attn_implementation": "eager",
         "gradient_accumulation_steps": 2,
         "max_steps": STEPS,
-        "explore_steps": 6,
-        "epsilon_end": 0.5,
+        "method": method,
+        **METHODS[method],
         "save_strategy": "steps",
         "save_steps": 1,
         "logging_steps": 1,
@@ -47,9 +67,12 @@ def train_and_resume(folder: Path, stage: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(run, marks=[] if run == FAST else pytest.mark.slow, id=f"{run[0]}-{run[1]}") for run in RUNS],
+)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_and_resume(tmp_path_factory.mktemp("resume"), request.param)
+    return train_and_resume(tmp_path_factory.mktemp("resume"), *request.param)
 
 
 def test_a_resumed_run_ends_as_the_unbroken_one(runs: Path) -> None:
@@ -73,12 +96,17 @@ def test_the_resumed_run_saw_the_same_rows(runs: Path) -> None:
 
 
 def test_the_cuts_were_hard(runs: Path) -> None:
-    """Dropout and the selection draw random numbers; exploring and exploiting steps lie on both sides of the cuts."""
+    """Dropout and the selection draw random numbers; other blocks had been trained at the first cut than at the end."""
     entries = history(runs / "whole")
     assert len({entry["loss"] for entry in entries}) == STEPS
-    state = torch.load(next((runs / "whole" / "checkpoint-3").rglob("*model_states.pt")), weights_only=False)
-    assert sum(state["agsel"]["policy"]["counts"]) == 2 * 3
-    assert len(set(state["agsel"]["policy"]["counts"])) > 1
+    counts = [counts_at(runs / "whole" / f"checkpoint-{step}") for step in (CUTS[0], STEPS)]
+    assert len(set(counts[0])) > 1
+    assert [count > 0 for count in counts[0]] != [count > 0 for count in counts[1]]
+
+
+def counts_at(checkpoint: Path) -> list[int]:
+    state = torch.load(next(checkpoint.rglob("*model_states.pt")), weights_only=False)
+    return state["agsel"]["policy"]["counts"]
 
 
 def history(run: Path) -> list[dict[str, Any]]:

@@ -259,7 +259,8 @@ def say_goodbye(trainer: RowTrainer, requests: StopRequests) -> None:
 def say_done(configuration: Configuration) -> None:
     """Name what the run folder holds now."""
     shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
-    written = ", ".join(["model/", *shown, "selection.json", "config.yaml"])
+    models = ["model/", "merged/"] if configuration.output.merge_adapter else ["model/"]
+    written = ", ".join([*models, *shown, "selection.json", "config.yaml"])
     on_first_rank(f"done      {configuration.training.output_dir}: {written}")
 
 

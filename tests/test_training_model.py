@@ -672,6 +672,7 @@ def test_the_merged_model_is_the_adapted_one(runs: tuple[Path, dict[str, Any]], 
     folder, outcomes = runs
     code, output, _ = outcomes[name]
     assert code == 0, output
+    assert f"{folder / name}: model/, merged/, " in output
     ids = torch.arange(20)[None]
     base, merged = (LlamaForCausalLM.from_pretrained(path) for path in (folder / "model", folder / name / "merged"))
     with torch.no_grad():

@@ -12,8 +12,9 @@ import pytest
 from agsel.data.fields import Fields
 from agsel.errors import UserError
 from agsel.policies import METHODS, AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
-from agsel.training.arguments import DataArguments, SafetyArguments, SelectionArguments
+from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
+from agsel.training.usage import OWN
 
 
 def defaults(arguments: type) -> dict[str, object]:
@@ -25,6 +26,7 @@ def test_the_command_line_is_frozen() -> None:
     assert defaults(SelectionArguments) == {
         "method": "adagradselect",
         "select_blocks": None,
+        "select_from": 0,
         "offload_states": True,
         "pin_memory": True,
         "compile_layers": False,
@@ -54,11 +56,12 @@ def test_the_command_line_is_frozen() -> None:
         "prompt_template": None,
         "completion_template": None,
     }
+    assert defaults(OutputArguments) == {"merge_adapter": False}
     assert defaults(SafetyArguments) == {"rank_timeout": 600, "max_skipped_steps": 50, "sanity_checks": 0}
 
 
 def test_every_flag_explains_itself() -> None:
-    for arguments in (SelectionArguments, method_arguments(AdaGradSelect, ()), Fields, DataArguments, SafetyArguments):
+    for arguments in (*OWN, method_arguments(AdaGradSelect, ())):
         for field in dataclasses.fields(arguments):
             assert len(field.metadata["help"]) > 40, field.name
             assert "%" not in field.metadata["help"], "argparse expands % signs"

@@ -32,7 +32,7 @@ def describe_settings(configuration: Configuration, rows: Dataset) -> dict[str, 
         "seed": training.seed if training.data_seed is None else training.data_seed,
         "order": str(training.train_sampling_strategy),
         "method": configuration.selection.method,
-        "blocks": configuration.taking_part,
+        "blocks": _scope(configuration),
         "learning rate": training.learning_rate,
         "weight decay": training.weight_decay,
         "adam": f"betas {training.adam_beta1:g} {training.adam_beta2:g}, epsilon {training.adam_epsilon:g}",
@@ -51,6 +51,11 @@ def describe_trainer(trainer: RowTrainer, rows: Dataset) -> dict[str, Any]:
         "dataset": fingerprint_of_rows(trainer.train_dataset.select_columns("input_ids")),
         "loss": trainer.learning.describe(rows),
     }
+
+
+def _scope(configuration: Configuration) -> str:
+    lowest = configuration.selection.select_from
+    return f"{configuration.taking_part} from {lowest:g}" if lowest else configuration.taking_part
 
 
 def _describe_choice(settings: dict[str, Any]) -> dict[str, Any]:

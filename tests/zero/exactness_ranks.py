@@ -23,7 +23,7 @@ from tests.cases import run_cases
 from tests.distributed import RANKS
 from tests.tiny import adapted_model, tiny_batch
 from tests.zero.parity_ranks import LEAF_MODULES, whole_weights
-from tests.zero.rules import RULES, Asking
+from tests.zero.rules import RULES, STAGES_OF_RULES, Asking
 from tests.zero.scenario import Scenario, run_engine, start_engine, start_steps_late, train_step
 
 ON_GPU = torch.cuda.is_available()
@@ -446,7 +446,7 @@ for stage in STAGES:
     CASES[f"states-{stage}-explore"] = partial(state_bytes, stage, partial(agsel.TopK, fraction=0.4))
     CASES[f"states-{stage}-checkpointing"] = partial(state_bytes, stage, MIXED, checkpointing=True)
     CASES[f"states-{stage}-mixed"] = partial(state_bytes, stage, MIXED)
-    for rule, policy in RULES.items():
+    for rule, policy in RULES.items() if stage in STAGES_OF_RULES else ():
         CASES[f"weights-{stage}-{rule}"] = partial(changed_weights, stage, "bf16", policy)
         CASES[f"masters-{stage}-{rule}"] = partial(master_changes, stage, policy)
         CASES[f"states-{stage}-{rule}"] = partial(state_bytes, stage, policy)

@@ -24,6 +24,7 @@ SCENARIOS = {
         clip=1.0,
         blocks="all" if name == "lisa" else "layers",
         adapters="lora" if name == "ist" else None,
+        steps=20 if name in RULES else STEPS,
         policy=policy,
     )
     for name, policy in {
@@ -39,7 +40,7 @@ def selections(name: str) -> Record:
     config: dict[str, Any] = {"train_micro_batch_size_per_gpu": ROWS // ranks}
     engine, selection = start_engine(replace(SCENARIOS[name], config=config))
     record = Record()
-    for step in range(STEPS):
+    for step in range(SCENARIOS[name].steps):
         ids = tiny_batch(step, 0, 0, rows=ROWS)[rank::ranks].to(engine.device)
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cases import launch_cases
-from tests.zero.global_batch_ranks import SCENARIOS, STEPS
+from tests.zero.global_batch_ranks import SCENARIOS
 from tests.zero.scenario import Record
 
 SCRIPT = "tests/zero/global_batch_ranks.py"
@@ -38,7 +38,7 @@ def test_one_rank_and_several_select_the_same_blocks(
     alone = one[name]
     assert all(other.selected == first.selected for other in others)
     compared = 0
-    for step in range(STEPS):
+    for step in range(SCENARIOS[name].steps):
         if alone.modes[step] == "explore" and is_tie(alone.norms[step], alone.selected[step]):
             break
         assert alone.modes[step] == first.modes[step]

@@ -39,8 +39,7 @@ class SelectiveEngine(DeepSpeedEngine):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """`DeepSpeedEngine.forward`, in a step's first micro-batch after the forwards that the policy asks for."""
-        begins_step = self.micro_steps % self.gradient_accumulation_steps() == 0
-        if begins_step and self.training and torch.is_grad_enabled() and (probes := self.selection.probes_wanted):
+        if self.training and torch.is_grad_enabled() and (probes := self.selection.probes_wanted):
             group = self.optimizer.dp_process_group
             forward, names = super().forward, self.selection.blocks
             self.selection.answer(losses_of(probes, forward, self.module, names, inputs, options, group))

@@ -37,6 +37,8 @@ RUNS = [
     (3, "grass"),
     (2, "ist"),
 ]
+UPDATES_BEFORE_THE_FIRST_CUT = {"AdaGradSelect": 3 * 2, "Lisa": 3 * (3 + 2), "BAdam": 3, "Grass": 2, "Ist": 3 * 2}
+"""Blocks by steps; those of GRASS that only measure update none."""
 FAST = (3, "adagradselect")
 
 
@@ -101,6 +103,10 @@ def test_the_cuts_were_hard(runs: Path) -> None:
     assert len({entry["loss"] for entry in entries}) == STEPS
     counts = [counts_at(runs / "whole" / f"checkpoint-{step}") for step in (CUTS[0], STEPS)]
     assert len(set(counts[0])) > 1
+    assert (
+        sum(counts[0])
+        == UPDATES_BEFORE_THE_FIRST_CUT[json.loads((runs / "whole" / "selection.json").read_text())["method"]]
+    )
     assert counts[0] != counts[1]
 
 

@@ -83,6 +83,9 @@ def require_tasks(tasks: Sequence[str]) -> Any:
     """
     from lm_eval.tasks import TaskManager
 
+    missing = next((task for task in tasks if task.endswith(".yaml") and not Path(task).is_file()), None)
+    if missing is not None:
+        raise UserError(f"cannot load {missing} (--lm_eval): no such file")
     manager = TaskManager(include_defaults=not all(Path(task).is_file() for task in tasks))
     try:
         manager.load(list(tasks))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,9 @@ from tests.distributed import RANKS
 from tests.tiny import adapted_model, tiny_batch, tiny_model
 
 ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
+EXPLORE_AND_EXPLOIT = partial(
+    agsel.AdaGradSelect, fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,10 @@ class Scenario:
     intermediate: int = 36
     fused: bool = False
     compiled: bool = False
+    checkpointing: bool = False
     adapters: Literal["lora", "dora"] | None = None
     select_from: float = 0
-    policy: Callable[[], agsel.Policy] = field(
-        default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
-    )
+    policy: Callable[[], agsel.Policy] = EXPLORE_AND_EXPLOIT
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -93,7 +96,11 @@ def start_engine(scenario: Scenario, *, attach: bool = True, model: Any = None, 
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
     if not attach and engine.device.type == "cuda":  # stock may gather weights before its last step has written them
         engine.register_forward_pre_hook(lambda *_: torch.cuda.synchronize())
-    return engine, agsel.attach(engine, scenario.policy(), **options) if attach else None
+    selection = agsel.attach(engine, scenario.policy(), **options) if attach else None
+    if scenario.checkpointing:
+        engine.module.gradient_checkpointing_enable({"use_reentrant": False})
+        engine.module.disable_input_require_grads()  # as `agsel.training` does
+    return engine, selection
 
 
 def train_step(engine: Any, step: int, accumulation: int) -> torch.Tensor:

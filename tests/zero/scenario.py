@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,9 +18,6 @@ from tests.distributed import RANKS
 from tests.tiny import adapted_model, tiny_batch, tiny_model
 
 ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
-EXPLORE_AND_EXPLOIT = partial(
-    agsel.AdaGradSelect, fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +37,9 @@ class Scenario:
     checkpointing: bool = False
     adapters: Literal["lora", "dora"] | None = None
     select_from: float = 0
-    policy: Callable[[], agsel.Policy] = EXPLORE_AND_EXPLOIT
+    policy: Callable[[], agsel.Policy] = field(
+        default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
+    )
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 

@@ -66,7 +66,9 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             prepare_output(path)
 
 
-@pytest.mark.parametrize("content", [None, "task: x\ndataset_path: json\n", "- no task"])
+@pytest.mark.parametrize(
+    "content", [None, "task: x\ndataset_path: json\ndataset_kwargs: {data_files: gone.jsonl}\n", "- no task"]
+)
 def test_a_task_that_the_harness_does_not_take_is_refused(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "task.yaml"
     if content is not None:

@@ -1,266 +1,192 @@
-"""Measure a model on held-out prompts: how likely the right answers are, and how many it gives itself.
+"""Measure a model on held-out rows: how likely the right answers are, and how many it gives itself.
 
-    python -m agsel.evaluate --model runs/demo/model --dataset runs/demo/data/two_step_heldout.jsonl \
-        --prompt_field question --completion_field answer --completion_template " {answer}" --output after.json
+    deepspeed --num_gpus 4 --module agsel.evaluate --model runs/mine/model --tasks gsm8k --output after.json
+    python -m agsel.evaluate --model runs/mine/model --dataset heldout.jsonl --prompt_field question \
+        --completion_field answer --completion_template " {answer}"
 
 `nll` is the mean negative log-likelihood of the completions' tokens, end-of-sequence token included, in nats; text
-becomes tokens as in TRL's SFTTrainer. `accuracy` is the share of rows where greedy generation and the completion end
-in the same number (`--answer_pattern`). Runs on one GPU, else on the CPU.
+becomes tokens as in training. Of a conversation the last turn of the assistant is the completion. `accuracy` is the
+share of rows where greedy generation and the completion have the same answer. The rows are divided among the ranks, and
+the results are those of one rank.
 """
 
 import agsel.commands  # noqa: F401  # before what it looks for
 
 import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import torch.distributed as dist
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from agsel.data.fields import Fields, with_line_breaks
-from agsel.data.formats import read_rows
 from agsel.data.sources import Source
-from agsel.data.tokens import Learning, encode_text
-from agsel.errors import UserError, complaints_of_libraries
-from agsel.runs.ranks import ends_in_one_line
+from agsel.errors import complaints_of_libraries
+from agsel.evaluation.answers import judge_by_pattern
+from agsel.evaluation.findings import (
+    as_lines,
+    describe_rows,
+    prepare_output,
+    print_results,
+    summarise,
+    summarise_text,
+    write_complete,
+)
+from agsel.evaluation.harness import evaluate_with_harness, require_harness
+from agsel.evaluation.kept import KeptResults
+from agsel.evaluation.loading import fingerprint_of_files, load_model
+from agsel.evaluation.options import EvaluationArguments
+from agsel.evaluation.questions import read_questions, read_text
+from agsel.evaluation.tasks import Task, read_tasks
+from agsel.evaluation.work import Measured, Measurer, Part, Unit, cut_into_units, put_together, share_of
+from agsel.monitor.progress import Progress
+from agsel.runs.ranks import PATIENCE, ends_in_one_line, join_ranks, warn_on_one_rank
+from agsel.runs.watchdog import watched_ranks
+from agsel.zero.consensus import first_rank_does, gather
 
-
-@dataclass
-class EvaluationArguments:
-    """What to evaluate, and how."""
-
-    model: str = field(metadata={"help": "Hugging Face folder or hub name."})
-    dataset_name: str = field(
-        metadata={"help": "Hub name, or .json, .jsonl or .parquet file.", "aliases": ["--dataset"]},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(
-        default="train", metadata={"help": "For example train[6973:]; a local file's only split is train."}
-    )
-    limit: int | None = field(default=None, metadata={"help": "Evaluate only the first rows."})
-    batch_size: int = field(default=32, metadata={"help": "Rows at a time. It changes speed and memory only."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Generated at most per row."})
-    answer_pattern: str = field(
-        default=r"-?\d[\d,]*(?:\.\d+)?",
-        metadata={
-            "help": "Regular expression of an answer; its last match counts, or that match's first group if it has "
-            "one. Numbers are compared by value. Default: the last number, which also suits GSM8K's `#### 42`."
-        },
-    )
-    skip_generation: bool = field(default=False, metadata={"help": "Only the answer NLL, which is much faster."})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16, or auto: as saved."})
-    output: str | None = field(default=None, metadata={"help": "JSON file for the results and every generated text."})
-
-    def __post_init__(self) -> None:
-        for name in ("limit", "batch_size", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value} (--{name}): it must be at least 1")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise UserError(f"unknown dtype {self.dtype!r} (--dtype): use auto, float32, bfloat16 or float16")
-        try:
-            re.compile(self.answer_pattern)
-        except re.error as error:
-            raise UserError(
-                f"{self.answer_pattern!r} is no regular expression (--answer_pattern), {error}: correct it, or put "
-                "a backslash before a character that stands for itself"
-            ) from error
-
-
-class Example(NamedTuple):
-    """A row as tokens. `sequence[start:]` are the tokens of the completion; the model generates from `prompt`."""
-
-    prompt: list[int]
-    sequence: list[int]
-    start: int
-
-
-def encode(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """A row as it is tokenised for training."""
-    tokens = encode_text(tokenizer, prompt, completion, Learning())
-    return Example(tokenizer(prompt)["input_ids"], tokens.ids, tokens.learnt.index(True))
-
-
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows of similar lengths, longest first: too large a batch fails at once."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
-
-
-def token_losses(model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """float32 [completion tokens of all examples]: the negative log-likelihood of each, in nats."""
-    device = next(model.parameters()).device
-    rows = [torch.tensor(example.sequence) for example in examples]
-    tokens = pad_sequence(rows, batch_first=True).to(device)
-    attended = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
-    targets = tokens.masked_fill(attended == 0, -100)
-    for row, example in zip(targets, examples, strict=True):
-        row[: example.start] = -100
-    logits, targets = model(input_ids=tokens, attention_mask=attended).logits[:, :-1], targets[:, 1:]
-    counted = targets != -100
-    return nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="none")
-
-
-def answer_loss(model: nn.Module, examples: Sequence[Example], batch_size: int) -> tuple[float, int]:
-    """(mean negative log-likelihood per completion token in nats, number of these tokens)."""
-    lengths = [len(example.sequence) for example in examples]
-    losses = [
-        token_losses(model, [examples[row] for row in rows]).double().cpu() for rows in batches(lengths, batch_size)
-    ]
-    return torch.cat(losses).mean().item(), sum(map(len, losses))
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """The greedy continuation of each prompt, without special tokens."""
-    settings = greedy_settings(model, tokenizer, max_new_tokens)
-    texts = [""] * len(examples)
-    for rows in batches([len(example.prompt) for example in examples], batch_size):
-        prompts = tokenizer.pad({"input_ids": [examples[row].prompt for row in rows]}, return_tensors="pt")
-        output = model.generate(**prompts.to(model.device), generation_config=settings)
-        continuations = output[:, prompts["input_ids"].shape[1] :]
-        for row, text in zip(rows, tokenizer.batch_decode(continuations, skip_special_tokens=True), strict=True):
-            texts[row] = text
-    return texts
-
-
-def greedy_settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
-) -> GenerationConfig:
-    """Greedy decoding that ends at the tokenizer's end-of-sequence token or at any that the model knows."""
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({*ends, tokenizer.eos_token_id}),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-
-
-def extract_answer(text: str, pattern: str) -> str | float | None:
-    """The last match of `pattern`, or of its first group; a number if it reads as one, `1,000` included."""
-    matches = list(re.finditer(pattern, text))
-    if not matches:
-        return None
-    answer = (matches[-1].group(1 if matches[-1].re.groups else 0) or "").strip()
-    try:
-        return float(answer.replace(",", ""))
-    except ValueError:
-        return answer
-
-
-def judge(rows: Sequence[dict[str, str]], texts: Sequence[str], pattern: str) -> list[dict[str, Any]]:
-    """What was asked, expected and generated, and whether the answer is right.
-
-    Raises:
-        UserError: `pattern` does not occur in the completion of a row.
-    """
-    verdicts = []
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        expected = extract_answer(row["completion"], pattern)
-        if expected is None:
-            raise UserError(f"no answer in the completion of row {number}: correct --answer_pattern {pattern!r}")
-        correct = extract_answer(text, pattern) == expected
-        verdicts.append({**row, "generated": text, "correct": correct})
-    return verdicts
-
-
-def load_prompts(arguments: EvaluationArguments, fields: Fields) -> list[dict[str, str]]:
-    """The rows to evaluate: `prompt` and `completion` of each.
-
-    Raises:
-        UserError: no such data, or rows of messages.
-    """
-    source = Source(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
-    rows, _ = read_rows(source, fields)
-    if rows.data.column("completion").null_count:
-        raise UserError("only rows of prompt and completion texts can be evaluated: name them with --prompt_field")
-    rows = rows.select(range(min(len(rows), arguments.limit or len(rows))))
-    return rows.select_columns(["prompt", "completion"]).to_list()
-
-
-def load_model(arguments: EvaluationArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, on the GPU if there is one, and tokenizer, padding on the left.
-
-    Raises:
-        UserError: `--model` cannot be loaded, or is the folder of a run.
-    """
-    folder = Path(arguments.model)
-    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
-        raise UserError(f"{folder} (--model) is the folder of a run: name its model, {folder / 'model'}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with complaints_of_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
-
-
-@torch.inference_mode()
-def evaluate(arguments: EvaluationArguments, fields: Fields) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(results, one verdict per row unless generation is skipped)."""
-    rows = load_prompts(arguments, fields)
-    model, tokenizer = load_model(arguments)
-    examples = [encode(row["prompt"], row["completion"], tokenizer) for row in rows]
-    loss, tokens = answer_loss(model, examples, arguments.batch_size)
-    results: dict[str, Any] = {"model": arguments.model, "dataset": arguments.dataset_name}
-    results |= {"split": arguments.dataset_split, "rows": len(rows), "completion_tokens": tokens, "nll": loss}
-    if arguments.skip_generation:
-        return results, []
-    texts = generate(model, tokenizer, examples, arguments.batch_size, arguments.max_new_tokens)
-    verdicts = judge(rows, texts, arguments.answer_pattern)
-    correct = sum(verdict["correct"] for verdict in verdicts)
-    return results | {"correct": correct, "accuracy": correct / len(verdicts)}, verdicts
-
-
-def prepare_output(path: Path) -> None:
-    """Make the folder of `--output`, before any work that could be lost.
-
-    Raises:
-        UserError: it cannot be made, or `path` is a folder itself.
-    """
-    if path.is_dir():
-        raise UserError(f"--output {path} is a folder: name a file, for example {path / 'results.json'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder of --output {path}, {error}: choose another file") from error
+WINDOW = 1024
+"""Tokens of a plain text that are predicted in one forward, at most."""
+TEXT = "perplexity"
+KINDS = {"losses": "likelihoods", "texts": "answers"}
+"""Kinds of units, and what people are told of them."""
+OF_LAUNCHER = "--local_rank"
+"""DeepSpeed's launcher gives it to every script."""
 
 
 def main() -> None:
     """Print the results, one a line, and write them to `--output`."""
     with ends_in_one_line():
-        parser = HfArgumentParser((EvaluationArguments, Fields), description=__doc__)
-        with complaints_of_libraries():
-            arguments, fields = parser.parse_args_into_dataclasses(with_line_breaks(sys.argv[1:]))
-        if arguments.output:
-            prepare_output(Path(arguments.output))
-        results, verdicts = evaluate(arguments, fields)
-        for name, value in results.items():
-            print(f"{name:18}{value:.4f}" if isinstance(value, float) else f"{name:18}{value}")
-        if arguments.output:
-            Path(arguments.output).write_text(json.dumps({**results, "predictions": verdicts}, indent=1) + "\n")
+        arguments, fields = read_arguments(sys.argv[1:])
+        tasks = tasks_of(arguments, fields)
+        if arguments.lm_eval:
+            require_harness()
+        join_ranks()
+        warn_on_one_rank()
+        with watched_ranks(PATIENCE):
+            evaluate(arguments, tasks)
+    dist.destroy_process_group()
+
+
+def read_arguments(words: Sequence[str]) -> tuple[EvaluationArguments, Fields]:
+    """The command line.
+
+    Raises:
+        UserError: a setting is unknown or out of its range.
+    """
+    parser = HfArgumentParser((EvaluationArguments, Fields), description=__doc__, allow_abbrev=False)
+    own = [word for word in words if not word.startswith(OF_LAUNCHER)]
+    with complaints_of_libraries():
+        arguments, fields = parser.parse_args_into_dataclasses(with_line_breaks(own))
+    return arguments, fields
+
+
+def tasks_of(arguments: EvaluationArguments, fields: Fields) -> list[Task]:
+    """What is to be judged.
+
+    Raises:
+        UserError: tasks and data do not fit together.
+    """
+    source = None
+    if arguments.dataset_name is not None:
+        source = Source(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
+    if arguments.tasks is not None:
+        return read_tasks(arguments.tasks, "--tasks", source, fields)
+    return [Task("rows", source, fields, judge_by_pattern(arguments.answer_pattern))] if source else []
+
+
+def evaluate(arguments: EvaluationArguments, tasks: Sequence[Task]) -> None:
+    """Measure everything that is asked for. Every rank must call it; the first one says and writes what was found."""
+    output = Path(arguments.output) if arguments.output else None
+    if output is not None:
+        first_rank_does(partial(prepare_output, output), None)
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    parts = first_rank_does(partial(read_parts, arguments, tasks, tokenizer), None)
+    units = cut_into_units(model, parts, arguments.batch_size)
+    kept = KeptResults(output.with_suffix(".parts"), describe(arguments, parts, units)) if output else None
+    measured = measure(Measurer(model, tokenizer, parts), units, kept)
+    rows = put_together(parts, units, measured)
+    results = summary(arguments, tasks, parts, rows)
+    lines = [
+        line
+        for part, of_part in zip(parts, rows, strict=True)
+        if part.questions
+        for line in describe_rows(part, of_part)
+    ]
+    if arguments.lm_eval:
+        results["lm_eval"] = evaluate_with_harness(arguments, model, tokenizer, lines)
+    if dist.get_rank() == 0:
+        print_results(results)
+        if output is not None:
+            write_complete(output.with_suffix(".jsonl"), as_lines(lines))
+            write_complete(output, json.dumps(results, indent=1) + "\n")
+    if kept is not None:
+        first_rank_does(kept.end, None)
+
+
+def read_parts(arguments: EvaluationArguments, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+    """All rows as tokens.
+
+    Raises:
+        UserError: no such data, or a row that cannot be judged.
+    """
+    generates = not arguments.skip_generation
+    parts = [
+        Part.of(
+            task,
+            read_questions(task, tokenizer, n_shot=arguments.n_shot, limit=arguments.limit, generates=generates),
+            arguments.max_new_tokens if generates else None,
+        )
+        for task in tasks
+    ]
+    if arguments.perplexity is not None:
+        parts.append(Part(TEXT, read_text(arguments.perplexity, tokenizer, WINDOW)))
+    return parts
+
+
+def describe(arguments: EvaluationArguments, parts: Sequence[Part], units: Sequence[Unit]) -> dict[str, Any]:
+    """All by which the results of one evaluation differ from those of another, as plain values."""
+    return {
+        "model": fingerprint_of_files(arguments.model),
+        "dtype": arguments.dtype,
+        "parts": [part.fingerprint() for part in parts],
+        "units": [list(unit) for unit in units],
+    }
+
+
+def measure(measurer: Measurer, units: Sequence[Unit], kept: KeptResults | None) -> dict[int, list[Measured]]:
+    """The results of all units by their numbers, on every rank. Each does its share of those that are not kept."""
+    done = first_rank_does(kept.begin, None) if kept else {}
+    if done and dist.get_rank() == 0:
+        print(f"goes on   {len(done)} of {len(units)} batches were measured before")
+    left = [number for number in range(len(units)) if number not in done]
+    for kind, said in KINDS.items():
+        mine = share_of(
+            [number for number in left if units[number].kind == kind], dist.get_rank(), dist.get_world_size()
+        )
+        rows = sum(len(units[number].rows) for number in mine)
+        with Progress(said, rows, shown=dist.get_rank() == 0) as progress:
+            for number in mine:
+                done[number] = measurer.measure(units[number])
+                if kept is not None:
+                    kept.add(dist.get_rank(), number, done[number])
+                progress.advance(len(units[number].rows))
+    return {number: found for of_rank in gather(done, None) for number, found in of_rank.items()}
+
+
+def summary(
+    arguments: EvaluationArguments, tasks: Sequence[Task], parts: Sequence[Part], rows: Sequence[list[Measured]]
+) -> dict[str, Any]:
+    """The numbers of the whole; those of the only task stand beside the name of the model."""
+    results: dict[str, Any] = {"model": arguments.model}
+    by_task = {
+        task.name: {"dataset": task.source.name, "split": task.source.split} | summarise(part, of_part)
+        for task, part, of_part in zip(tasks, parts, rows, strict=False)
+    }
+    results |= next(iter(by_task.values())) if len(by_task) == 1 else {"tasks": by_task} if by_task else {}
+    return results | (summarise_text(rows[-1]) if arguments.perplexity is not None else {})
 
 
 if __name__ == "__main__":

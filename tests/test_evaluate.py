@@ -1,38 +1,35 @@
-"""launch/evaluate.py against TRL's own tokenisation and against loops without batches, padding or caches."""
+"""launch/evaluate.py as a command: on 1, 2 and 3 ranks, killed, with adapters, and beside lm-evaluation-harness."""
+
+from __future__ import annotations
 
 import json
 import math
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from agsel import evaluate
-from agsel.data.fields import Fields
-from agsel.evaluate import EvaluationArguments, Example, answer_loss, encode, extract_answer, generate, judge
-from tests.distributed import REPOSITORY, environment
+from agsel.evaluation.loading import load_model
+from agsel.evaluation.questions import encode_example
+from tests.distributed import REPOSITORY, environment, launch
+from tests.evaluation.loops import loop_of_losses, loop_of_texts
 from tools import arithmetic
 
 NEW_TOKENS = 12
-DATA = Fields(prompt_field="question", completion_field="answer", completion_template=" {answer}")
+ROWS = 29
+COLUMNS = ("--prompt_field", "question", "--completion_field", "answer", "--completion_template", " {answer}")
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, str]]:
-    """Prompts and completions of three lengths."""
-    data = arithmetic.draw_data(seed=3)
-    mixed = data["one_step_train"][:10] + data["two_step_heldout"][:7]
-    return [{"prompt": row["question"], "completion": f" {row['answer']}"} for row in mixed]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model, as a folder."""
     folder = tmp_path_factory.mktemp("evaluate") / "model"
     arithmetic.write_model(folder, seed=5)
@@ -40,213 +37,199 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return evaluate.load_model(EvaluationArguments(model=str(folder), dataset_name="unused"))
+def rows(model: Path) -> Path:
+    """Every third one is given the very number that the model generates, so that right and wrong both occur."""
+    loaded, tokenizer = load_model(str(model), "auto")
+    data = arithmetic.draw_data(seed=9)["two_step_heldout"][:ROWS]
+    for row in data[::3]:
+        text = loop_of_texts(loaded, tokenizer, tokenizer(row["question"])["input_ids"], NEW_TOKENS)
+        row["answer"] = (re.findall(r"\d+", text) or [row["answer"]])[-1]
+    path = model.parent / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in data))
+    return path
 
 
 @pytest.fixture(scope="module")
-def examples(rows: list[dict[str, str]], loaded: tuple) -> list[Example]:
-    return [encode(row["prompt"], row["completion"], loaded[1]) for row in rows]
+def text(model: Path) -> Path:
+    path = model.parent / "text.txt"
+    path.write_text(" ".join(row["question"] for row in arithmetic.draw_data(seed=2)["one_step_train"][:400]))
+    return path
 
 
-def test_tokens_and_labels_are_those_that_trl_trains_on(
-    rows: list[dict[str, str]], loaded: tuple, examples: list[Example], tmp_path: Path
-) -> None:
-    model, tokenizer = loaded
-    settings = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[])
-    trainer = SFTTrainer(model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    for prepared, example in zip(trainer.train_dataset, examples, strict=True):
-        assert prepared["input_ids"] == example.sequence
-        assert prepared["labels"] == [-100] * example.start + example.sequence[example.start :]
-        assert example.sequence[example.start :][-1] == tokenizer.eos_token_id
+def arguments(model: Path, rows: Path, output: Path, **changed: object) -> list[str]:
+    chosen = {"model": model, "dataset": rows, "output": output, "max_new_tokens": NEW_TOKENS, "batch_size": 8}
+    pairs = [(f"--{name}", str(value)) for name, value in (chosen | changed).items() if value is not None]
+    return [*(word for pair in pairs for word in pair), *COLUMNS]
 
 
-def test_end_of_sequence_is_added_once(loaded: tuple) -> None:
-    tokenizer = loaded[1]
-    assert encode("3 + 4 =", " 7", tokenizer) == encode("3 + 4 =", f" 7{tokenizer.eos_token}", tokenizer)
+def alone(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launch/evaluate.py", *words]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, **options)
 
 
-def test_completion_starts_where_the_texts_part(loaded: tuple) -> None:
-    """`has 1` and `has 14 coins` share tokens that a cut after the prompt's characters would miss."""
-    tokenizer = loaded[1]
-    example = encode("Ada has 14 coi", "ns", tokenizer)
-    assert tokenizer.decode(example.sequence[: example.start]) == "Ada has 14"
-    assert tokenizer.decode(example.sequence[example.start :]) == f" coins{tokenizer.eos_token}"
-
-
-@torch.inference_mode()
-def naive_loss(model: PreTrainedModel, examples: list[Example]) -> tuple[float, int]:
-    """One row at a time, one token at a time, from the definition."""
-    total, count = 0.0, 0
-    for example in examples:
-        logits = model(torch.tensor([example.sequence])).logits[0].double()
-        for position in range(example.start, len(example.sequence)):
-            distribution = torch.log_softmax(logits[position - 1], dim=0)
-            total -= distribution[example.sequence[position]].item()
-            count += 1
-    return total / count, count
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 17, 64])
-@torch.inference_mode()
-def test_loss_equals_a_loop_over_rows_whatever_the_batch_size(
-    loaded: tuple, examples: list[Example], batch_size: int
-) -> None:
-    loss, tokens = answer_loss(loaded[0], examples, batch_size)
-    expected, count = naive_loss(loaded[0], examples)
-    assert tokens == count
-    assert math.isclose(loss, expected, rel_tol=1e-6)
-
-
-@torch.inference_mode()
-def naive_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> str:
-    """The whole text read again for every token."""
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + NEW_TOKENS:
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        if tokens[-1] == tokenizer.eos_token_id:
-            break
-    return tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 17])
-@torch.inference_mode()
-def test_generation_equals_a_loop_over_tokens_whatever_the_batch_size(
-    loaded: tuple, examples: list[Example], batch_size: int
-) -> None:
-    model, tokenizer = loaded
-    texts = generate(model, tokenizer, examples, batch_size, NEW_TOKENS)
-    assert texts == [naive_generation(model, tokenizer, example.prompt) for example in examples]
-    assert len(set(texts)) > len(texts) // 2, "an untrained model that always says the same cannot show a mix-up"
-
-
-@torch.inference_mode()
-def test_generation_ends_at_the_end_of_sequence(loaded: tuple, examples: list[Example]) -> None:
-    """Whatever the model says third is made the end of sequence."""
-    model, tokenizer = loaded
-    until_third, further = (generate(model, tokenizer, examples[:1], 1, tokens)[0] for tokens in (3, NEW_TOKENS))
-    assert len(further) > len(until_third)
-    third = int(model.generate(torch.tensor([examples[0].prompt]), max_new_tokens=3, do_sample=False)[0, -1])
-    tokenizer.eos_token, before = tokenizer.convert_ids_to_tokens(third), tokenizer.eos_token
-    try:
-        assert generate(model, tokenizer, examples[:1], 1, NEW_TOKENS)[0] == until_third
-    finally:
-        tokenizer.eos_token = before
-
-
-@pytest.mark.parametrize(
-    ("text", "pattern", "answer"),
-    [
-        ("He earned 0.2 x 50 = $<<0.2*50=10>>10.\n#### 10", None, 10),
-        ("#### 1,250", None, 1250),
-        ("#### -3.50", None, -3.5),
-        ("14 + 8 = 22, 22 - 5 = 17", None, 17),
-        ("It costs $18.", None, 18),
-        ("none", None, None),
-        ("#### 12\nQuestion: 99", r"#### (\S+)", 12),
-        ("The answer is (B) not (C)", r"\(([A-D])\)", "C"),
-        ("#### 5 #### ", r"####(?: (\d+))?", ""),
-    ],
-)
-def test_answer_is_the_last_match(text: str, pattern: str | None, answer: float | str | None) -> None:
-    default = EvaluationArguments(model="", dataset_name="").answer_pattern
-    assert extract_answer(text, pattern or default) == answer
-
-
-def test_judgement_compares_the_last_numbers() -> None:
-    rows = [{"prompt": "a", "completion": " 1 + 2 = 3"}, {"prompt": "b", "completion": " #### 1,000"}]
-    verdicts = judge(rows * 2, [" so 3", " 1000.0", " 3 or 4", ""], r"-?\d[\d,]*(?:\.\d+)?")
-    assert [verdict["correct"] for verdict in verdicts] == [True, True, False, False]
-
-
-def test_no_answer_in_the_reference_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"row 1.*--answer_pattern"):
-        judge([{"prompt": "", "completion": "7"}, {"prompt": "", "completion": "seven"}], ["7", "7"], r"\d")
-
-
-@pytest.mark.parametrize(
-    ("settings", "complaint"),
-    [
-        ({"batch_size": 0}, "--batch_size"),
-        ({"limit": 0}, "--limit"),
-        ({"dtype": "fp32"}, "--dtype"),
-        ({"answer_pattern": "("}, r"'\(' is no regular expression \(--answer_pattern\)"),
-    ],
-)
-def test_bad_settings_are_named(settings: dict, complaint: str) -> None:
-    with pytest.raises(ValueError, match=complaint):
-        EvaluationArguments(model="", dataset_name="", **settings)
-
-
-def test_messages_are_refused(tmp_path: Path) -> None:
-    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
-    for number, row in enumerate([{"messages": messages}, {"prompt": messages[:1], "completion": messages[1:]}]):
-        path = tmp_path / f"{number}.jsonl"
-        path.write_text(json.dumps(row) + "\n")
-        with pytest.raises(ValueError, match="--prompt_field"):
-            evaluate.load_prompts(EvaluationArguments(model="", dataset_name=str(path)), Fields())
-
-
-def run_evaluation(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "launch/evaluate.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
-
-
-def test_command_prints_and_writes_what_the_functions_find(folder: Path, tmp_path: Path) -> None:
-    """One row is given the very number that the model generates, so that right and wrong both occur."""
-    path, written = tmp_path / "rows.jsonl", tmp_path / "new" / "folder" / "results.json"
-    data = arithmetic.draw_data(seed=9)["two_step_heldout"][:6]
-    model, tokenizer = evaluate.load_model(EvaluationArguments(model=str(folder), dataset_name=""))
-    texts = [naive_generation(model, tokenizer, tokenizer(row["question"])["input_ids"]) for row in data]
-    said = next(number for number, text in enumerate(texts[:5]) if re.search(r"\d", text))
-    data[said]["answer"] = re.findall(r"\d+", texts[said])[-1]
-    path.write_text("".join(json.dumps(row) + "\n" for row in data))
-    columns = ("--prompt_field", "question", "--completion_field", "answer", "--completion_template", " {answer}")
-    result = run_evaluation(
-        "--model",
-        folder,
-        "--dataset",
-        path,
-        *columns,
-        "--limit",
-        5,
-        "--max_new_tokens",
-        NEW_TOKENS,
-        "--output",
-        written,
-    )
+@pytest.fixture(scope="module")
+def by_one(model: Path, rows: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of one process."""
+    output = tmp_path_factory.mktemp("one") / "new" / "folder" / "results.json"
+    result = alone(*arguments(model, rows, output, perplexity=text))
     assert result.returncode == 0, result.stderr
-    report = json.loads(written.read_text())
-    expected, count = naive_loss(model, [encode(row["question"], f" {row['answer']}", tokenizer) for row in data[:5]])
-    assert math.isclose(report["nll"], expected, rel_tol=1e-6)
-    assert (report["rows"], report["completion_tokens"]) == (5, count)
-    assert [prediction["generated"] for prediction in report["predictions"]] == texts[:5]
-    assert report["predictions"][said]["correct"]
-    assert report["accuracy"] == sum(prediction["correct"] for prediction in report["predictions"]) / 5
-    assert f"{report['nll']:.4f}" in result.stdout
-    assert f"{report['accuracy']:.4f}" in result.stdout
+    found = json.loads(output.read_text())
+    assert f"{found['nll']:.4f}" in result.stdout
+    assert f"{found['accuracy']:.4f}" in result.stdout
+    return output
 
 
-def test_command_names_a_misspelt_field_in_one_line(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"question": "3 + 4 =", "answer": "7"}\n')
-    result = run_evaluation(
-        "--model", folder, "--dataset", path, "--prompt_field", "qestion", "--completion_field", "answer"
+def test_it_writes_what_loops_over_rows_and_tokens_find(by_one: Path, model: Path, rows: Path, text: Path) -> None:
+    loaded, tokenizer = load_model(str(model), "auto")
+    data = [json.loads(line) for line in rows.read_text().splitlines()]
+    losses = [loop_of_losses(loaded, encode_example(row["question"], f" {row['answer']}", tokenizer)) for row in data]
+    texts = [loop_of_texts(loaded, tokenizer, tokenizer(row["question"])["input_ids"], NEW_TOKENS) for row in data]
+    found = json.loads(by_one.read_text())
+    lines = [json.loads(line) for line in by_one.with_suffix(".jsonl").read_text().splitlines()]
+    assert (found["rows"], found["completion_tokens"]) == (ROWS, sum(map(len, losses)))
+    assert math.isclose(found["nll"], math.fsum(map(math.fsum, losses)) / sum(map(len, losses)), rel_tol=1e-6)
+    assert [line["row"] for line in lines] == list(range(ROWS))
+    assert [line["generated"] for line in lines] == texts
+    for line, row_losses in zip(lines, losses, strict=True):
+        assert math.isclose(line["nll"], math.fsum(row_losses) / len(row_losses), rel_tol=1e-5)
+        numbers = (re.findall(r"-?\d+", side) for side in (line["generated"], line["completion"]))
+        last = [float(found[-1]) if found else None for found in numbers]
+        assert line["correct"] == (last[0] == last[1])
+    assert found["correct"] == sum(line["correct"] for line in lines)
+    assert found["accuracy"] == found["correct"] / ROWS
+    assert 0 < found["correct"] < ROWS
+    tokens = len(tokenizer(text.read_text(), add_special_tokens=False)["input_ids"])
+    assert found["text_tokens"] == tokens - 1 > 1024, "several windows"
+    assert math.isclose(found["perplexity"], math.exp(found["text_nll"]))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_finds_the_same(
+    by_one: Path, model: Path, rows: Path, text: Path, tmp_path: Path, ranks: int
+) -> None:
+    output = tmp_path / "results.json"
+    result = launch("launch/evaluate.py", *arguments(model, rows, output, perplexity=text), ranks=ranks)
+    assert result.returncode == 0, result.stdout
+    assert output.read_text() == by_one.read_text()
+    assert output.with_suffix(".jsonl").read_text() == by_one.with_suffix(".jsonl").read_text()
+    assert len(re.findall(r"^rows +29$", result.stdout, re.MULTILINE)) == 1, "one rank speaks"
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.jsonl"}
+
+
+def test_a_killed_evaluation_goes_on(by_one: Path, model: Path, rows: Path, text: Path, tmp_path: Path) -> None:
+    """Killed on one rank with some of the batches done, it goes on where it was, on two, and finds the same."""
+    output = tmp_path / "results.json"
+    words = arguments(model, rows, output, perplexity=text)
+    command = [sys.executable, "launch/evaluate.py", *words]
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL)
+    kept = output.with_suffix(".parts") / "rank-0.jsonl"
+    until = time.monotonic() + 200
+    while time.monotonic() < until and process.poll() is None and not (kept.is_file() and kept.stat().st_size):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = kept.read_text().count("\n")
+    assert done >= 1
+    assert not output.exists(), "it had ended before it was killed"
+    result = launch("launch/evaluate.py", *words)
+    assert result.returncode == 0, result.stdout
+    said = re.search(r"goes on   (\d+) of (\d+) batches", result.stdout)
+    assert said is not None
+    assert done <= int(said[1]) < int(said[2])
+    assert output.read_text() == by_one.read_text()
+    assert output.with_suffix(".jsonl").read_text() == by_one.with_suffix(".jsonl").read_text()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
+def adapter(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an adapter that changes something, and one with the model into which it is merged."""
+    folder = tmp_path_factory.mktemp("adapter")
+    base = AutoModelForCausalLM.from_pretrained(model)
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=request.param)
+    adapted = get_peft_model(base, settings)
+    adapted.save_pretrained(folder / "adapter")
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder / "adapter")
+    merged.merge_and_unload().save_pretrained(folder / "merged")
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder / "merged")
+    return folder
+
+
+def test_an_adapter_is_judged_as_the_model_it_is_merged_into(
+    adapter: Path, by_one: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Its folder has no tokenizer: that of the base is taken."""
+    found = {}
+    for name in ("adapter", "merged"):
+        result = alone(*arguments(adapter / name, rows, tmp_path / f"{name}.json"))
+        assert result.returncode == 0, result.stderr
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert math.isclose(found["adapter"]["nll"], found["merged"]["nll"], rel_tol=1e-5)
+    assert found["adapter"]["correct"] == found["merged"]["correct"]
+    assert abs(found["adapter"]["nll"] - json.loads(by_one.read_text())["nll"]) > 1e-2, "it changes something"
+
+
+TASK = """
+task: problems
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: "{rows}"}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["Question:"], do_sample: false, max_gen_toks: 12}}
+filter_list:
+  - name: last-number
+    filter:
+      - {{function: regex, regex_pattern: '(-?\\d[\\d,]*(?:\\.\\d+)?)', group_select: -1}}
+      - {{function: take_first}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+"""
+
+
+def test_the_harness_gives_the_same_verdicts(model: Path, tmp_path: Path) -> None:
+    """200 problems, of which some are answered right; asked otherwise, the harness gives another verdict on those."""
+    loaded, tokenizer = load_model(str(model), "auto")
+    problems = arithmetic.draw_data(seed=1)["two_step_heldout"][:200]
+    for row in problems[::9]:
+        text = loop_of_texts(loaded, tokenizer, tokenizer(row["question"])["input_ids"], NEW_TOKENS)
+        row["answer"] = (re.findall(r"\d+", text) or [row["answer"]])[-1]
+    asked = [{"question": row["question"], "answer": re.findall(r"\d+", row["answer"])[-1]} for row in problems]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "problems.yaml").write_text(TASK.format(rows=rows))
+    others = (
+        TASK.format(rows=rows).replace("task: problems", "task: others").replace('target: "{{answer}}"', 'target: "x"')
     )
+    (tmp_path / "others.yaml").write_text(others)
+    tasks = f"{tmp_path / 'problems.yaml'},{tmp_path / 'others.yaml'}"
+    words = arguments(model, rows, tmp_path / "results.json", tasks="gsm8k", lm_eval=tasks, batch_size=64)
+    words += ["--prompt_template", "{question}"]
+    result = launch("launch/evaluate.py", *words)
+    assert result.returncode == 0, result.stdout
+    found = json.loads((tmp_path / "results.json").read_text())
+    same, other = found["lm_eval"]["problems"], found["lm_eval"]["others"]
+    assert (same["compared"], same["differences"]) == (200, [])
+    assert same["exact_match,last-number"] == found["accuracy"] > 0
+    assert other["compared"] == 200
+    assert len(other["differences"]) == found["correct"]
+    assert all(difference["agsel"] and not difference["lm_eval"] for difference in other["differences"])
+
+
+def refusal(*words: str) -> str:
+    result = alone(*words)
     assert result.returncode == 1
-    assert re.search(r"^agsel: error: .*--prompt_field.*'question'", result.stderr, re.MULTILINE)
     assert "Traceback" not in result.stderr
+    (line,) = re.findall(r"^agsel: error: (.*)$", result.stderr, re.MULTILINE)
+    return line
 
 
-def test_the_folder_of_a_run_is_refused_by_the_name_of_its_model(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").touch()
-    with pytest.raises(ValueError, match=rf"name its model, {tmp_path / 'model'}"):
-        evaluate.load_model(EvaluationArguments(model=str(tmp_path), dataset_name="rows.jsonl"))
-
-
-def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file" / "results.json"):
-        with pytest.raises(ValueError, match="--output"):
-            evaluate.prepare_output(path)
+def test_mistakes_are_named_in_one_line(model: Path, rows: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "results.json")
+    line = refusal("--model", str(model), "--dataset", str(rows), "--prompt_field", "qestion", "--output", output)
+    assert re.search(r"--prompt_field.*'question'", line)
+    shutil.copytree(model, tmp_path / "run" / "model")
+    assert f"name its model, {tmp_path / 'run' / 'model'}" in refusal(
+        "--model", str(tmp_path / "run"), "--tasks", "gsm8k"
+    )

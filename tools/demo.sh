@@ -74,7 +74,7 @@ run = Path(sys.argv[1])
 before, after, selection = (json.loads((run / f"{name}.json").read_text()) for name in ("before", "after", "selection"))
 print(f"\nHeld-out accuracy   {before['accuracy']:.1%} before, {after['accuracy']:.1%} after, {after['rows']} problems")
 print(f"Answer NLL          {before['nll']:.3f} before, {after['nll']:.3f} after\n")
-untrained, trained = before["predictions"][0], after["predictions"][0]
+untrained, trained = (json.loads((run / f"{name}.jsonl").read_text().split("\n")[0]) for name in ("before", "after"))
 print(f"Asked      {trained['prompt']}\nBefore    {untrained['generated']}\nAfter     {trained['generated']}\n")
 print(f"Steps in which each block was trained, of {selection['steps']}")
 for block, count in selection["counts"].items():

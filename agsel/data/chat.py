@@ -71,20 +71,43 @@ class ChatEncoder:
         Raises:
             UserError: the template does not take the conversation, or does not tell what the assistant says.
         """
-        try:
+        with self._complaints(row):
             self._require_rendered(messages, tools, row)
             tokens = self._encode(list(messages), tools, first_learnt, row)
-        except _TemplateFault as error:
-            raise UserError(
-                f"the chat template of {self._tokenizer.name_or_path} fails on row {row} of the dataset, {error}; "
-                "correct the row or the template, or name another (--chat_template_path)"
-            ) from error
         if not any(tokens.learnt):
             raise UserError(
                 f"row {row} of the dataset has nothing to learn: the chat template of {self._tokenizer.name_or_path} "
                 "marks nothing of what the assistant says; name another (--chat_template_path)"
             )
         return tokens
+
+    def prompt(self, messages: Sequence[Message], tools: list[Any] | None, number: int, row: int) -> str:
+        """What a model is given to say a message.
+
+        Args:
+            messages: the conversation.
+            tools: that the assistant may call.
+            number: of the message.
+            row: for error messages.
+
+        Raises:
+            UserError: the template does not take the conversation, or does not tell.
+        """
+        with self._complaints(row):
+            prompt = self._prompt(list(messages), tools, number)
+        if prompt is None:
+            raise UserError(_no_prefix(row, number))
+        return prompt
+
+    @contextmanager
+    def _complaints(self, row: int) -> Iterator[None]:
+        try:
+            yield
+        except _TemplateFault as error:
+            raise UserError(
+                f"the chat template of {self._tokenizer.name_or_path} fails on row {row} of the dataset, {error}; "
+                "correct the row or the template, or name another (--chat_template_path)"
+            ) from error
 
     def _require_rendered(self, messages: Sequence[Message], tools: list[Any] | None, row: int) -> None:
         """Many templates say nothing of tool calls, and some of text: a turn would be learnt as if there were none."""

@@ -80,13 +80,17 @@ class Encoder:
 
     def encode(self, row: Row) -> Tokens:
         """Text where there is some and no turns, else the conversation."""
-        if row["messages"] is None or (row["completion"] is not None and not self._tokenizer.chat_template):
+        if self.is_text(row):
             return encode_text(self._tokenizer, row["prompt"], row["completion"], self._learning)
         if self._chat is None:
             self._chat = ChatEncoder(self._tokenizer, assistant_only=self._learning.assistant_only)
         tools = json.loads(row["tools"]) if row["tools"] else None
         first = row["first_learnt"] if self._learning.completions_only else 0
         return self._chat.encode(json.loads(row["messages"]), tools, first, row[ROW_NUMBER])
+
+    def is_text(self, row: Row) -> bool:
+        """Whether a row is taken as text, and not as a conversation."""
+        return row["messages"] is None or (row["completion"] is not None and not self._tokenizer.chat_template)
 
     def labelled(self, row: Row) -> dict[str, Any]:
         """A row of `TOKEN_FEATURES`."""

@@ -1,0 +1,97 @@
+"""Results of rows as numbers of the whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agsel.errors import UserError, one_line
+from agsel.evaluation.work import Measured, Part
+
+ROUNDED = 4
+"""Decimals that people are shown."""
+
+
+def summarise(part: Part, rows: Sequence[Measured]) -> dict[str, Any]:
+    """Numbers of a task: `rows`, `completion_tokens`, `nll` in nats per completion token, `correct`, `accuracy`.
+
+    The last two only where texts were generated.
+    """
+    tokens, nll = _mean_loss(rows)
+    numbers = {"rows": len(rows), "completion_tokens": tokens, "nll": nll}
+    if part.judge is None:
+        return numbers
+    correct = sum(row["correct"] for row in rows)
+    return numbers | {"correct": correct, "accuracy": correct / len(rows)}
+
+
+def summarise_text(rows: Sequence[Measured]) -> dict[str, Any]:
+    """Numbers of a text: `text_tokens`, `text_nll` in nats per token, `perplexity`."""
+    tokens, nll = _mean_loss(rows)
+    return {"text_tokens": tokens, "text_nll": nll, "perplexity": math.exp(nll)}
+
+
+def _mean_loss(rows: Sequence[Measured]) -> tuple[int, float]:
+    tokens = sum(row["completion_tokens"] for row in rows)
+    return tokens, math.fsum(row["loss"] for row in rows) / tokens
+
+
+def describe_rows(part: Part, rows: Sequence[Measured]) -> Iterator[dict[str, Any]]:
+    """Each row of a task by itself: its number, texts, and what was measured, `nll` in nats per completion token.
+
+    Windows of a text are no rows.
+    """
+    for question, row in zip(part.questions, rows[: len(part.questions)], strict=True):
+        asked = {"task": part.name, "row": question.number, "prompt": question.prompt}
+        answered = {name: value for name, value in row.items() if name != "loss"}
+        yield asked | {"completion": question.completion, "nll": row["loss"] / row["completion_tokens"]} | answered
+
+
+def print_results(results: Mapping[str, Any], indent: str = "") -> None:
+    """One number a line."""
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            print(f"{indent}{name}")
+            print_results(value, indent=f"{indent}  ")
+        else:
+            shown = f"{value:.{ROUNDED}f}" if isinstance(value, float) else value
+            print(f"{indent}{name:{max(1, 18 - len(indent))}}{shown}")
+
+
+def prepare_output(path: Path) -> None:
+    """Make the folder of `--output`, before any work that could be lost.
+
+    Raises:
+        UserError: it cannot be made, or `path` is a folder itself, or the file of the rows.
+    """
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder: name a file, for example {path / 'results.json'}")
+    if path.suffix == ".jsonl":
+        raise UserError(f"--output {path} is the name of the file for the rows: write {path.with_suffix('.json')}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder of --output {path}, {error}: choose another file") from error
+
+
+def write_complete(path: Path, text: str) -> None:
+    """A file that is complete or as it was before.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    staged = path.with_name(f".{path.name}.new")
+    try:
+        staged.write_text(text)
+        os.replace(staged, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} (--output): {one_line(error)}; choose another file") from error
+
+
+def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

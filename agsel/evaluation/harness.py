@@ -1,0 +1,112 @@
+"""The same model through lm-evaluation-harness, and where its verdicts are others than ours."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agsel.errors import UserError, complaints_of_libraries
+from agsel.evaluation.options import EvaluationArguments
+from agsel.zero.consensus import gather
+
+VERDICTS = ("exact_match", "acc")
+"""What the harness calls them; 1 is right."""
+
+
+def require_harness() -> None:
+    """Refuse `--lm_eval` without the package.
+
+    Raises:
+        UserError: names the package.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--lm_eval needs lm-eval, {error}: pip install 'agsel[evaluation]'") from error
+
+
+def evaluate_with_harness(
+    arguments: EvaluationArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Numbers by task of `--lm_eval`; on ranks other than the first, nothing. Every rank must call it.
+
+    Args:
+        arguments: name tasks, rows at a time and at most, and shots.
+        model: on its device.
+        tokenizer: of it.
+        rows: with `prompt` and `correct`, as `describe_rows` has them.
+
+    Returns:
+        By task: what the harness found, and, if some of its prompts are among `rows`, how many were `compared`, and
+        the `differences`.
+
+    Raises:
+        UserError: no such task, or the harness does not take it.
+    """
+    from lm_eval import simple_evaluate
+
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    assert arguments.lm_eval is not None, "asked for"
+    with complaints_of_libraries():
+        found = simple_evaluate(
+            _model_of_harness(model, tokenizer, arguments.batch_size),
+            tasks=[name.strip() for name in arguments.lm_eval.split(",")],
+            num_fewshot=arguments.n_shot or None,
+            limit=arguments.limit,
+            log_samples=True,
+        )
+    if found is None:
+        return {}
+    ours = {row["prompt"]: row["correct"] for row in rows if "correct" in row}
+    return {
+        task: _plain(numbers) | _compare(ours, found["samples"].get(task, ()))
+        for task, numbers in found["results"].items()
+    }
+
+
+def _plain(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in numbers.items() if isinstance(value, int | float)}
+
+
+def _compare(ours: Mapping[str, bool], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    theirs = [(sample, prompt) for sample in samples if (prompt := sample["arguments"][0][0]) in ours]
+    if not theirs:
+        return {}
+    return {"compared": len(theirs), "differences": list(_differences(ours, theirs))}
+
+
+def _differences(ours: Mapping[str, bool], theirs: Sequence[tuple[Mapping[str, Any], str]]) -> Iterator[dict[str, Any]]:
+    for sample, prompt in theirs:
+        verdict = next((bool(sample[name]) for name in VERDICTS if name in sample), None)
+        if verdict is not None and verdict != ours[prompt]:
+            filtered = {"filter": sample["filter"], "generated": sample["resps"][0][0]}
+            yield {"prompt": prompt, "agsel": ours[prompt], "lm_eval": verdict, **filtered}
+
+
+def _model_of_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class ModelOfRank(HFLM):
+        """A loaded model, of which every rank of the run has one: the harness itself expects Accelerate's ranks."""
+
+        def __init__(self) -> None:
+            super().__init__(model, tokenizer=tokenizer, batch_size=batch_size)
+            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+
+        def all_gather(self, tensor: Any) -> Any:
+            """A tensor with the numbers of all ranks."""
+            return torch.cat([torch.atleast_1d(of_rank) for of_rank in gather(tensor.cpu(), None)])
+
+        def barrier(self) -> None:
+            """Wait for all ranks."""
+            dist.barrier()
+
+    return ModelOfRank()

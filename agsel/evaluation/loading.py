@@ -1,0 +1,87 @@
+"""The model to evaluate: a folder or hub name of a model, or of an adapter, which is put onto its base."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import find_adapter_config_file
+
+from agsel.errors import UserError, one_line
+
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
+"""Files of which a folder with a tokenizer has one."""
+
+
+def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, on this rank's device, and tokenizer.
+
+    Args:
+        name: folder or hub name (`--model`).
+        dtype: of the weights; `auto` as saved.
+
+    Raises:
+        UserError: it cannot be loaded, or is the folder of a run.
+    """
+    _refuse_run_folder(Path(name))
+    try:
+        if find_adapter_config_file(name) is not None:
+            model, tokenizer = _load_adapter(name, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load {name} (--model): {one_line(error)}") from error
+    return model.to(own_device()).eval(), tokenizer
+
+
+def own_device() -> torch.device:
+    """Of this rank."""
+    if get_accelerator().device_name() != "cuda":
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def fingerprint_of_files(name: str) -> list[list[str | int]]:
+    """Names, sizes and times of the files of a local folder, and of the base of an adapter; of a hub model its name."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return [[name]]
+    states = [(path, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    found: list[list[str | int]] = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
+    if find_adapter_config_file(name) is None:
+        return found
+    from peft import PeftConfig  # slow to import, and rarely needed
+
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    return found + (fingerprint_of_files(base) if base != name else [])
+
+
+def _load_adapter(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from peft import PeftConfig, PeftModel  # slow to import, and rarely needed
+
+    config = PeftConfig.from_pretrained(name)
+    base = config.base_model_name_or_path
+    if Path(name).is_dir() and not Path(base).is_dir() and base.startswith(("/", ".")):
+        raise UserError(
+            f"the base model of the adapter {name} (--model) is not at {base}: put it there, or correct "
+            f"base_model_name_or_path in {Path(name, 'adapter_config.json')}"
+        )
+    model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, dtype=dtype)
+    has_tokenizer = not Path(name).is_dir() or any(Path(name, file).is_file() for file in TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # as for training
+        model.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False), tokenizer
+
+
+def _refuse_run_folder(folder: Path) -> None:
+    inside = folder / "model"
+    is_run = any((inside / file).is_file() for file in ("config.json", "adapter_config.json"))
+    if is_run and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} (--model) is the folder of a run: name its model, {inside}")

@@ -67,7 +67,8 @@ class Records:
             UserError: names the run and the settings.
         """
         for run, record in self._records.items():
-            if record["error"] is not None or not (run.is_untrained or run.cell in plan.cells):
+            nothing_to_reuse = record["error"] is not None and "result" not in record
+            if nothing_to_reuse or not (run.is_untrained or run.cell in plan.cells):
                 continue
             new = as_read_again(new_record(plan, run))
             differing = [

@@ -13,7 +13,8 @@ from transformers import HfArgumentParser
 
 from agsel.data.fields import Fields
 from agsel.errors import UserError, complaints_of_libraries, said_of
-from agsel.evaluate import EvaluationArguments
+from agsel.evaluate import tasks_of
+from agsel.evaluation.options import EvaluationArguments
 from agsel.train import default_settings
 from agsel.training.data import require_data
 from agsel.training.settings import Settings, read_settings
@@ -103,9 +104,14 @@ def _require_evaluation(plan: Plan, run: Run, part: Part) -> None:
     flags = {"model": plan.shared.get("model_name_or_path"), **plan.evaluation_of(run, part)}
     with said_of(f"the {part} part"), complaints_of_libraries():
         parser = _Parser((EvaluationArguments, Fields), allow_abbrev=False)
-        *_, unknown = parser.parse_args_into_dataclasses([*words_of(flags)], return_remaining_strings=True)
+        arguments, fields, unknown = parser.parse_args_into_dataclasses(
+            [*words_of(flags)], return_remaining_strings=True
+        )
+        tasks = tasks_of(arguments, fields)
     if unknown:
         raise UserError(f"the {part} part: unknown flag {unknown[0]} of launch/evaluate.py")
+    if len(tasks) != 1:
+        raise UserError(f"the {part} part judges {len(tasks)} tasks, and a comparison is of one: name one")
 
 
 class _Parser(HfArgumentParser):

@@ -54,7 +54,7 @@ class Runner:
             slot: of the place.
             known: of the run before.
         """
-        record = {**new_record(self._plan, task.run), **(known or {}), "error": None}
+        record = {**(known or {}), **new_record(self._plan, task.run)}
         try:
             if not task.run.is_untrained:
                 record |= self._trained(task.run, place, slot)

@@ -38,6 +38,7 @@ from agsel.training.fit import plan_of_run
 from agsel.training.generation import require_generation_config
 from agsel.training.hub import require_hub
 from agsel.training.identity import describe_settings, describe_trainer
+from agsel.training.judging import TaskJudge
 from agsel.training.lora import require_taking_part, settle_targets
 from agsel.training.merging import merge_adapter
 from agsel.training.model import init_kwargs, require_model
@@ -172,6 +173,8 @@ def build_trainer(configuration: Configuration, data: RunData) -> RowTrainer:
     for name, report in trainer.token_reports.items():
         on_first_rank(f"tokens    {name}: {report}")
     prepare_export(trainer)
+    if configuration.tasks.eval_tasks is not None:
+        trainer.judge = TaskJudge(configuration.tasks, trainer.processing_class)
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.selection.compile_layers:

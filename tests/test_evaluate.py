@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agsel.evaluation.loading import load_model
+from agsel.evaluation.measures import generate, token_losses
 from agsel.evaluation.questions import encode_example
 from tests.distributed import REPOSITORY, environment, launch
 from tests.evaluation.loops import loop_of_losses, loop_of_texts
@@ -140,32 +141,26 @@ def test_a_killed_evaluation_goes_on(by_one: Path, model: Path, rows: Path, text
     assert output.with_suffix(".jsonl").read_text() == by_one.with_suffix(".jsonl").read_text()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["lora", "dora"])
-def adapter(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an adapter that changes something, and one with the model into which it is merged."""
-    folder = tmp_path_factory.mktemp("adapter")
-    base = AutoModelForCausalLM.from_pretrained(model)
-    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=request.param)
-    adapted = get_peft_model(base, settings)
-    adapted.save_pretrained(folder / "adapter")
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder / "adapter")
-    merged.merge_and_unload().save_pretrained(folder / "merged")
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder / "merged")
-    return folder
-
-
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_an_adapter_is_judged_as_the_model_it_is_merged_into(
-    adapter: Path, by_one: Path, rows: Path, tmp_path: Path
+    model: Path, rows: Path, tmp_path: Path, use_dora: bool
 ) -> None:
     """Its folder has no tokenizer: that of the base is taken."""
-    found = {}
-    for name in ("adapter", "merged"):
-        result = alone(*arguments(adapter / name, rows, tmp_path / f"{name}.json"))
-        assert result.returncode == 0, result.stderr
-        found[name] = json.loads((tmp_path / f"{name}.json").read_text())
-    assert math.isclose(found["adapter"]["nll"], found["merged"]["nll"], rel_tol=1e-5)
-    assert found["adapter"]["correct"] == found["merged"]["correct"]
-    assert abs(found["adapter"]["nll"] - json.loads(by_one.read_text())["nll"]) > 1e-2, "it changes something"
+    settings = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=use_dora)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), settings).save_pretrained(tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "merged")
+    losses, texts = {}, {}
+    data = [json.loads(line) for line in rows.read_text().splitlines()]
+    for name, folder in {"adapter": tmp_path / "adapter", "merged": tmp_path / "merged", "base": model}.items():
+        loaded, tokenizer = load_model(str(folder), "auto")
+        examples = [encode_example(row["question"], f" {row['answer']}", tokenizer) for row in data]
+        with torch.no_grad():
+            losses[name] = torch.cat(token_losses(loaded, examples))
+            texts[name] = generate(loaded, tokenizer, [example.prompt for example in examples], NEW_TOKENS)
+    torch.testing.assert_close(losses["adapter"], losses["merged"], rtol=1e-4, atol=1e-5)
+    assert texts["adapter"] == texts["merged"] != texts["base"]
 
 
 TASK = """
@@ -217,19 +212,10 @@ def test_the_harness_gives_the_same_verdicts(model: Path, tmp_path: Path) -> Non
     assert all(difference["agsel"] and not difference["lm_eval"] for difference in other["differences"])
 
 
-def refusal(*words: str) -> str:
-    result = alone(*words)
+def test_a_mistake_is_named_in_one_line_on_one_rank(model: Path, rows: Path, tmp_path: Path) -> None:
+    words = ["--model", str(model), "--dataset", str(rows), "--prompt_field", "qestion", "--completion_field", "answer"]
+    result = launch("launch/evaluate.py", *words, "--output", tmp_path / "results.json")
     assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    (line,) = re.findall(r"^agsel: error: (.*)$", result.stderr, re.MULTILINE)
-    return line
-
-
-def test_mistakes_are_named_in_one_line(model: Path, rows: Path, tmp_path: Path) -> None:
-    output = str(tmp_path / "results.json")
-    line = refusal("--model", str(model), "--dataset", str(rows), "--prompt_field", "qestion", "--output", output)
+    assert "Traceback" not in result.stdout
+    (line,) = re.findall(r"^agsel: error: (.*)$", result.stdout, re.MULTILINE)
     assert re.search(r"--prompt_field.*'question'", line)
-    shutil.copytree(model, tmp_path / "run" / "model")
-    assert f"name its model, {tmp_path / 'run' / 'model'}" in refusal(
-        "--model", str(tmp_path / "run"), "--tasks", "gsm8k"
-    )

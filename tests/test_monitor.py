@@ -29,6 +29,8 @@ def test_the_status_line_is_aligned_and_leaves_out_what_is_unknown() -> None:
         == "step    5/1200  loss 1.4321  lr 4.00e-04  exploit  layers 3"
     )
     assert status_line(5, 9, {"eval_loss": 2.0}) == "step 5/9  eval loss 2.0000"
+    of_task = {"eval_gsm8k_nll": 0.5, "eval_gsm8k_accuracy": 0.125, "epoch": 1.0}
+    assert status_line(5, 9, of_task) == "step 5/9  gsm8k nll 0.5000  gsm8k accuracy 12.5%"
 
 
 def test_entropy_is_one_for_even_and_zero_for_single_choices() -> None:

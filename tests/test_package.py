@@ -70,7 +70,9 @@ FLOORS = {
         "torch",
         "transformers",
     },
-    "agsel/training": ALL_BELOW | {"huggingface_hub", "peft", "pyarrow", "pydantic", "safetensors"},
+    "agsel/training": ALL_BELOW
+    | {"agsel.evaluation"}
+    | {"huggingface_hub", "peft", "pyarrow", "pydantic", "safetensors"},
     "agsel/evaluate.py": ALL_BELOW | {"agsel.evaluation"},
     "agsel/train.py": ALL_BELOW | {"agsel.training"},
 }

@@ -27,6 +27,7 @@ NOTHING = {
     "datasets": None,
     "eval_dataset": None,
     "eval_split_fraction": None,
+    "eval_tasks": None,
     "eval_strategy": "no",
     "seed": 42,
 }

@@ -12,7 +12,7 @@ import pytest
 from agsel.data.fields import Fields
 from agsel.errors import UserError
 from agsel.policies import METHODS, AdaGradSelect, FullFineTuning, Plan, Policy, RandomBlocks, TopK
-from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments
+from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments, TaskArguments
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
 from agsel.training.usage import OWN
 
@@ -56,6 +56,7 @@ def test_the_command_line_is_frozen() -> None:
         "prompt_template": None,
         "completion_template": None,
     }
+    assert defaults(TaskArguments) == {"eval_tasks": None, "eval_task_rows": 200, "eval_max_new_tokens": 256}
     assert defaults(OutputArguments) == {"merge_adapter": False}
     assert defaults(SafetyArguments) == {"rank_timeout": 600, "max_skipped_steps": 50, "sanity_checks": 0}
 

@@ -262,11 +262,12 @@ def titles(text: str) -> list[str]:
 def test_help_begins_with_how_to_start_and_the_settings_of_agsel(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys)
     assert text.startswith("usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE]")
-    assert titles(text)[:6] == [
+    assert titles(text)[:7] == [
         "block selection:",
         "settings of the methods:",
         "columns of the dataset:",
         "datasets:",
+        "tasks judged at every evaluation:",
         "output:",
         "safety:",
     ]

@@ -113,7 +113,7 @@ class Measurer:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part]) -> None:
         self._model, self._tokenizer, self._parts = model, tokenizer, parts
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not in inference mode: ZeRO-3 goes on to train with what it gathers here
     def measure(self, unit: Unit) -> list[Measured]:
         """One result for each row of a unit.
 

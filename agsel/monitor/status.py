@@ -1,5 +1,6 @@
 """The status line of a training run: one readable line per logging step."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 SHOWN = {
@@ -9,6 +10,8 @@ SHOWN = {
     "grad_norm": "norm {:.3g}",
     "tokens_per_second": "{:,.0f} tok/s",
 }
+OF_TASKS = {"nll": "{} nll {:.4f}", "accuracy": "{} accuracy {:.1%}"}
+"""By the end of a name such as `eval_gsm8k_nll`."""
 
 
 def status_line(step: int, steps: int, numbers: Mapping[str, float], choice: str = "") -> str:
@@ -17,11 +20,23 @@ def status_line(step: int, steps: int, numbers: Mapping[str, float], choice: str
     Args:
         step: optimizer steps done.
         steps: optimizer steps of the whole run.
-        numbers: what a Trainer logs; the names in `SHOWN` are shown, in its order.
+        numbers: what a Trainer logs; the names in `SHOWN` are shown, in its order, and results of tasks.
         choice: what the selection did.
     """
     shown = [text.format(numbers[name]) for name, text in SHOWN.items() if name in numbers]
+    shown += [OF_TASKS[what].format(task, value) for (task, what), value in _results_of_tasks(numbers).items()]
     return "  ".join([f"step {step:>{len(str(steps))}}/{steps}", *shown, *filter(None, [choice])])
+
+
+def has_results_of_tasks(numbers: Mapping[str, float]) -> bool:
+    """Whether some of them are shown."""
+    return bool(_results_of_tasks(numbers))
+
+
+def _results_of_tasks(numbers: Mapping[str, float]) -> dict[tuple[str, str], float]:
+    """By task and what was measured."""
+    found = ((re.fullmatch(rf"eval_(\w+)_({'|'.join(OF_TASKS)})", name), value) for name, value in numbers.items())
+    return {(match[1], match[2]): value for match, value in found if match}
 
 
 def block_ranges(names: Iterable[str]) -> str:

@@ -164,3 +164,28 @@ class OutputArguments:
             "`merged/` in the run folder. The first rank's host must hold it once more."
         },
     )
+
+
+@dataclass
+class TaskArguments:
+    """Tasks on which a model is judged while it trains."""
+
+    _argument_group_name = "tasks judged at every evaluation"
+
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={
+            "help": "`gsm8k`, `math`, or both with a comma between them, as for launch/evaluate.py: `gsm8k=test.jsonl` "
+            "names a file. Whenever `--eval_strategy` evaluates, all ranks also answer their rows, and log "
+            "`eval_gsm8k_nll` and `eval_gsm8k_accuracy`."
+        },
+    )
+    eval_task_rows: int = field(
+        default=200, metadata={"help": "Judge the first rows of each task, at most as many; generating takes time."}
+    )
+    eval_max_new_tokens: int = field(default=256, metadata={"help": "Generated at most for each of these rows."})
+
+    def __post_init__(self) -> None:
+        for name in ("eval_task_rows", "eval_max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be 1 or more, got {getattr(self, name)} (--{name})")

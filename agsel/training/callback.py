@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from agsel.monitor import block_ranges, selection_scalars, status_line
+from agsel.monitor import block_ranges, has_results_of_tasks, selection_scalars, status_line
 from agsel.zero import Selection, StepReport
 
 
@@ -43,7 +43,8 @@ class SelectionCallback(TrainerCallback):
     ) -> None:
         """Print the status line, and after training steps write the scalars."""
         numbers = dict(logs or {})
-        if not state.is_world_process_zero or not numbers.keys() & {"loss", "eval_loss"}:
+        is_shown = numbers.keys() & {"loss", "eval_loss"} or has_results_of_tasks(numbers)
+        if not state.is_world_process_zero or not is_shown:
             return
         if "loss" not in numbers:
             tqdm.write(status_line(state.global_step, state.max_steps, numbers))

@@ -19,7 +19,7 @@ from agsel.blocks import Block, find_blocks, require_scope, taking_part
 from agsel.data.fields import Fields
 from agsel.errors import UserError, one_line
 from agsel.policies import FullFineTuning, Policy
-from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments
+from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments, TaskArguments
 from agsel.training.methods import build_policy, policy_class
 from agsel.training.model import agree_on_settings
 from agsel.training.settings import Settings
@@ -42,6 +42,7 @@ class Configuration:
     selection: SelectionArguments
     fields: Fields
     data: DataArguments
+    tasks: TaskArguments
     output: OutputArguments
     safety: SafetyArguments
     resolved: dict[str, Any]
@@ -86,6 +87,7 @@ def configure(settings: Settings) -> Configuration:
         settings.group(SelectionArguments),
         settings.group(Fields),
         settings.group(DataArguments),
+        settings.group(TaskArguments),
         settings.group(OutputArguments),
         settings.group(SafetyArguments),
         settings.values,

@@ -127,7 +127,7 @@ def held_out_source(values: Values) -> Source | None:
     if fraction is not None and not 0 < fraction < 1:
         raise UserError(f"--eval_split_fraction is {fraction}: it must be above 0 and below 1, for example 0.05")
     if values["eval_strategy"] == "no":
-        for setting in ("eval_dataset", "eval_split_fraction"):
+        for setting in ("eval_dataset", "eval_split_fraction", "eval_tasks"):
             if values[setting] is not None:
                 raise UserError(f"--{setting} would never be read: set --eval_strategy to steps or epoch too")
         return None

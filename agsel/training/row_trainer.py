@@ -14,6 +14,7 @@ from agsel.data.tokens import ENDED, Learning, TokenReport, has_conversations, t
 from agsel.errors import UserError, said_of
 from agsel.runs.trainer import ResumableTrainer
 from agsel.training.data import EVALUATION
+from agsel.training.judging import TaskJudge
 
 SPLITTING = ("bfd_split", "wrapped")
 """Packing strategies that go on with the rest of a long row in the next sequence."""
@@ -47,6 +48,7 @@ class RowTrainer(ResumableTrainer):
 
     Attributes:
         learning: the same.
+        judge: of tasks at every evaluation, if there are any.
         token_reports: of the datasets that were tokenised, by `train` and `eval`.
     """
 
@@ -54,7 +56,17 @@ class RowTrainer(ResumableTrainer):
         upstream.require_tested(__name__)
         self.learning = learning
         self.token_reports: dict[str, str] = {}
+        self.judge: TaskJudge | None = None
         super().__init__(*arguments, **options)
+
+    def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
+        """The metrics of the Trainer, and those of the tasks."""
+        metrics = super().evaluate(*arguments, **options)
+        if self.judge is not None:
+            found = self.judge.metrics(self)
+            self.log(dict(found))
+            metrics |= found
+        return metrics
 
     def _prepare_dataset(
         self,

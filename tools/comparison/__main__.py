@@ -2,6 +2,9 @@
 
 import sys
 
-from tools.comparison.comparing import main
+try:
+    from tools.comparison.comparing import main
+except ImportError as error:
+    sys.exit(f"agsel: error: {error}, which comparisons need: pip install 'agsel[bench]'")
 
 main(sys.argv[1:])

@@ -43,8 +43,10 @@ def plan_of_rates(options: argparse.Namespace, words: Sequence[str]) -> Plan:
         words: of the command line of launch/train.py, for all runs.
 
     Raises:
-        UserError: a run stands twice, or the recipe lacks something.
+        UserError: a run stands twice, the recipe lacks something, or there are no ranks.
     """
+    if options.ranks < 1:
+        raise UserError(f"ranks must be at least 1, got {options.ranks} (--ranks)")
     recipe = read_recipe(options.config)
     if "model_name_or_path" not in recipe:
         raise UserError(f"--config {options.config} has no model_name_or_path: add it")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from tools.comparison.comparison_table import Row
 
 Point = tuple[float, float, str]
@@ -25,11 +27,6 @@ def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """NLL and exact match against train time and peak memory, as far as they were measured."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no picture without matplotlib: pip install 'agsel[bench]', then the same command again")
-        return
     panels = [
         (points, result, cost)
         for result in ("NLL", "exact match, %")

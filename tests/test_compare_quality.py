@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -453,6 +454,8 @@ def test_a_killed_comparison_goes_on_and_ends_as_an_unbroken_one(parts: Path, tm
     assert result["steps"] == 600
     assert 0 < result["timed_steps"] < 600, "it went on from a checkpoint"
     assert "run 3 of 3: topk" in output
+    first_losses = {_first_loss(out / run / "seed-0/train.log") for run in ("full/0.01", "topk/0.001")}
+    assert len(first_losses) == 1, "the same weights and the same first batch"
 
     words = [sys.executable, TRAIN, "--config", out / "shared.yaml", "--method", "topk", "--learning_rate", "0.001"]
     words += ["--seed", "0", "--output_dir", tmp_path / "plain"]
@@ -461,6 +464,12 @@ def test_a_killed_comparison_goes_on_and_ends_as_an_unbroken_one(parts: Path, tm
         load_file(run / "model/model.safetensors") for run in (out / "topk/0.001/seed-0", tmp_path / "plain")
     )
     assert all(torch.equal(went_on[name], plain[name]) for name in plain)
+
+
+def _first_loss(log: Path) -> str:
+    found = re.search(r"step +1/\d+  loss (\S+)", log.read_text())
+    assert found is not None
+    return found[1]
 
 
 def _has(path: Path, text: str) -> bool:

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from agsel.evaluation.answers import NUMBER
 from agsel.evaluation.loading import load_model
 from agsel.evaluation.measures import generate, token_losses
 from agsel.evaluation.questions import encode_example
@@ -163,53 +164,32 @@ def test_an_adapter_is_judged_as_the_model_it_is_merged_into(
     assert texts["adapter"] == texts["merged"] != texts["base"]
 
 
-TASK = """
-task: problems
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: "{rows}"}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["Question:"], do_sample: false, max_gen_toks: 12}}
-filter_list:
-  - name: last-number
-    filter:
-      - {{function: regex, regex_pattern: '(-?\\d[\\d,]*(?:\\.\\d+)?)', group_select: -1}}
-      - {{function: take_first}}
-metric_list:
-  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
-"""
-
-
 def test_the_harness_gives_the_same_verdicts(model: Path, tmp_path: Path) -> None:
-    """200 problems, of which some are answered right; asked otherwise, the harness gives another verdict on those."""
+    """200 problems, some answered right; a task that expects something else gives another verdict on just those."""
     loaded, tokenizer = load_model(str(model), "auto")
-    problems = arithmetic.draw_data(seed=1)["two_step_heldout"][:200]
-    for row in problems[::9]:
-        text = loop_of_texts(loaded, tokenizer, tokenizer(row["question"])["input_ids"], NEW_TOKENS)
-        row["answer"] = (re.findall(r"\d+", text) or [row["answer"]])[-1]
-    asked = [{"question": row["question"], "answer": re.findall(r"\d+", row["answer"])[-1]} for row in problems]
+    problems = [{"question": row["question"]} for row in arithmetic.draw_data(seed=1)["two_step_heldout"][:200]]
+    for number, row in enumerate(problems):
+        prompt = f"Question: {row['question']}\nAnswer:"
+        said = "" if number % 9 else loop_of_texts(loaded, tokenizer, tokenizer(prompt)["input_ids"], NEW_TOKENS)
+        row["answer"] = f"as it is\n#### {(re.findall(NUMBER, said) or ['1,234'])[-1]}"
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in asked))
-    (tmp_path / "problems.yaml").write_text(TASK.format(rows=rows))
-    others = (
-        TASK.format(rows=rows).replace("task: problems", "task: others").replace('target: "{{answer}}"', 'target: "x"')
-    )
-    (tmp_path / "others.yaml").write_text(others)
-    tasks = f"{tmp_path / 'problems.yaml'},{tmp_path / 'others.yaml'}"
-    words = arguments(model, rows, tmp_path / "results.json", tasks="gsm8k", lm_eval=tasks, batch_size=64)
-    words += ["--prompt_template", "{question}"]
-    result = launch("launch/evaluate.py", *words)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in problems))
+    task = (REPOSITORY / "launch" / "lm_eval" / "gsm8k.yaml").read_text()
+    task = task.replace("data/gsm8k/test.jsonl", str(rows)).replace("max_gen_toks: 256", f"max_gen_toks: {NEW_TOKENS}")
+    (tmp_path / "same.yaml").write_text(task)
+    other = re.sub(r"doc_to_target: .*", 'doc_to_target: "x"', task.replace("task: gsm8k_local", "task: other"))
+    (tmp_path / "other.yaml").write_text(other)
+    harness = f"{tmp_path / 'same.yaml'},{tmp_path / 'other.yaml'}"
+    words = ["--model", model, "--tasks", "gsm8k", "--dataset", rows, "--max_new_tokens", NEW_TOKENS]
+    result = launch("launch/evaluate.py", *words, "--lm_eval", harness, "--output", tmp_path / "results.json")
     assert result.returncode == 0, result.stdout
     found = json.loads((tmp_path / "results.json").read_text())
-    same, other = found["lm_eval"]["problems"], found["lm_eval"]["others"]
+    same, others = found["lm_eval"]["gsm8k_local"], found["lm_eval"]["other"]
     assert (same["compared"], same["differences"]) == (200, [])
-    assert same["exact_match,last-number"] == found["accuracy"] > 0
-    assert other["compared"] == 200
-    assert len(other["differences"]) == found["correct"]
-    assert all(difference["agsel"] and not difference["lm_eval"] for difference in other["differences"])
+    assert same["exact_match,number"] == found["accuracy"] > 0
+    assert others["compared"] == 200
+    assert len(others["differences"]) == found["correct"]
+    assert all(difference["agsel"] and not difference["lm_eval"] for difference in others["differences"])
 
 
 def test_a_mistake_is_named_in_one_line_on_one_rank(model: Path, rows: Path, tmp_path: Path) -> None:

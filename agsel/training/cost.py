@@ -85,7 +85,7 @@ def write_result(trainer: Trainer, cost: CostCallback, path: Path, group: Any) -
 def peak_bytes(training: TrainingArguments) -> dict[str, int]:
     """Most device memory that this process has used since its start and that PyTorch has kept for it; none on the CPU.
 
-    What PyTorch has kept is what PEFT's comparison of methods reports.
+    What it has kept is what other processes on the device lack.
     """
     if training.use_cpu:
         return {}

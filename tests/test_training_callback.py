@@ -12,11 +12,20 @@ import agsel
 from agsel.training import add_selection
 from tests.distributed import REPOSITORY, launch_worker
 from tests.tiny import tiny_batch, tiny_model
+from tests.tiny_run import save_model
 
 
-def test_a_plain_trainer_trains_the_selected_blocks_with_its_own_settings(tmp_path: Path) -> None:
-    output = launch_worker(REPOSITORY / "tests" / "trainer_worker.py", tmp_path)
-    result = json.loads((tmp_path / "result.json").read_text())
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of the worker, and what it printed."""
+    folder = tmp_path_factory.mktemp("trainers")
+    save_model(folder / "model")
+    return folder, launch_worker(REPOSITORY / "tests" / "trainer_worker.py", folder)
+
+
+def test_a_plain_trainer_trains_the_selected_blocks_with_its_own_settings(worker: tuple[Path, str]) -> None:
+    folder, output = worker
+    result = json.loads((folder / "result.json").read_text())
     steps = result["steps"]
     assert len(steps) == 6
     for number, step in enumerate(steps):
@@ -25,8 +34,16 @@ def test_a_plain_trainer_trains_the_selected_blocks_with_its_own_settings(tmp_pa
         assert step["rates"] == pytest.approx([1e-2 * (6 - number) / 6] * 4), "the schedule acts on every group"
     assert result["adam"] == {"betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1, "fused": True}
     assert result["hooks"] == 0, "nothing drags the backward below the lowest selected block"
-    assert json.loads((tmp_path / "selection.json").read_text())["steps"] == 6
+    assert json.loads((folder / "selection.json").read_text())["steps"] == 6
     assert "step 6/6  loss " in output
+
+
+def test_checkpointing_changes_nothing_in_trl_trainer_with_adapters_at_zero_3(worker: tuple[Path, str]) -> None:
+    """TRL wants the reentrant kind there, and twice has the embedding's output require a gradient."""
+    folder, _ = worker
+    plain, checkpointed = (json.loads((folder / f"adapters-{done}.json").read_text()) for done in (False, True))
+    assert len(plain["losses"]) == 4
+    assert checkpointed == plain
 
 
 def test_a_trainer_without_deepspeed_and_a_class_for_a_policy_are_refused(tmp_path: Path) -> None:

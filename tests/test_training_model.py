@@ -628,11 +628,10 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     images = save_rows(folder / "images.jsonl", 8, row_5={"question": "w3 <image>"})
     eager = json.dumps({"attn_implementation": "eager"})
     adapted = {"use_peft": True, "merge_adapter": True, "learning_rate": 0.01, "max_steps": 4}
-    zero3 = {"deepspeed": "zero3", "gradient_checkpointing": False}
     changed = {
         "mended": {"save_strategy": "steps", "save_steps": 1, "model_init_kwargs": eager},
         "adapted": adapted | {"lora_target_modules": "q_proj"},
-        "adapted-3": adapted | {"lora_target_modules": "all-linear", "use_dora": True, **zero3},
+        "adapted-3": adapted | {"lora_target_modules": "all-linear", "use_dora": True, "deepspeed": "zero3"},
         "from": {"select_fraction": 1.0, "select_from": 0.5},
         "beyond": {"select_from": 4},
         "around": {"use_peft": True, "lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},

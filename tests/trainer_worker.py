@@ -1,8 +1,10 @@
-"""A plain `transformers.Trainer` with agsel added: what it trains, with which optimizer settings, at which rates.
+"""agsel added to a plain `transformers.Trainer`: what it trains, with which optimizer settings, at which rates.
+
+And to TRL's with adapters at ZeRO-3, without and with gradient checkpointing.
 
     deepspeed --num_gpus 2 tests/trainer_worker.py FOLDER
 
-Writes FOLDER/result.json on the first rank.
+FOLDER/model is there. Writes FOLDER/result.json and FOLDER/adapters-*.json on the first rank.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ from unittest import mock
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 import agsel
 from agsel import upstream
 from agsel.training import add_selection
 from tests.distributed import REPOSITORY
 from tests.tiny import tiny_batch, tiny_model
+from tests.zero.parity_ranks import whole_weights
 
 
 class Recorder(TrainerCallback):
@@ -50,7 +56,12 @@ def copies(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def train(folder: Path) -> Trainer:
+def input_hooks(trainer: Trainer) -> int:
+    """How many hooks the embedding has, which make its output require a gradient or gather its weight at ZeRO-3."""
+    return len(trainer.model.get_input_embeddings()._forward_hooks)
+
+
+def prepared(folder: Path) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         deepspeed=str(REPOSITORY / "ds_configs" / "zero2.json"),
@@ -83,14 +94,44 @@ def train(folder: Path) -> Trainer:
     return trainer
 
 
+def train_adapters(folder: Path, checkpointing: bool) -> dict[str, Any]:
+    """What TRL's trainer with agsel ends with."""
+    arguments = SFTConfig(
+        output_dir=str(folder / f"adapters-{checkpointing}"),
+        deepspeed=str(REPOSITORY / "ds_configs" / "zero3.json"),
+        use_cpu=True,
+        bf16=False,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        gradient_checkpointing=checkpointing,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    rows = Dataset.from_dict({"input_ids": tiny_batch(0, 0, 0, rows=16).tolist()})
+    adapters = LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = SFTTrainer(str(folder / "model"), arguments, train_dataset=rows, peft_config=adapters)
+    add_selection(trainer, agsel.AdaGradSelect(fraction=0.5, explore_steps=3))
+    trainer.train()
+    weights = {name: weight.tolist() for name, weight in whole_weights(trainer.deepspeed).items() if "lora" in name}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"weights": weights, "losses": losses, "hooks": input_hooks(trainer)}
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[-1])
-    trainer = train(folder)
+    trainer = prepared(folder)
     recorder = Recorder(trainer)
     trainer.add_callback(recorder)
     trainer.train()
     if trainer.is_world_process_zero():
         group = trainer.deepspeed.optimizer.param_groups[0]
         adam = {name: group[name] for name in ("betas", "eps", "weight_decay", "fused")}
-        hooks = trainer.model.get_input_embeddings()._forward_hooks
-        (folder / "result.json").write_text(json.dumps({"steps": recorder.steps, "adam": adam, "hooks": len(hooks)}))
+        (folder / "result.json").write_text(
+            json.dumps({"steps": recorder.steps, "adam": adam, "hooks": input_hooks(trainer)})
+        )
+    for checkpointing in (False, True):
+        outcome = train_adapters(folder, checkpointing)
+        if trainer.is_world_process_zero():
+            (folder / f"adapters-{checkpointing}.json").write_text(json.dumps(outcome))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agsel.errors import UserError, complaints_of_libraries
+from agsel.errors import UserError, complaints_of_libraries, one_line
 from agsel.evaluation.options import EvaluationArguments
 from agsel.zero.consensus import gather
 
@@ -55,10 +56,12 @@ def evaluate_with_harness(
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     assert arguments.lm_eval is not None, "asked for"
+    tasks = [name.strip() for name in arguments.lm_eval.split(",")]
     with complaints_of_libraries():
         found = simple_evaluate(
             _model_of_harness(model, tokenizer, arguments.batch_size),
-            tasks=[name.strip() for name in arguments.lm_eval.split(",")],
+            tasks=tasks,
+            task_manager=require_tasks(tasks),
             num_fewshot=arguments.n_shot or None,
             limit=arguments.limit,
             log_samples=True,
@@ -70,6 +73,25 @@ def evaluate_with_harness(
         task: _plain(numbers) | _compare(ours, found["samples"].get(task, ()))
         for task, numbers in found["results"].items()
     }
+
+
+def require_tasks(tasks: Sequence[str]) -> Any:
+    """What knows these tasks; those of the harness, which take seconds to find, only if one is no file.
+
+    Raises:
+        UserError: the harness cannot load them.
+    """
+    from lm_eval.tasks import TaskManager
+
+    missing = next((task for task in tasks if task.endswith(".yaml") and not Path(task).is_file()), None)
+    if missing is not None:
+        raise UserError(f"cannot load {missing} (--lm_eval): no such file")
+    manager = TaskManager(include_defaults=not all(Path(task).is_file() for task in tasks))
+    try:
+        manager.load(list(tasks))
+    except Exception as error:  # whatever the harness stumbles over in its files
+        raise UserError(f"cannot load {', '.join(tasks)} (--lm_eval): {one_line(error.__cause__ or error)}") from error
+    return manager
 
 
 def _plain(numbers: Mapping[str, Any]) -> dict[str, Any]:

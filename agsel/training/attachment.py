@@ -116,6 +116,8 @@ def train_blocks(
             engine.module.disable_input_require_grads()
         callback.selection = attach(engine)
 
+    if trainer.args.gradient_checkpointing:  # TRL does the same for adapters, but the Trainer loses its handle
+        trainer.model.disable_input_require_grads()
     _when_engine_is_made(trainer, on_engine)
     trainer.add_callback(callback)
     return callback
@@ -158,9 +160,17 @@ def _require_supported_trainer(trainer: Trainer) -> None:
             f"{' or '.join(name.value for name in supported)}"
         )
     checkpointing = trainer.args.gradient_checkpointing_kwargs or {}
-    if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+    if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant") and not _is_forced(trainer):
         raise UserError(
             "reentrant gradient checkpointing silently leaves blocks untrained: set use_reentrant to false "
-            "(--gradient_checkpointing_kwargs); TRL forces it on PEFT with ZeRO-3: there use "
-            "--gradient_checkpointing false, or ZeRO-2"
+            "(--gradient_checkpointing_kwargs)"
         )
+
+
+def _is_forced(trainer: Trainer) -> bool:
+    """Whether TRL makes checkpointing reentrant, whatever the user says: on adapters at ZeRO-3.
+
+    It does so because DeepSpeed used to release frozen weights in the middle of their layer's second forward; the
+    tested one keeps them, and agsel gathers and releases layers as a whole.
+    """
+    return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3 and hasattr(trainer.model, "peft_config")

@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise, zip_longest
@@ -69,7 +70,7 @@ class Settings:
         """
         names = [field.name for field in fields(kind) if field.init]  # type: ignore[arg-type]
         with complaints_of_libraries():
-            return kind(**{name: getattr(self.parsed, name) for name in names})
+            return kind(**{name: deepcopy(getattr(self.parsed, name)) for name in names})
 
 
 def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Settings:

@@ -8,6 +8,7 @@ import pytest
 
 from agsel import evaluate
 from agsel.evaluation.findings import prepare_output
+from agsel.evaluation.harness import require_tasks
 from agsel.evaluation.loading import load_model
 from agsel.evaluation.options import EvaluationArguments
 
@@ -63,3 +64,12 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "file" / "results.json", tmp_path / "rows.jsonl"):
         with pytest.raises(ValueError, match="--output"):
             prepare_output(path)
+
+
+@pytest.mark.parametrize("content", [None, "task: x\ndataset_path: json\n", "- no task"])
+def test_a_task_that_the_harness_does_not_take_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "task.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=r"cannot load .*task.yaml \(--lm_eval\): "):
+        require_tasks([str(path)])

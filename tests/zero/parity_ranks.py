@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 import agsel
+from agsel.blocks import decoder_layers
 from tests.cases import run_cases
 from tests.zero.rules import RULES, EveryClause
 from tests.zero.scenario import Record, Scenario, run_engine, start_engine
@@ -17,6 +19,7 @@ OVER_ADAPTERS: list[tuple[int, str, Literal["lora", "dora"]]] = [
     *((1, "lisa", "lora"), (2, "badam", "lora"), (3, "grass", "lora"), (1, "badam", "dora")),
     *((3, "badam", "lora"), (2, "grass", "dora"), (2, "ist", "dora"), (3, "ist", "dora")),
 ]
+KINDS_OF_ADAPTERS: tuple[Literal["lora", "dora"], ...] = ("lora", "dora")
 PARITY = {
     f"stage{stage}-accumulation{accumulation}-clip{clip}-{blocks}": Scenario(
         stage=stage, accumulation=accumulation, clip=clip, blocks=blocks, tied=accumulation == 3
@@ -56,6 +59,13 @@ PARITY |= {
     )
     for stage, rule, adapters in OVER_ADAPTERS
 }
+PARITY |= {
+    f"stage3-checkpointing-over-{adapters}": Scenario(
+        stage=3, accumulation=2, clip=0.01, blocks="layers", steps=12, adapters=adapters, checkpointing=True
+    )
+    for adapters in KINDS_OF_ADAPTERS
+}
+PARITY["stage3-checkpointing-ist"] = replace(PARITY["stage3-ist-over-dora"], checkpointing=True)
 PARITY |= {f"stage{stage}-from-1": Scenario(stage=stage, clip=0.3, blocks="layers", select_from=1) for stage in (1, 3)}
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(
@@ -79,6 +89,12 @@ FULL["full-stage3-hpz"] = Scenario(
     zero={"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 100},
 )
 """Every host, here every two ranks, holds all weights once more, and gathers those of a step before if told so."""
+RECOMPUTED = {
+    "recomputed-stage3-lora": Scenario(stage=3, dtype="bf16", adapters="lora", blocks="layers", steps=6),
+    "recomputed-stage3-dora": Scenario(
+        stage=3, adapters="dora", blocks="layers", steps=6, policy=agsel.FullFineTuning, accumulation=2
+    ),
+}
 
 
 def selective_run(scenario: Scenario) -> Record:
@@ -96,6 +112,25 @@ def full_run(scenario: Scenario) -> dict[str, Any]:
     return runs
 
 
+def recomputed_run(scenario: Scenario) -> dict[str, Any]:
+    """Final weights, losses and norms without and with gradient checkpointing, and how often a layer was computed."""
+    runs = {}
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        engine, selection = start_engine(replace(scenario, checkpointing=checkpointing))
+        forwards = count_forwards(engine)
+        record = run_engine(engine, selection, scenario)
+        runs[name] = {"record": record, "weights": whole_weights(engine), "forwards": len(forwards)}
+    return runs
+
+
+def count_forwards(engine: Any) -> list[None]:
+    """One entry for every time that a layer is computed from now on."""
+    forwards: list[None] = []
+    for layer in decoder_layers(engine.module):
+        layer.self_attn.register_forward_pre_hook(lambda *_: forwards.append(None))
+    return forwards
+
+
 def whole_weights(engine: Any) -> dict[str, torch.Tensor]:
     """The model's weights, gathered at stage 3."""
     import deepspeed
@@ -108,4 +143,5 @@ if __name__ == "__main__":
     run_cases(
         {name: partial(selective_run, scenario) for name, scenario in PARITY.items()}
         | {name: partial(full_run, scenario) for name, scenario in FULL.items()}
+        | {name: partial(recomputed_run, scenario) for name, scenario in RECOMPUTED.items()}
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -38,11 +39,11 @@ LATE = ("fetches", "evictions")
 """Whose copies are made to start late, on GPUs."""
 
 
-def scenario(stage: int, policy: partial[agsel.Policy]) -> Scenario:
+def scenario(stage: int, policy: partial[agsel.Policy], **changed: Any) -> Scenario:
     """On GPUs long, and with blocks so wide that a copy outlasts the work that must wait for it."""
     steps = 12 if not ON_GPU or policy in RULES.values() else 500 if policy is NEW_SET_EVERY_STEP else 60
     intermediate = 100_000 if ON_GPU else 36
-    return Scenario(
+    chosen = Scenario(
         stage=stage,
         dtype="bf16",
         steps=steps,
@@ -51,6 +52,7 @@ def scenario(stage: int, policy: partial[agsel.Policy]) -> Scenario:
         adapters="lora" if policy.func is agsel.Ist else None,
         policy=policy,
     )
+    return replace(chosen, **changed)
 
 
 def start_copies_late(stream: SideStream) -> None:
@@ -110,9 +112,9 @@ def refreshed(engine: Any, selection: Any) -> bool:
     return all(torch.equal(p.master, p.master.bfloat16().float()) for p in selection.residency.partitions)
 
 
-def poisoned_and_kept(stage: int, policy: partial[agsel.Policy]) -> dict[str, Any]:
+def poisoned_and_kept(stage: int, policy: partial[agsel.Policy], **changed: Any) -> dict[str, Any]:
     """Final weights of a run whose stale copies are NaN, and of one whose states stay on the device."""
-    run = scenario(stage, policy)
+    run = scenario(stage, policy, **changed)
     results: dict[str, Any] = {}
     variants = dict(VARIANTS)
     if policy is not MIXED:
@@ -179,6 +181,7 @@ CASES: dict[str, partial[Any]] = {
     for name, policy in POLICIES.items()
     if name not in RULES or stage in STAGES_OF_RULES
 }
+CASES["stage3-checkpointing"] = partial(poisoned_and_kept, 3, MIXED, adapters="lora", checkpointing=True)
 
 AGAIN = {f"again-{stage}": partial(trained_again, stage) for stage in (1, 2, 3)}
 

@@ -34,6 +34,7 @@ class Scenario:
     intermediate: int = 36
     fused: bool = False
     compiled: bool = False
+    checkpointing: bool = False
     adapters: Literal["lora", "dora"] | None = None
     select_from: float = 0
     policy: Callable[[], agsel.Policy] = field(
@@ -93,7 +94,11 @@ def start_engine(scenario: Scenario, *, attach: bool = True, model: Any = None, 
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
     if not attach and engine.device.type == "cuda":  # stock may gather weights before its last step has written them
         engine.register_forward_pre_hook(lambda *_: torch.cuda.synchronize())
-    return engine, agsel.attach(engine, scenario.policy(), **options) if attach else None
+    selection = agsel.attach(engine, scenario.policy(), **options) if attach else None
+    if scenario.checkpointing:
+        engine.module.gradient_checkpointing_enable({"use_reentrant": False})
+        engine.module.disable_input_require_grads()  # as `agsel.training` does
+    return engine, selection
 
 
 def train_step(engine: Any, step: int, accumulation: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.cases import launch_cases
-from tests.zero.parity_ranks import FULL, PARITY
+from tests.zero.parity_ranks import FULL, PARITY, RECOMPUTED
 from tests.zero.scenario import Record, Reference
 
 
@@ -74,3 +74,13 @@ def test_all_blocks_selected_equals_stock_deepspeed(ranks: list[dict], name: str
         assert runs["agsel"]["losses"] == runs["stock"]["losses"]
         for parameter, weights in runs["stock"]["weights"].items():
             assert torch.equal(runs["agsel"]["weights"][parameter], weights), parameter
+
+
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_checkpointing_over_adapters_changes_no_bit(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        plain, checkpointed = rank[name]["plain"], rank[name]["checkpointed"]
+        assert checkpointed["forwards"] > plain["forwards"]
+        assert checkpointed["record"] == plain["record"]
+        for parameter, weights in plain["weights"].items():
+            assert torch.equal(checkpointed["weights"][parameter], weights), parameter

@@ -3,7 +3,7 @@
 deepspeed --num_gpus 4 --module agsel.train --config qwen2.5-0.5b-gsm8k --method adagradselect
 
 Settings: defaults, then the YAML file, then the command line (`--help`). The run folder `--output_dir` receives
-`config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json` and the trained `model/`.
+`config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json`, the trained `model/` and `result.json`.
 """
 
 import agsel.commands  # before what it looks for
@@ -31,6 +31,7 @@ from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_o
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
 from agsel.training.configuration import Configuration, configure, write_configuration
+from agsel.training.cost import CostCallback, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
 from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run
@@ -106,6 +107,8 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         )
 
     train_blocks(trainer, attach, blocks=configuration.taking_part, select_from=configuration.selection.select_from)
+    cost = CostCallback(trainer, configuration)
+    trainer.add_callback(cost)
     run = prepare_resume(configuration, data, trainer, checkpoint)
     first_rank_does(partial(write_configuration, configuration), group)
     beginning.is_over(group)
@@ -119,6 +122,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         if configuration.output.merge_adapter:
             base = configuration.model.model_name_or_path
             merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
+        write_result(trainer, cost, run_folder / "result.json", group)
         say_done(configuration)
     return trainer
 
@@ -263,7 +267,7 @@ def say_done(configuration: Configuration) -> None:
     """Name what the run folder holds now."""
     shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
     models = ["model/", "merged/"] if configuration.output.merge_adapter else ["model/"]
-    written = ", ".join([*models, *shown, "selection.json", "config.yaml"])
+    written = ", ".join([*models, *shown, "selection.json", "result.json", "config.yaml"])
     on_first_rank(f"done      {configuration.training.output_dir}: {written}")
 
 

@@ -1,63 +1,195 @@
-"""tools/compare_quality.py: mistakes in one line; a real comparison of two short runs (slow)."""
+"""tools/compare_quality.py: mistakes in one line, intervals, slots; real comparisons, also after a kill."""
 
 from __future__ import annotations
 
+import csv
+import json
+import math
+import re
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
+from agsel.errors import RunError, UserError
 from tests.distributed import REPOSITORY, environment
-from tests.tiny_run import save_model, save_rows
+from tests.tiny_run import TRAIN, save_model, save_rows
+from tools.comparison import comparing, differences
+from tools.comparison.children import Children, reason
+from tools.comparison.differences import Judged
+from tools.comparison.pareto import front
+from tools.comparison.places import Gpu, Place, places, said_of_others, visible
+from tools.comparison.plan import Run
+from tools.comparison.plan_file import read_plan
+from tools.comparison.records import Records, new_record
+from tools.comparison.refusals import require_sound
+from tools.comparison.runs import Task
+from tools.comparison.schedule import CONTEXT_BYTES, Schedule
 
-sys.path.insert(0, str(REPOSITORY / "tools"))
-import compare_quality  # type: ignore[import-not-found]
-
-RECIPE = """
-model_name_or_path: {folder}/model
-dataset_name: {folder}/train.jsonl
-prompt_field: question
-completion_field: answer
-prompt_template: null
-completion_template: " {{answer}}"
-per_device_train_batch_size: 2
-max_steps: 30
-max_length: 64
-bf16: false
-gradient_checkpointing: false
-save_strategy: "no"
-"""
+RECIPE: dict[str, Any] = {
+    "prompt_field": "question",
+    "completion_field": "answer",
+    "prompt_template": None,
+    "completion_template": " {answer}",
+    "select_fraction": 0.5,
+    "per_device_train_batch_size": 2,
+    "max_steps": 30,
+    "max_length": 64,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+}
+PLANS = sorted((REPOSITORY / "tools/comparison").glob("*.yaml"))
 
 
-def compare(*arguments: object, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def start(*arguments: object, folder: Path = REPOSITORY) -> subprocess.Popen[str]:
     command = [sys.executable, REPOSITORY / "tools/compare_quality.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
+
+
+def compare(*arguments: object, folder: Path = REPOSITORY) -> tuple[int, str, str]:
+    """Exit code, output and errors of the command."""
+    process = start(*arguments, folder=folder)
+    output, errors = process.communicate(timeout=500)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, rows.jsonl and recipe.yaml."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_model(folder / "model")
+    save_rows(folder / "rows.jsonl", 48)
+    model, rows = str(folder / "model"), str(folder / "rows.jsonl")
+    recipe = RECIPE | {"model_name_or_path": model, "dataset_name": rows, "dataset_train_split": "train[:32]"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def plan_of(parts: Path, **changed: Any) -> dict[str, Any]:
+    rows = str(parts / "rows.jsonl")
+    return {
+        "config": str(parts / "recipe.yaml"),
+        "output": str(parts / "never"),
+        "evaluate": {"skip_generation": True},
+        "test": {"dataset": rows, "dataset_split": "train[40:]"},
+        "seeds": [0],
+        "runs_per_gpu": 2,
+        "cells": {
+            "full": {"method": "full", "learning_rates": [1e-2]},
+            "topk": {"method": "topk", "learning_rates": [1e-2]},
+        },
+    } | changed
+
+
+def written(path: Path, plan: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return path
 
 
 @pytest.fixture
 def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What the command prints last when it refuses these arguments, in this process: imports take seconds."""
+    """The one line of the command when it refuses these arguments, in this process: imports take seconds."""
 
     def of(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["compare_quality.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
-            compare_quality.main()
-        assert end.value.code == 2
-        return capsys.readouterr().err.strip().splitlines()[-1]
+            comparing.main([*map(str, arguments)])
+        if end.value.code == 2:  # of argparse
+            return capsys.readouterr().err.strip().splitlines()[-1]
+        line = str(end.value.code)
+        assert line.startswith("agsel: error: ")
+        assert "\n" not in line
+        return line
 
     return of
+
+
+def cell(**settings: Any) -> dict[str, Any]:
+    return {"method": "full", "learning_rates": [1e-2]} | settings
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sedes": [1]}, "unknown name 'sedes' in the plan"),
+        ({"seeds": None}, "has no seeds"),
+        ({"seeds": [1, 1]}, "seeds in the plan is [1, 1]: write different whole numbers"),
+        ({"cells": {"a/b": cell()}}, "'a/b' names no cell"),
+        ({"cells": {"before": cell()}}, "'before' names no cell"),
+        ({"cells": {"a": cell(lora_rank=8)}}, "cell a: unknown setting 'lora_rank' on the command line; did you mean"),
+        ({"cells": {"a": cell(select_fraction=0.3)}}, "cell a: full does not read --select_fraction: leave it out"),
+        ({"cells": {"a": cell(seed=3)}}, "cell a: seed is no setting of one cell: all cells have the same"),
+        ({"cells": {"a": cell(model_name_or_path="b")}}, "all cells start from the same weights"),
+        ({"cells": {"a": cell(lora_r=None)}}, "cell a: lora_r has no value"),
+        ({"cells": {"a": cell(), "b": cell()}}, "cells a and b train the same: leave one out"),
+        ({"cells": {"a": {"method": "full"}}}, "cell a has no learning rate"),
+        ({"cells": {"a": cell(learning_rates=["fast"])}}, "cell a: learning_rates is ['fast']"),
+        ({"cells": {"a": cell(learning_rates=[1, 2])}}, "the plan has no validation part"),
+        (
+            {"cells": {"a": cell(learning_rates=[1, 2]), "b": cell(use_peft=True)}, "validation": {"limit": 1}},
+            "cells have unequally many learning_rates (a 2, b 1)",
+        ),
+        ({"settings": {"max_step": 3}}, "unknown setting 'max_step' in the file of --config; did you mean 'max_steps'"),
+        ({"test": {"dataset_split": "train"}}, "the test part: nothing to judge: name rows (--dataset)"),
+        (
+            {"test": {"dataset": "rows.jsonl", "limits": 3}},
+            "the test part: unknown flag --limits of launch/evaluate.py",
+        ),
+        ({"test": {"dataset": "rows.jsonl", "limit": "all"}}, "invalid int value: 'all'"),
+        ({"validation": {"dataset": "rows.jsonl"}, "test": {"dataset": "rows.jsonl"}}, "are the same rows"),
+        ({"forgetting": "nowhere.txt"}, "forgetting: there is no file nowhere.txt"),
+        ({"compare_with": ["lora"]}, "compare_with names lora, which is no cell: there are full, topk"),
+        ({"runs_per_gpu": 0}, "runs_per_gpu in the plan is 0: it must be a whole number from 1 on"),
+        ({"config": "nowhere.yaml"}, "config: there is no nowhere.yaml, launch/recipes/ has some"),
+    ],
+)
+def test_a_wrong_plan_is_refused_in_one_line_before_anything_is_written(
+    refusal: Callable[..., str], parts: Path, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    plan = written(tmp_path / "plan.yaml", plan_of(parts, output=str(tmp_path / "out"), **changed))
+    assert message in refusal(plan)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_stands_twice_is_refused(refusal: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("cells:\n  full: {method: full}\n  topk: {method: topk}\n  full: {lora_r: 1}\n")
+    assert "full stands in line 2 and again in line 4: leave one out" in refusal(tmp_path / "plan.yaml")
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
+def test_the_plans_of_the_repository_are_sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path) -> None:
+    """With a file of the columns of GSM8K in the place where it is expected."""
+    monkeypatch.chdir(tmp_path)
+    Path("data/gsm8k").mkdir(parents=True)
+    row = json.dumps({"question": "1 + 1?", "answer": "#### 2"})
+    Path("data/gsm8k/train.jsonl").write_text(f"{row}\n" * 7473)
+    Path("launch").symlink_to(REPOSITORY / "launch")
+    require_sound(read_plan(path))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((), "nothing to compare: name a PLAN.yaml, or --config and --runs"),
+        (("plan.yaml", "--runs", "full:1e-4"), "a plan says all there is to run: leave out --config, --runs"),
         (("--runs", "full"), "'full' is not METHOD:RATE[:STAGE], for example"),
         (("--runs", "full:fast"), "'full:fast' is not METHOD:RATE[:STAGE]"),
         (("--runs", "full:1e-4:4"), "'full:1e-4:4' is not METHOD:RATE[:STAGE]"),
         (("--runs", "full:1e-4:2:2"), "'full:1e-4:2:2' is not METHOD:RATE[:STAGE]"),
         (("--runs", "fool:1e-4"), "unknown method 'fool' in 'fool:1e-4': use one of adagradselect, topk"),
+        (("--runs", "full:1e-4", "full:1e-4"), "a run stands twice (--runs): leave one out"),
+        (("--runs", "full:1e-4", "--ranks", "0"), "ranks must be at least 1, got 0 (--ranks)"),
         (("--runs", "full:1e-4", "--config", "nowhere.yaml"), "nowhere.yaml, launch/recipes/ has some"),
         (("--runs", "full:1e-4"), "names no held-out rows (dataset_test_split): give a file of them (--heldout)"),
     ],
@@ -66,9 +198,8 @@ def test_mistakes_are_named_in_one_line(
     refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    last = refusal("--config", "launch/recipes/demo.yaml", *arguments)
-    assert last.startswith("compare_quality.py: error: ")
-    assert message in last
+    recipe = ("--config", "launch/recipes/demo.yaml") if "--runs" in arguments and "plan.yaml" not in arguments else ()
+    assert message in refusal(*recipe, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -88,30 +219,308 @@ def test_recipes_without_a_needed_setting_are_refused(
     assert message in refusal("--config", tmp_path / "recipe.yaml", "--runs", "full:1e-4")
 
 
-def test_paths_are_of_the_callers_folder_and_a_failed_command_is_named_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text(f"model_name_or_path: {tmp_path}/no_model\ndataset_name: unused")
-    (tmp_path / "heldout.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    paths = ("--config", "recipe.yaml", "--heldout", "heldout.jsonl", "--output", "results")
-    result = compare(*paths, "--runs", "full:1e-4", folder=tmp_path)
-    assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("agsel: error: exit code 1, the reason is above, of the command: ")
-    assert f"launch/evaluate.py --model {tmp_path}/no_model --output {tmp_path}/results/before.json" in last
-    assert f"--dataset {tmp_path}/heldout.jsonl" in last
-    assert "Traceback" not in result.stderr
+def judged(nll: Any, tokens: Any, correct: Any = None) -> Judged:
+    return Judged(list(range(len(nll))), np.asarray(tokens, float), np.asarray(nll, float), correct)
+
+
+def test_the_interval_of_accuracies_is_the_analytic_one() -> None:
+    """A mean of many independent differences: mean ± 1.96 standard errors; of the pairs, not of the two cells."""
+    draw = np.random.default_rng(1)
+    easy = draw.random(4000) < 0.5  # right for both: pairing takes this out
+    one, other = ((easy | (draw.random(4000) < chance)).astype(float) for chance in (0.10, 0.05))
+    found = differences.accuracy_difference(*(judged(one, np.ones(4000), right) for right in (one, other)))
+    difference = one - other
+    margin = 1.96 * difference.std() / math.sqrt(4000)
+    assert found is not None
+    assert found.difference == pytest.approx(difference.mean())
+    assert (found.low, found.high) == pytest.approx(
+        (difference.mean() - margin, difference.mean() + margin), abs=0.05 * margin
+    )
+
+
+def test_the_interval_of_likelihoods_weighs_rows_by_their_tokens() -> None:
+    """A ratio of two sums over rows: its standard error by the delta method."""
+    draw = np.random.default_rng(2)
+    tokens = draw.integers(5, 200, 3000).astype(float)
+    shared = draw.normal(1, 0.5, 3000)
+    one, other = shared + draw.normal(0.01, 0.1, 3000), shared + draw.normal(0, 0.1, 3000)
+    found = differences.nll_difference(judged(one, tokens), judged(other, tokens))
+    expected = np.sum(tokens * (one - other)) / tokens.sum()
+    residuals = tokens * (one - other - expected)
+    margin = 1.96 * residuals.std() / tokens.mean() / math.sqrt(3000)
+    assert found.difference == pytest.approx(expected)
+    assert (found.low, found.high) == pytest.approx((expected - margin, expected + margin), abs=0.05 * margin)
+
+
+def test_seeds_are_averaged_row_by_row_and_other_rows_are_refused() -> None:
+    mean = differences.mean_over_seeds([judged([1, 2], [3, 4], np.ones(2)), judged([3, 2], [3, 4], np.zeros(2))])
+    assert mean.nll.tolist() == [2, 2]
+    assert mean.correct is not None
+    assert mean.correct.tolist() == [0.5, 0.5]
+    with pytest.raises(RunError, match="different rows"):
+        differences.nll_difference(judged([1, 2], [3, 4]), judged([1, 2, 3], [3, 4, 5]))
+    with pytest.raises(RunError, match="different rows"):
+        differences.nll_difference(judged([1, 2], [3, 4]), judged([1, 2], [3, 5]))
+
+
+def test_a_front_has_what_nothing_beats_in_both() -> None:
+    points = [(1.0, 5.0, "cheap"), (2.0, 5.0, "dearer, equal"), (2.0, 3.0, "better"), (3.0, 4.0, "beaten")]
+    assert [name for *_, name in front(points, higher_is_better=False)] == ["cheap", "better"]
+    assert [name for *_, name in front(points, higher_is_better=True)] == ["cheap"]
+    assert [name for *_, name in front([*points, (9.0, 6.0, "best")], higher_is_better=True)] == ["cheap", "best"]
+
+
+NVIDIA_SMI = "0, GPU-a, 100000, 4\n1, GPU-b, 100000, 20000\n2, GPU-c, 100000, 0\n"
+
+
+def test_gpus_that_are_hidden_are_not_used_and_those_of_others_are_said() -> None:
+    assert [gpu.index for gpu in visible(NVIDIA_SMI, None)] == ["0", "1", "2"]
+    assert [gpu.index for gpu in visible(NVIDIA_SMI, "GPU-c,1")] == ["2", "1"]
+    said = said_of_others(visible(NVIDIA_SMI, None))
+    assert len(said) == 1
+    assert said[0].startswith("note      GPU 1: other processes use 21.0 of its 104.9 GB; runs share the rest")
+    pair, *rest = places(visible(NVIDIA_SMI, None), 2)
+    assert rest == []
+    assert (pair.gpus, pair.capacity) == (("0", "1"), 80000 * 2**20)
+    assert pair.environment()["CUDA_VISIBLE_DEVICES"] == "0,1"
+    with pytest.raises(UserError, match="gpus_per_run is 4, and there are 3 GPUs"):
+        places(visible(NVIDIA_SMI, None), 4)
+
+
+def measured(cell: str, gigabytes: float, error: str | None = None) -> dict[str, Any]:
+    return {"cell": cell, "error": error, "result": {"peak_reserved_bytes": gigabytes * 1e9 - CONTEXT_BYTES}}
+
+
+class Worker:
+    """Does tasks for a schedule, and remembers how many it did at once, and who was with whom."""
+
+    def __init__(self, gigabytes: dict[str, float], capacity: float = math.inf) -> None:
+        self.most, self.gigabytes, self._capacity = 0, gigabytes, capacity
+        self._guard, self._now = Lock(), list[str]()
+
+    def __call__(self, task: Task, place: Place, slot: int) -> dict[str, Any]:
+        with self._guard:
+            self._now.append(task.run.cell)
+            self.most = max(self.most, len(self._now))
+            needed = sum(self.gigabytes[cell] for cell in self._now)
+        time.sleep(0.05)
+        with self._guard:
+            self._now.remove(task.run.cell)
+        error = "CUDA out of memory" if needed > self._capacity else None
+        return measured(task.run.cell, self.gigabytes[task.run.cell], error)
+
+
+def tasks(cell: str, number: int) -> list[Task]:
+    return [Task(Run(cell, 1e-4, seed), "test") for seed in range(number)]
+
+
+@pytest.mark.parametrize(("gigabytes", "at_once"), [(20, 4), (30, 3), (45, 2), (80, 1)])
+def test_as_many_runs_share_a_gpu_as_were_measured_to_fit(gigabytes: float, at_once: int) -> None:
+    schedule = Schedule([Place(("0",), 100e9)], 4)
+    schedule.note(measured("a", gigabytes))
+    worker = Worker({"a": gigabytes}, 100)
+    assert len(list(schedule.perform(tasks("a", 8), worker))) == 8
+    assert worker.most == at_once
+
+
+def test_all_places_are_used_and_cpus_have_as_many_slots_as_the_plan_says() -> None:
+    worker = Worker({"a": 20})
+    list(Schedule(places([Gpu(str(i), 100 * 10**9, 0) for i in range(2)], 1), 3).perform(tasks("a", 12), worker))
+    assert worker.most == 6
+    worker = Worker({"a": 20})
+    outcomes = list(Schedule(places([], 1), 2).perform(tasks("a", 5), worker))
+    assert worker.most == 2
+    assert outcomes[0].at_once == 2
+
+
+def test_runs_that_find_no_memory_beside_others_are_tried_alone_and_those_alone_are_not() -> None:
+    worker = Worker({"large": 60}, 100)
+    outcomes = list(Schedule([Place(("0",), 100e9)], 2).perform(tasks("large", 3), worker))
+    assert [outcome.record["error"] for outcome in outcomes] == [None] * 3
+    worker = Worker({"larger": 120}, 100)
+    outcomes = list(Schedule([Place(("0",), 100e9)], 2).perform(tasks("larger", 2), worker))
+    assert [outcome.record["error"] for outcome in outcomes] == ["CUDA out of memory"] * 2
+
+
+def test_a_reason_is_the_last_line_that_says_one() -> None:
+    trace = [
+        "Traceback (most recent call last):",
+        '  File "a.py"',
+        "torch.OutOfMemoryError: CUDA out of memory.",
+        "bye",
+    ]
+    assert reason(trace, 1) == "torch.OutOfMemoryError: CUDA out of memory."
+    assert reason(["agsel: error: no such model"], 1) == "no such model"
+    assert reason(["step 3/4"], -9) == "killed by signal 9"
+    assert reason([], 3) == "exit code 3"
+
+
+def test_stopped_children_end_and_no_others_start(tmp_path: Path) -> None:
+    children = Children()
+    children.stop()
+    with pytest.raises(RunError, match="stopped"):
+        children.run([sys.executable, "-c", "print(1)"], tmp_path / "log", environment())
+
+
+def test_records_of_another_plan_are_refused(parts: Path, tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts)))
+    run = Run("full", 1e-2, 0)
+    records = Records(tmp_path / "runs.jsonl")
+    records.put(run, new_record(plan, run))
+    Records(tmp_path / "runs.jsonl").require_of(plan)
+    longer = read_plan(written(tmp_path / "plan.yaml", plan_of(parts, settings={"max_steps": 40})))
+    with pytest.raises(UserError, match=r"full 0\.01 seed 0 with another max_steps: choose another output"):
+        Records(tmp_path / "runs.jsonl").require_of(longer)
+    (tmp_path / "runs.jsonl").write_text('{"cell": ')
+    with pytest.raises(UserError, match="is damaged"):
+        Records(tmp_path / "runs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def compared(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Output folder, output and errors of a comparison in which a cell fails when it is started."""
+    folder = tmp_path_factory.mktemp("compared")
+    cells = {"full": cell(), "ist": {"method": "ist", "learning_rates": [1e-2]}}
+    plan = plan_of(parts, output=str(folder / "out"), compare_with=["full"], cells=cells)
+    code, output, errors = compare(written(folder / "plan.yaml", plan))
+    assert code == 1, errors[-3000:]
+    return folder / "out", output, errors
+
+
+def lines_of(table: str) -> Iterator[list[str]]:
+    for line in table.splitlines():
+        if line.startswith("| "):
+            yield [text.strip() for text in line.strip("|").split(" | ")]
+
+
+def test_a_comparison_says_what_was_learnt_and_what_it_cost(compared: tuple[Path, str, str]) -> None:
+    folder, output, _ = compared
+    table = (folder / "table.md").read_text()
+    assert table in output
+    lines = {(row[0], len(row)): row for row in lines_of(table)}
+    width = len(next(lines_of(table)))
+    before, full = lines["before", width], lines["full", width]
+    assert float(full[3]) < float(before[3]) - 0.05
+    assert full[1:3] == ["0.01", "1"]
+    difference = float(lines["before", 3][1].split()[0])
+    assert difference == pytest.approx(float(before[3]) - float(full[3]), abs=2e-4)
+    result = json.loads((folder / "full/0.01/seed-0/result.json").read_text())
+    assert result["steps"] == result["timed_steps"] == 30
+    assert 0 < result["step_seconds"] < result["train_seconds"]
+    assert result["trainable_parameters"] == result["parameters"] == 25172
+    with (folder / "table.csv").open() as file:
+        numbers = {row["cell"]: row for row in csv.DictReader(file)}
+    assert float(numbers["full"]["train_seconds"]) == pytest.approx(result["train_seconds"])
+    assert float(numbers["full"]["file_bytes"]) == (folder / "full/0.01/seed-0/model/model.safetensors").stat().st_size
+    assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_failed_says_why_and_the_others_go_on(compared: tuple[Path, str, str]) -> None:
+    folder, output, errors = compared
+    reason = "--method ist trains LoRA or DoRA adapters: add --use_peft"
+    assert "run 3 of 3" in output
+    failed = next(row for row in lines_of((folder / "table.md").read_text()) if row[0] == "ist")
+    assert failed[2].startswith(f"failed: ist 0.01 seed 0: {reason}")
+    records = {record["cell"]: record for record in map(json.loads, (folder / "runs.jsonl").read_text().splitlines())}
+    assert len(records) == 3
+    assert records["ist"]["error"].startswith(reason)
+    assert records["full"]["error"] is None
+    assert errors.strip().splitlines()[-1] == (
+        "agsel: error: failed: ist 0.01 seed 0; the same command tries them again"
+    )
 
 
 @pytest.mark.slow
-def test_a_comparison_trains_every_run_and_says_what_was_learnt(tmp_path: Path) -> None:
-    save_model(tmp_path / "model")
-    save_rows(tmp_path / "train.jsonl")
+def test_a_killed_comparison_goes_on_and_ends_as_an_unbroken_one(parts: Path, tmp_path: Path) -> None:
+    """Its runs notice and save; those that have ended are not repeated; the weights are those of a plain run."""
+    out = tmp_path / "out"
+    settings = {"save_strategy": "steps", "save_steps": 20, "logging_steps": 1, "max_steps": 600}
+    cells = {"full": cell(max_steps=5), "topk": {"method": "topk", "learning_rates": [1e-3]}}
+    plan = written(tmp_path / "plan.yaml", plan_of(parts, output=str(out), settings=settings, cells=cells))
+    first = start(plan)
+    until = time.monotonic() + 300
+    log = out / "topk/0.001/seed-0/train.log"
+    while not (_has(out / "runs.jsonl", '"full"') and _has(log, "step  21/600")):
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    ended = (out / "full/0.01/seed-0/result.json").stat().st_mtime_ns
+    code, output, errors = compare(plan)
+    assert code == 0, errors[-3000:]
+    assert (out / "full/0.01/seed-0/result.json").stat().st_mtime_ns == ended
+    result = json.loads((out / "topk/0.001/seed-0/result.json").read_text())
+    assert result["steps"] == 600
+    assert 0 < result["timed_steps"] < 600, "it went on from a checkpoint"
+    assert "run 3 of 3: topk" in output
+    first_losses = {_first_loss(out / run / "seed-0/train.log") for run in ("full/0.01", "topk/0.001")}
+    assert len(first_losses) == 1, "the same weights and the same first batch"
+
+    words = [sys.executable, TRAIN, "--config", out / "shared.yaml", "--method", "topk", "--learning_rate", "0.001"]
+    words += ["--seed", "0", "--output_dir", tmp_path / "plain"]
+    subprocess.run([*map(str, words)], env=environment(), check=True, capture_output=True)
+    went_on, plain = (
+        load_file(run / "model/model.safetensors") for run in (out / "topk/0.001/seed-0", tmp_path / "plain")
+    )
+    assert all(torch.equal(went_on[name], plain[name]) for name in plain)
+
+
+def _first_loss(log: Path) -> str:
+    found = re.search(r"step +1/\d+  loss (\S+)", log.read_text())
+    assert found is not None
+    return found[1]
+
+
+def _has(path: Path, text: str) -> bool:
+    return path.is_file() and text in path.read_text()
+
+
+@pytest.mark.slow
+def test_the_best_rate_is_chosen_on_the_validation_part_and_a_stopped_comparison_says_how_to_go_on(
+    parts: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("w1 w2 w3 w4 w5 " * 30)
+    plan = plan_of(
+        parts,
+        output=str(tmp_path / "out"),
+        validation={"dataset": str(parts / "rows.jsonl"), "dataset_split": "train[32:40]"},
+        forgetting=str(tmp_path / "text.txt"),
+        seeds=[0, 1],
+        cells={"full": cell(learning_rates=[1e-6, 1e-2])},
+    )
+    stopped = start(written(tmp_path / "plan.yaml", plan))
+    while not list((tmp_path / "out").glob("full/*/seed-0/train.log")):
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.1)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.communicate(timeout=100)[1].strip().splitlines()[-1] == (
+        "agsel: error: stopped by a signal: go on with the same command"
+    )
+    code, output, errors = compare(tmp_path / "plan.yaml")
+    assert code == 0, errors[-3000:]
+    full = next(row for row in lines_of(output) if row[0] == "full")
+    assert full[1:3] == ["0.01", "2"]
+    assert " ± " in full[3]
+    assert full[-1][0] in "+-", "forgetting"
+    records = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").read_text().splitlines()]
+    tested = {(record["learning_rate"], record["seed"]) for record in records if "test" in record}
+    assert tested == {(0, 0), (1e-2, 0), (1e-2, 1)}
+    assert "run 4 of 4" in output
+
+
+@pytest.mark.slow
+def test_methods_with_rates_and_stages_on_two_ranks(parts: Path, tmp_path: Path) -> None:
     heldout = ("--heldout", save_rows(tmp_path / "heldout.jsonl", 8))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(folder=tmp_path))
-    result = compare("--config", recipe, *heldout, "--output", tmp_path / "runs", "--runs", "full:1e-2", "topk:1e-2:3")
-    assert result.returncode == 0, result.stderr[-3000:]
-    table = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")][1:]
-    assert [row[0].lstrip("| ") for row in table] == ["before", "full", "topk"]
+    results = ("--output", "results")
+    runs = ("--runs", "full:1e-2", "topk:1e-2:3")
+    code, _, errors = compare("--config", parts / "recipe.yaml", *heldout, *results, *runs, folder=tmp_path)
+    assert code == 0, errors[-3000:]
+    table = list(lines_of((tmp_path / "results/table.md").read_text()))[2:]
+    assert [row[0] for row in table] == ["before", "full-1e-2-zero2", "topk-1e-2-zero3"]
     before, full, topk = (float(row[3]) for row in table)
     assert full < before - 0.1
     assert topk < before - 0.1
+    config = yaml.safe_load((tmp_path / "results/topk-1e-2-zero3/0.01/seed-42/config.yaml").read_text())
+    assert config["deepspeed"]["zero_optimization"]["stage"] == 3
+    assert config["method"] == "topk"

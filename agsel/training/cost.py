@@ -1,0 +1,95 @@
+"""What a run cost: its time, its memory, its parameters; `result.json`, the last file of a run that has ended well."""
+
+import json
+import os
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from agsel.training.configuration import Configuration
+from agsel.zero.consensus import gather
+from agsel.zero.parameters import block_infos, global_numel
+
+
+class CostCallback(TrainerCallback):
+    """Reads the clock of this process, and counts parameters before blocks are frozen for a step.
+
+    Attributes:
+        parameters: of the model, adapters included.
+        trainable_parameters: those of the blocks that take part.
+    """
+
+    def __init__(self, trainer: Trainer, configuration: Configuration) -> None:
+        self.parameters = global_numel(trainer.model.parameters())
+        self.trainable_parameters = sum(info.numel for info in block_infos(configuration.blocks_of(trainer.model)))
+        self._borders: list[float] = []
+        self._seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The first step begins."""
+        self._borders = [time.perf_counter()]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step ends and the next one begins."""
+        self._borders.append(time.perf_counter())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What follows, as the export, is no training."""
+        self._seconds = time.perf_counter() - self._borders[0]
+
+    def describe(self, state: TrainerState) -> dict[str, Any]:
+        """Steps, seconds and parameters; times are those of the steps that this process has done, None without one."""
+        durations = [end - begin for begin, end in pairwise(self._borders)]
+        return {
+            "steps": state.global_step,
+            "timed_steps": len(durations),
+            "train_seconds": self._seconds if durations else None,
+            "step_seconds": statistics.median(durations) if durations else None,
+            "parameters": self.parameters,
+            "trainable_parameters": self.trainable_parameters,
+        }
+
+
+def write_result(trainer: Trainer, cost: CostCallback, path: Path, group: Any) -> None:
+    """Write what the run cost and its last losses, complete or not at all. Every rank must call it.
+
+    Args:
+        trainer: that has trained.
+        cost: its callback.
+        path: the file.
+        group: process group of all ranks, on the host.
+    """
+    peaks = gather(peak_bytes(trainer.args), group)
+    if dist.get_rank() != 0:
+        return
+    result = cost.describe(trainer.state)
+    for name in ("peak_bytes", "peak_reserved_bytes"):
+        result[name] = max((peak[name] for peak in peaks if peak), default=None)
+    for name in ("loss", "eval_loss"):
+        result[name] = next((entry[name] for entry in reversed(trainer.state.log_history) if name in entry), None)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def peak_bytes(training: TrainingArguments) -> dict[str, int]:
+    """Most device memory that this process has used since its start and that PyTorch has kept for it; none on the CPU.
+
+    What it has kept is what other processes on the device lack.
+    """
+    if training.use_cpu:
+        return {}
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(training.device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(training.device),
+    }

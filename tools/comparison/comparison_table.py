@@ -1,0 +1,243 @@
+"""What was learnt and what it cost, one line a cell: in Markdown and as CSV, in the columns of PEFT's comparison."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.comparison.differences import Interval, Judged, accuracy_difference, mean_over_seeds, nll_difference
+from tools.comparison.plan import BEFORE, Part, Plan, Run
+from tools.comparison.records import Record, Records
+
+NOTES = (
+    "NLL: nats per token of the right answers. Mean ± standard deviation over the seeds. Differences: percentile "
+    "bootstrap over the rows of the test part, seeds averaged, 95 %. Train time: from the first step to the last, "
+    "without start and export; step: the median. Peak: memory that PyTorch kept on the fullest GPU. File: trained "
+    "weights. Forgetting: rise of the NLL of other text."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell at the learning rate that was chosen for it.
+
+    Attributes:
+        records: of its seeds that have been measured, those before.
+        errors: of its other runs, with their names.
+        judged: what the seeds did on each row of the test part, by seed.
+        before: what the model did before training, if that is known.
+    """
+
+    name: str
+    learning_rate: float | None
+    records: Sequence[Record] = ()
+    errors: Sequence[str] = ()
+    judged: Mapping[int, Judged] = field(default_factory=dict)
+    before: Record | None = None
+
+    def tested(self, name: str) -> list[float]:
+        """A result of the test part, of every seed that has it."""
+        return [record["test"][name] for record in self.records if record["test"].get(name) is not None]
+
+    def cost(self, name: str) -> float | None:
+        """A mean over the seeds of what launch/train.py wrote."""
+        values = [record["result"][name] for record in self.records if (record.get("result") or {}).get(name)]
+        return statistics.fmean(values) if values else None
+
+    @property
+    def train_seconds(self) -> float | None:
+        """Mean over the seeds; of a run that was resumed, for all of its steps at the pace of those that were timed."""
+        results = [record["result"] for record in self.records if (record.get("result") or {}).get("train_seconds")]
+        seconds = [result["train_seconds"] * result["steps"] / result["timed_steps"] for result in results]
+        return statistics.fmean(seconds) if seconds else None
+
+    @property
+    def file_bytes(self) -> float | None:
+        """Of the trained weights."""
+        return next((record["file_bytes"] for record in self.records if "file_bytes" in record), None)
+
+    @property
+    def forgetting(self) -> list[float]:
+        """By how much the NLL of other text has risen, in nats per token, of every seed."""
+        before = self.before["test"].get("text_nll") if self.before else None
+        return [nll - before for nll in self.tested("text_nll")] if before is not None else []
+
+
+def collect(plan: Plan, records: Records, chosen: Mapping[str, float]) -> list[Row]:
+    """A row for the model before training and for every cell, in the order of the plan."""
+    base = _row(plan, records, BEFORE, None, [Run(BEFORE)], None)
+    before = base.records[0] if base.records else None
+    rows = []
+    for cell in plan.cells.values():
+        rate = chosen.get(cell.name)
+        runs = [run for run in records if run.cell == cell.name and rate is None and run.seed == plan.seeds[0]]
+        runs = runs if rate is None else [Run(cell.name, rate, seed) for seed in plan.seeds]
+        rows.append(_row(plan, records, cell.name, rate, runs, before))
+    return [base, *rows]
+
+
+def _row(
+    plan: Plan, records: Records, name: str, rate: float | None, runs: Sequence[Run], before: Record | None
+) -> Row:
+    done = [run for run in runs if records.has(run, "test")]
+    judged = {run.seed: Judged.read(run.folder(plan.output) / "test.jsonl") for run in done}
+    errors = [f"{run}: {records[run]['error']}" for run in runs if run in records and records[run]["error"]]
+    return Row(name, rate, [records[run] for run in done], errors, judged, before)
+
+
+def markdown(plan: Plan, records: Records, rows: Sequence[Row]) -> str:
+    """All tables."""
+    parts = [_table(COLUMNS, rows), *_differences(plan, rows), *_tries(plan, records)]
+    return "\n\n".join([*parts, NOTES])
+
+
+def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
+    """One line a cell, plain numbers in nats, seconds, bytes; differences with their intervals."""
+    lines = [{**_plain(row), **_plain_differences(row, plan, rows)} for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    measured = {"nll": row.tested("nll"), "accuracy": row.tested("accuracy"), "forgetting": row.forgetting}
+    numbers = {f"{name}{suffix}": value for name, values in measured.items() for suffix, value in _moments(values)}
+    costs = {name: row.cost(name) for name in ("step_seconds", "peak_bytes", "peak_reserved_bytes")}
+    return {
+        "cell": row.name,
+        "learning_rate": row.learning_rate,
+        "seeds": len(row.records),
+        **numbers,
+        "train_seconds": row.train_seconds,
+        **costs,
+        "trainable_parameters": row.cost("trainable_parameters"),
+        "parameters": row.cost("parameters"),
+        "file_bytes": row.file_bytes,
+        "error": "; ".join(row.errors),
+    }
+
+
+def _moments(values: Sequence[float]) -> list[tuple[str, float | None]]:
+    return [("", statistics.fmean(values) if values else None), ("_deviation", _deviation(values))]
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation."""
+    if not values:
+        return "-"
+    deviation = _deviation(values)
+    spread = "" if deviation is None else f" ± {deviation:{form.removeprefix('+')}}"
+    return f"{statistics.fmean(values):{form}}{spread}"
+
+
+def _seeds(row: Row) -> str:
+    """How many there are, and what became of the others."""
+    failed = f"failed: {'; '.join(row.errors)}" if row.errors else ""
+    return ", ".join(filter(None, [str(len(row.records)) if row.records else "", failed]))
+
+
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else f"{value / unit:{form}}"
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "cell": lambda row: row.name,
+    "learning rate": lambda row: _number(row.learning_rate, "g"),
+    "seeds": _seeds,
+    "NLL": lambda row: _spread(row.tested("nll"), ".4f"),
+    "exact match %": lambda row: _spread([100 * share for share in row.tested("accuracy")], ".1f"),
+    "train time s": lambda row: _number(row.train_seconds, ".0f"),
+    "step ms": lambda row: _number(row.cost("step_seconds"), ".0f", 1e-3),
+    "peak GB": lambda row: _number(row.cost("peak_reserved_bytes"), ".1f", 1e9),
+    "trainable parameters": lambda row: _number(row.cost("trainable_parameters"), ",.0f"),
+    "file MB": lambda row: _number(row.file_bytes, ".1f", 1e6),
+    "forgetting": lambda row: _spread(row.forgetting, "+.3f"),
+}
+
+
+def _table(columns: Mapping[str, Callable[[Row], str]], rows: Iterable[Row]) -> str:
+    cells = [[column(row).replace("|", "/") for column in columns.values()] for row in rows]
+    return _lines([list(columns), ["---"] + ["---:"] * (len(columns) - 1), *cells])
+
+
+def _lines(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _differences(plan: Plan, rows: Sequence[Row]) -> list[str]:
+    """A table of the differences to every cell of `compare_with`."""
+    if not plan.compare_with:
+        return []
+    names = [f"{what} - {name}" for name in plan.compare_with for what in ("NLL", "exact match, points")]
+    lines = []
+    for row in rows:
+        pairs = [compare(row, reference) for reference in _references(plan, rows)]
+        texts = [text for nll, share in pairs for text in (_interval(nll, ".4f"), _interval(share, ".1f", 100))]
+        lines.append([row.name, *texts])
+    return [_lines([["cell", *names], ["---"] + ["---:"] * len(names), *lines])]
+
+
+def _plain_differences(row: Row, plan: Plan, rows: Sequence[Row]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for reference in _references(plan, rows):
+        for what, interval in zip(("nll", "accuracy"), compare(row, reference), strict=True):
+            for name, value in (interval._asdict() if interval else {}).items():
+                found[f"{what} - {reference.name}: {name}"] = value
+    return found
+
+
+def _references(plan: Plan, rows: Sequence[Row]) -> list[Row]:
+    return [next(row for row in rows if row.name == name) for name in plan.compare_with]
+
+
+def compare(row: Row, reference: Row) -> tuple[Interval | None, Interval | None]:
+    """Differences of NLL and exact match over the seeds that both have; None where there is nothing to compare.
+
+    The model before training is the same for all seeds.
+    """
+    if row.name == reference.name or not row.judged or not reference.judged:
+        return None, None
+    if row.name == BEFORE:
+        sides = [*row.judged.values()], [*reference.judged.values()]
+    else:
+        seeds = [seed for seed in row.judged if seed in reference.judged]
+        sides = [row.judged[seed] for seed in seeds], [reference.judged[seed] for seed in seeds]
+        if not seeds:
+            return None, None
+    one, other = map(mean_over_seeds, sides)
+    return nll_difference(one, other), accuracy_difference(one, other)
+
+
+def _interval(interval: Interval | None, form: str, unit: float = 1) -> str:
+    if interval is None:
+        return "-"
+    difference, low, high = (f"{value * unit:+{form}}" for value in interval)
+    return f"{difference} [{low}, {high}]"
+
+
+def _tries(plan: Plan, records: Records) -> list[str]:
+    """The NLL of the validation part at every learning rate, if there was a choice."""
+    if not plan.chooses_rates:
+        return []
+    lines = [["cell", "learning rate: NLL of the validation part"], ["---", "---"]]
+    for cell in plan.cells.values():
+        runs = [Run(cell.name, rate, plan.seeds[0]) for rate in cell.learning_rates]
+        tries = [f"{run.learning_rate:g}: {validation_nll(records, run):.4f}" for run in runs if run in records]
+        lines.append([cell.name, ", ".join(tries)])
+    return [_lines(lines)]
+
+
+def validation_nll(records: Records, run: Run) -> float:
+    """What learning rates are chosen by; of a run that failed, or whose loss is no number, infinite."""
+    part: Part = "validation"
+    nll = records[run][part]["nll"] if records.has(run, part) else float("inf")
+    return nll if nll == nll else float("inf")

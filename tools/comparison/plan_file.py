@@ -1,0 +1,146 @@
+"""PLAN.yaml as a plan."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agsel import shipped
+from agsel.errors import UserError, one_line, suggestion
+from tools.comparison.plan import BEFORE, Cell, Plan
+
+NEEDED = ("config", "output", "cells", "seeds", "test")
+OPTIONAL: dict[str, Any] = {
+    "settings": {},
+    "evaluate": {},
+    "validation": {},
+    "forgetting": None,
+    "learning_rates": [],
+    "gpus_per_run": 1,
+    "runs_per_gpu": 1,
+    "compare_with": [],
+}
+"""With what they are when they are left out."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML where no name may stand twice: a dictionary would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise UserError(f"{name} stands in line {lines[name]} and again in line {line}: leave one out")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file; its paths are of the folder where the command was typed.
+
+    Raises:
+        UserError: it is none, or names what it must not.
+    """
+    named = {**OPTIONAL, **_read(path)}
+    _require_names(named, path)
+    rates = named["learning_rates"]
+    mapping = _mapping(named, "cells")
+    return Plan(
+        output=Path(str(named["output"])),
+        shared={**read_recipe(Path(str(named["config"]))), **_mapping(named, "settings")},
+        cells={str(name): _cell(str(name), settings, rates) for name, settings in mapping.items()},
+        seeds=tuple(_integers(named, "seeds")),
+        test=_mapping(named, "test"),
+        validation=_mapping(named, "validation"),
+        evaluate=_mapping(named, "evaluate"),
+        forgetting=named["forgetting"],
+        gpus_per_run=_count(named, "gpus_per_run"),
+        runs_per_gpu=_count(named, "runs_per_gpu"),
+        compare_with=tuple(map(str, _sequence(named, "compare_with"))),
+    )
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of `--config` that have a value, from a file or a recipe's name.
+
+    Raises:
+        UserError: there is no such file, or it has no settings.
+    """
+    found = path if path.is_file() else shipped.recipe(str(path))
+    if found is None:
+        raise UserError(f"config: there is no {path}, launch/recipes/ has some")
+    # A file that a run has written names all settings, those without a value, too.
+    return {name: value for name, value in _read(found).items() if value is not None}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"no such file: {path}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path} is no YAML: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has no settings: write one `name: value` a line, as tools/comparison/*.yaml do")
+    return content
+
+
+def _require_names(named: Mapping[str, Any], path: Path) -> None:
+    known = (*NEEDED, *OPTIONAL)
+    unknown = next((name for name in named if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"unknown name {unknown!r} in the plan {path}{suggestion(str(unknown), known)}")
+    missing = [name for name in NEEDED if named.get(name) in (None, {}, [])]
+    if missing:
+        raise UserError(f"the plan {path} has no {missing[0]}: tools/comparison/*.yaml show what belongs there")
+
+
+def _cell(name: str, settings: Any, rates: Sequence[Any]) -> Cell:
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name == BEFORE:
+        raise UserError(f"{name!r} names no cell: take letters, digits, `.`, `+`, `-` and `_`, and not {BEFORE!r}")
+    if not isinstance(settings, dict):
+        raise UserError(f"cell {name} has no settings: write `{name}: {{method: ...}}`")
+    own = dict(settings)
+    rates = own.pop("learning_rates", rates)
+    empty = next((setting for setting, value in own.items() if value is None), None)
+    if empty is not None:
+        raise UserError(f"cell {name}: {empty} has no value: give it one, or leave it out")
+    try:
+        return Cell(name, own, tuple(map(float, rates)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cell {name}: learning_rates is {rates!r}: write a list of numbers, [1.0e-4]") from error
+
+
+def _mapping(named: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = named[name]
+    if not isinstance(value, dict):
+        raise UserError(f"{name} in the plan is {value!r}: write `{name}: {{flag: value}}`")
+    return value
+
+
+def _sequence(named: Mapping[str, Any], name: str) -> list[Any]:
+    value = named[name]
+    if not isinstance(value, list):
+        raise UserError(f"{name} in the plan is {value!r}: write a list, `{name}: [...]`")
+    return value
+
+
+def _integers(named: Mapping[str, Any], name: str) -> list[int]:
+    values = _sequence(named, name)
+    if any(type(value) is not int for value in values) or len(set(values)) < len(values):
+        raise UserError(f"{name} in the plan is {values!r}: write different whole numbers")
+    return values
+
+
+def _count(named: Mapping[str, Any], name: str) -> int:
+    value = named[name]
+    if type(value) is not int or value < 1:
+        raise UserError(f"{name} in the plan is {value!r}: it must be a whole number from 1 on")
+    return value

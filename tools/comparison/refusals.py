@@ -1,0 +1,121 @@
+"""What is wrong with a plan, asked before anything is trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from agsel.data.fields import Fields
+from agsel.errors import UserError, complaints_of_libraries, said_of
+from agsel.evaluate import tasks_of
+from agsel.evaluation.options import EvaluationArguments
+from agsel.train import default_settings
+from agsel.training.data import require_data
+from agsel.training.settings import Settings, read_settings
+from tools.comparison.plan import Cell, Part, Plan, Run, words_of
+
+OF_THE_PLAN = {
+    "model_name_or_path": "all cells start from the same weights: name the model in `settings` or in the recipe",
+    "learning_rate": "write `learning_rates: [...]`",
+    "seed": "all cells have the same: write `seeds: [...]` for the plan",
+    "data_seed": "rows come in the same order in all cells: leave it out",
+    "output_dir": "the plan's `output` has a folder for each run: leave it out",
+    "resume_from_checkpoint": "runs go on by themselves: leave it out",
+}
+"""Flags of launch/train.py that a cell must not have, and the remedy."""
+
+
+def require_sound(plan: Plan) -> None:
+    """Refuse a plan with which runs would fail, or whose table would be unfair.
+
+    Raises:
+        UserError: names the cell, the setting and the remedy.
+    """
+    _require_rates(plan)
+    _require_parts(plan)
+    unknown = next((name for name in plan.compare_with if name not in plan.cells), None)
+    if unknown is not None:
+        raise UserError(f"compare_with names {unknown}, which is no cell: there are {', '.join(plan.cells)}")
+    with TemporaryDirectory() as folder:
+        shared = Path(folder, "shared.yaml")
+        write_shared(plan, shared)
+        resolved = {cell.name: _resolve(cell, plan, shared) for cell in plan.cells.values()}
+    for one, other in combinations(plan.cells.values(), 2):
+        if resolved[one.name] == resolved[other.name] and {*one.learning_rates} & {*other.learning_rates}:
+            raise UserError(f"cells {one.name} and {other.name} train the same: leave one out")
+
+
+def write_shared(plan: Plan, path: Path) -> None:
+    """What all cells share, for `--config`: there, settings that a method does not read are ignored."""
+    path.write_text("# what all runs of this comparison share\n" + yaml.safe_dump(plan.shared, sort_keys=False))
+
+
+def _require_rates(plan: Plan) -> None:
+    for cell in plan.cells.values():
+        if not cell.learning_rates:
+            raise UserError(f"cell {cell.name} has no learning rate: add `learning_rates: [...]` to it, or to the plan")
+        if min(cell.learning_rates) <= 0 or len({*cell.learning_rates}) < len(cell.learning_rates):
+            raise UserError(f"cell {cell.name}: learning_rates must be different numbers above 0")
+    tries = Counter(len(cell.learning_rates) for cell in plan.cells.values())
+    if len(tries) > 1:
+        listed = ", ".join(f"{cell.name} {len(cell.learning_rates)}" for cell in plan.cells.values())
+        raise UserError(f"cells have unequally many learning_rates ({listed}): a fair choice gives each as many tries")
+
+
+def _require_parts(plan: Plan) -> None:
+    if plan.chooses_rates and not plan.validation:
+        raise UserError(
+            "the plan has no validation part, and learning rates are to be chosen: add `validation: {dataset: ..., "
+            "dataset_split: ...}` with rows that are not in the test part, or give each cell one rate"
+        )
+    if plan.validation == plan.test:
+        raise UserError("validation and test are the same rows: the test part must not choose the learning rate")
+    if plan.forgetting is not None and not Path(plan.forgetting).is_file():
+        raise UserError(f"forgetting: there is no file {plan.forgetting}, name one with plain text")
+
+
+def _resolve(cell: Cell, plan: Plan, shared: Path) -> dict[str, Any]:
+    """All settings of a cell beside its learning rate, after refusing them and those of its evaluation."""
+    run = Run(cell.name, cell.learning_rates[0], plan.seeds[0])
+    with said_of(f"cell {cell.name}"):
+        settings = _train_settings(cell, plan, shared)
+        require_data(settings.values, settings.group(Fields))
+        parts: list[Part] = ["validation", "test"] if plan.validation else ["test"]
+        for part in parts:
+            _require_evaluation(plan, run, part)
+    return settings.values
+
+
+def _train_settings(cell: Cell, plan: Plan, shared: Path) -> Settings:
+    for name, remedy in OF_THE_PLAN.items():
+        if name in cell.settings:
+            raise UserError(f"{name} is no setting of one cell: {remedy}")
+    words = [*words_of(cell.settings), *plan.words, "--output_dir", str(plan.output)]
+    return read_settings(["--config", str(shared), *words], default_settings())
+
+
+def _require_evaluation(plan: Plan, run: Run, part: Part) -> None:
+    flags = {"model": plan.shared.get("model_name_or_path"), **plan.evaluation_of(run, part)}
+    with said_of(f"the {part} part"), complaints_of_libraries():
+        parser = _Parser((EvaluationArguments, Fields), allow_abbrev=False)
+        arguments, fields, unknown = parser.parse_args_into_dataclasses(
+            [*words_of(flags)], return_remaining_strings=True
+        )
+        tasks = tasks_of(arguments, fields)
+    if unknown:
+        raise UserError(f"the {part} part: unknown flag {unknown[0]} of launch/evaluate.py")
+    if len(tasks) != 1:
+        raise UserError(f"the {part} part judges {len(tasks)} tasks, and a comparison is of one: name one")
+
+
+class _Parser(HfArgumentParser):
+    """`HfArgumentParser` whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)

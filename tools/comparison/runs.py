@@ -1,0 +1,122 @@
+"""One run: trained by launch/train.py, unless it has been, and measured by launch/evaluate.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agsel.errors import RunError
+from tools.comparison.children import Children
+from tools.comparison.places import Place
+from tools.comparison.plan import Part, Plan, Run, words_of
+from tools.comparison.records import Record, new_record
+from tools.comparison.refusals import write_shared
+
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+SHARED = "shared.yaml"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to train, if it is not trained yet, and to measure on a part."""
+
+    run: Run
+    part: Part
+
+
+class Runner:
+    """Trains and measures runs of a plan.
+
+    Args:
+        plan: of the comparison.
+        children: starts the processes.
+        processes: how many runs there may be at once; they share the processor.
+    """
+
+    def __init__(self, plan: Plan, children: Children, processes: int) -> None:
+        self._plan = plan
+        self._children = children
+        self._threads = max(1, (os.cpu_count() or 1) // (processes * plan.gpus_per_run))
+        write_shared(plan, plan.output / SHARED)
+
+    def perform(self, task: Task, place: Place, slot: int, known: Record | None) -> Record:
+        """Do a task in a slot of a place. Returns what is known of the run then, an error included.
+
+        Args:
+            task: to do.
+            place: where.
+            slot: of the place.
+            known: of the run before.
+        """
+        record = {**(known or {}), **new_record(self._plan, task.run)}
+        try:
+            if not task.run.is_untrained:
+                record |= self._trained(task.run, place, slot)
+            record[task.part] = self._measured(task, place, slot)
+        except (RunError, OSError, ValueError) as error:
+            record["error"] = str(error)
+        return record
+
+    def _trained(self, run: Run, place: Place, slot: int) -> dict[str, Any]:
+        """What a run cost, after training it if it has not been trained to its end."""
+        folder = run.folder(self._plan.output)
+        result = folder / "result.json"
+        if not result.is_file():
+            if not any(folder.glob("checkpoint-*")):
+                shutil.rmtree(folder, ignore_errors=True)
+            command = self._command("train.py", place, train_words(self._plan, run))
+            self._children.run(command, folder / "train.log", self._environment(place, slot))
+        if not result.is_file():
+            raise RunError(f"was told to stop before its end (see {folder / 'train.log'})")
+        weights = (folder / "model").glob("*.safetensors")
+        return {"result": json.loads(result.read_text()), "file_bytes": sum(path.stat().st_size for path in weights)}
+
+    def _measured(self, task: Task, place: Place, slot: int) -> dict[str, Any]:
+        folder = task.run.folder(self._plan.output)
+        command = self._command("evaluate.py", place, evaluate_words(self._plan, task))
+        self._children.run(command, folder / f"{task.part}.log", self._environment(place, slot))
+        return json.loads((folder / f"{task.part}.json").read_text())
+
+    def _command(self, script: str, place: Place, words: list[str]) -> list[str]:
+        """One process needs no launcher; DeepSpeed's starts one for each visible GPU."""
+        program = [str(LAUNCH / script), *words]
+        if self._plan.gpus_per_run == 1:
+            return [sys.executable, *program]
+        ranks = [] if place.gpus else ["--num_gpus", str(self._plan.gpus_per_run)]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(_free_port()), *ranks]
+        return [*launcher, *program]
+
+    def _environment(self, place: Place, slot: int) -> dict[str, str]:
+        """Runs at the same time share neither GPUs' numbers, nor threads, nor the caches of compiled kernels."""
+        caches = (self._plan.output / ".caches" / "-".join([*place.gpus, str(slot)])).resolve()
+        own = {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+        path = os.pathsep.join([str(LAUNCH.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        shared = {"OMP_NUM_THREADS": str(self._threads), **os.environ, "PYTHONPATH": path}
+        return {**shared, **own, **place.environment()}
+
+
+def train_words(plan: Plan, run: Run) -> list[str]:
+    """The command line of launch/train.py."""
+    own = {"learning_rate": run.learning_rate, "seed": run.seed, "output_dir": run.folder(plan.output)}
+    words = ["--config", str(plan.output / SHARED), *words_of(plan.cells[run.cell].settings), *plan.words]
+    return [*words, *words_of(own), "--resume_from_checkpoint", "auto"]
+
+
+def evaluate_words(plan: Plan, task: Task) -> list[str]:
+    """The command line of launch/evaluate.py."""
+    folder = task.run.folder(plan.output)
+    model = plan.shared["model_name_or_path"] if task.run.is_untrained else folder / "model"
+    place = {"model": model, "output": folder / f"{task.part}.json"}
+    return [*words_of({**place, **plan.evaluation_of(task.run, task.part)})]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

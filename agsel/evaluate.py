@@ -14,6 +14,7 @@ import agsel.commands  # noqa: F401  # before what it looks for
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -106,7 +107,9 @@ def evaluate(arguments: EvaluationArguments, tasks: Sequence[Task]) -> None:
     parts = first_rank_does(partial(read_parts, arguments, tasks, tokenizer), None)
     units = cut_into_units(model, parts, arguments.batch_size)
     kept = KeptResults(output.with_suffix(".parts"), describe(arguments, parts, units)) if output else None
+    begin = time.monotonic()
     measured = measure(Measurer(model, tokenizer, parts), units, kept)
+    say_measured(parts, time.monotonic() - begin)
     rows = put_together(parts, units, measured)
     results = summary(arguments, tasks, parts, rows)
     lines = [
@@ -174,6 +177,13 @@ def measure(measurer: Measurer, units: Sequence[Unit], kept: KeptResults | None)
                     kept.add(dist.get_rank(), number, done[number])
                 progress.advance(len(units[number].rows))
     return {number: found for of_rank in gather(done, None) for number, found in of_rank.items()}
+
+
+def say_measured(parts: Sequence[Part], seconds: float) -> None:
+    """How long it took: not among the results, which are the same on every machine of a kind."""
+    if parts and dist.get_rank() == 0:
+        rows, ranks = sum(len(part.examples) for part in parts), dist.get_world_size()
+        print(f"measured  {rows:,} rows in {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}")
 
 
 def summary(

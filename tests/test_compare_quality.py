@@ -27,7 +27,7 @@ from tests.tiny_run import TRAIN, save_model, save_rows
 from tools.comparison import comparing, differences
 from tools.comparison.children import Children, reason
 from tools.comparison.differences import Judged
-from tools.comparison.pareto import front
+from tools.comparison.pareto import Point, front
 from tools.comparison.places import Gpu, Place, places, said_of_others, visible
 from tools.comparison.plan import Run
 from tools.comparison.plan_file import read_plan
@@ -264,10 +264,12 @@ def test_seeds_are_averaged_row_by_row_and_other_rows_are_refused() -> None:
 
 
 def test_a_front_has_what_nothing_beats_in_both() -> None:
-    points = [(1.0, 5.0, "cheap"), (2.0, 5.0, "dearer, equal"), (2.0, 3.0, "better"), (3.0, 4.0, "beaten")]
-    assert [name for *_, name in front(points, higher_is_better=False)] == ["cheap", "better"]
-    assert [name for *_, name in front(points, higher_is_better=True)] == ["cheap"]
-    assert [name for *_, name in front([*points, (9.0, 6.0, "best")], higher_is_better=True)] == ["cheap", "best"]
+    known = [(1.0, 5.0, "cheap"), (2.0, 5.0, "dearer, equal"), (2.0, 3.0, "better"), (3.0, 4.0, "beaten")]
+    points = [Point(*values) for values in known]
+    assert [point.name for point in front(points, higher_is_better=False)] == ["cheap", "better"]
+    assert [point.name for point in front(points, higher_is_better=True)] == ["cheap"]
+    best = Point(9.0, 6.0, "best")
+    assert [point.name for point in front([*points, best], higher_is_better=True)] == ["cheap", "best"]
 
 
 NVIDIA_SMI = "0, GPU-a, 100000, 4\n1, GPU-b, 100000, 20000\n2, GPU-c, 100000, 0\n"

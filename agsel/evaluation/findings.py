@@ -93,5 +93,5 @@ def write_complete(path: Path, text: str) -> None:
 
 
 def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """JSON Lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """JSON Lines, with nothing else at which a text could be divided into lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)

@@ -5,42 +5,55 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from tools.comparison.comparison_table import Row
 
-Point = tuple[float, float, str]
-"""Cost, result, and whose they are."""
+RESULTS = ("NLL", "exact match, %")
+COSTS = ("train time, s", "peak memory, GB")
+
+
+class Point(NamedTuple):
+    """A cell.
+
+    Attributes:
+        cost: mean over its seeds.
+        result: mean over its seeds.
+        name: of the cell.
+        spread: standard deviation of the result over the seeds; 0 for a single one.
+    """
+
+    cost: float
+    result: float
+    name: str
+    spread: float = 0.0
 
 
 def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
     """The points to which no other is equal or better in both cost and result, by rising cost."""
     sign = -1 if higher_is_better else 1
     best: list[Point] = []
-    for point in sorted(points, key=lambda point: (point[0], sign * point[1])):
-        if not best or sign * point[1] < sign * best[-1][1]:
+    for point in sorted(points, key=lambda point: (point.cost, sign * point.result)):
+        if not best or sign * point.result < sign * best[-1].result:
             best.append(point)
     return best
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """NLL and exact match against train time and peak memory, as far as they were measured."""
-    panels = [
-        (points, result, cost)
-        for result in ("NLL", "exact match, %")
-        for cost in ("train time, s", "peak memory, GB")
-        if (points := points_of(rows, result, cost))
-    ]
+    panels = [[(points_of(rows, result, cost), result, cost) for cost in COSTS] for result in RESULTS]
+    panels = [kept for panel in panels if (kept := [entry for entry in panel if entry[0]])]
     if not panels:
         return
-    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
-    for axis, (points, result, cost) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw_panel(axis, points, higher_is_better=result != "NLL")
-        axis.set_xlabel(cost)
-        axis.set_ylabel(result)
-    figure.savefig(path, dpi=150)
+    shape = len(panels), max(map(len, panels))
+    figure = Figure(figsize=(6 * shape[1], 4.5 * shape[0]), layout="constrained")
+    for axes, panel in zip(figure.subplots(*shape, squeeze=False), panels, strict=True):
+        for axis, (points, result, cost) in zip(axes, panel, strict=True):
+            _draw_panel(axis, points, higher_is_better=result != "NLL")
+            axis.set(xlabel=cost, ylabel=result)
+    figure.savefig(path, dpi=100)
 
 
 def points_of(rows: Sequence[Row], result: str, cost: str) -> list[Point]:
@@ -51,16 +64,18 @@ def points_of(rows: Sequence[Row], result: str, cost: str) -> list[Point]:
         peak = row.cost("peak_reserved_bytes")
         spent = row.train_seconds if cost == "train time, s" else peak and peak / 1e9
         if values and spent is not None:
-            points.append((spent, statistics.fmean(values), row.name))
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            points.append(Point(spent, statistics.fmean(values), row.name, spread))
     return points
 
 
 def _draw_panel(axis: Any, points: Sequence[Point], *, higher_is_better: bool) -> None:
     best = front(points, higher_is_better=higher_is_better)
-    axis.plot([x for x, *_ in best], [y for _, y, _ in best], color="#dd8452", drawstyle="steps-post", zorder=1)
+    steps = [[point.cost for point in best], [point.result for point in best]]
+    axis.plot(*steps, color="#dd8452", drawstyle="steps-post", zorder=1)
     for point in points:
-        x, y, name = point
-        axis.scatter(x, y, color="#dd8452" if point in best else "#4c72b0", zorder=2)
-        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize="small")
+        color = "#dd8452" if point in best else "#4c72b0"
+        axis.errorbar(point.cost, point.result, yerr=point.spread or None, fmt="o", color=color, zorder=2)
+        axis.annotate(point.name, point[:2], xytext=(5, 5), textcoords="offset points", fontsize="small")
     axis.margins(0.15)
     axis.spines[["top", "right"]].set_visible(False)

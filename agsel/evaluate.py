@@ -113,21 +113,13 @@ def evaluate(arguments: EvaluationArguments, tasks: Sequence[Task]) -> None:
     say_measured(parts, time.monotonic() - begin)
     rows = put_together(parts, units, measured)
     results = summary(arguments, tasks, parts, rows)
-    lines = [
-        line
-        for part, of_part in zip(parts, rows, strict=True)
-        if part.questions
-        for line in describe_rows(part, of_part)
-    ]
+    lines = [line for part, of_part in zip(parts, rows, strict=True) for line in describe_rows(part, of_part)]
     if arguments.lm_eval:
         results["lm_eval"] = evaluate_with_harness(arguments, model, tokenizer, lines)
     if dist.get_rank() == 0:
         print_results(results)
-        if output is not None:
-            write_complete(output.with_suffix(".jsonl"), as_lines(lines))
-            write_complete(output, json.dumps(results, indent=1) + "\n")
-    if kept is not None:
-        first_rank_does(kept.end, None)
+    if output is not None and kept is not None:
+        first_rank_does(partial(write, output, results, lines, kept), None)
 
 
 def read_parts(arguments: EvaluationArguments, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> list[Part]:
@@ -185,6 +177,17 @@ def say_measured(parts: Sequence[Part], seconds: float) -> None:
     if parts and dist.get_rank() == 0:
         rows, ranks = sum(len(part.examples) for part in parts), dist.get_world_size()
         print(f"measured  {rows:,} rows in {seconds:.1f} s on {ranks} rank{'s' if ranks > 1 else ''}")
+
+
+def write(output: Path, results: dict[str, Any], lines: Sequence[dict[str, Any]], kept: KeptResults) -> None:
+    """The rows, then the numbers; what was kept until then goes.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    write_complete(output.with_suffix(".jsonl"), as_lines(lines))
+    write_complete(output, json.dumps(results, indent=1) + "\n")
+    kept.end()
 
 
 def summary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -57,7 +58,8 @@ class Part:
 
     def fingerprint(self) -> str:
         """Of all that results depend on."""
-        digest = hashlib.sha256(f"{self.name} {self.judge is None} {self.stop} {self.max_new_tokens}".encode())
+        digest = hashlib.sha256(f"{self.name} {self.stop} {self.max_new_tokens}".encode())
+        digest.update(pickle.dumps(self.judge))
         for example in self.examples:
             digest.update(str(example).encode())
         for question in self.questions:

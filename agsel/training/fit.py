@@ -12,7 +12,7 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from agsel.planning.description import describe_memory
-from agsel.planning.memory import MemoryPlan, Planner, meta_copy
+from agsel.planning.memory import MemoryPlan, Planner, meta_copy, planned_steps
 from agsel.planning.rehearsal import CannotRehearseError, Workload, ZeroSettings
 from agsel.planning.rehearsal.workload import Loss
 from agsel.policies import Policy, fraction_of_blocks, reads_fraction
@@ -48,7 +48,7 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
         policy=policy,
         ranks_per_host=_local_ranks(),
     )
-    kinds = () if training.use_cpu else policy.kinds_of_steps
+    kinds = () if training.use_cpu else planned_steps(policy)
     plan = planner.plan(policy.started(planner.infos).blocks_per_step, kinds)
     host = available_bytes() + _weights_on_host(trainer.model) * plan.ranks_per_host
     gpu = 0 if training.use_cpu else torch.cuda.get_device_properties(training.device).total_memory

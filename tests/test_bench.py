@@ -431,4 +431,5 @@ def test_what_a_method_is_follows_from_its_entry() -> None:
     assert reading == {"bound", *moving, "badam"} - {"agsel-badam"}
     kinds = {name: method.kinds_of_steps for name, method in METHODS.items() if method.kinds_of_steps}
     exploiting = dict.fromkeys((name for name in moving if name not in ("explore", "topk")), ("exploit",))
-    assert kinds == {"full": ("full",), "explore": ("explore",), "topk": ("explore",), **exploiting}
+    asking = {"ist-lora-256": ("exploit", "losses")}
+    assert kinds == {"full": ("full",), "explore": ("explore",), "topk": ("explore",), **exploiting, **asking}

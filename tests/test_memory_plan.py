@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +16,23 @@ from datasets import Dataset
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from agsel.planning.memory import MemoryPlan, Planner, heaviest, meta_copy, meta_model, spread_evenly
+from agsel.planning.memory import (
+    MemoryPlan,
+    Planner,
+    heaviest,
+    meta_copy,
+    meta_model,
+    on_gpu,
+    planned_steps,
+    spread_evenly,
+)
 from agsel.planning.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from agsel.planning.rehearsal.ledger import GRANULE, Ledger
 from agsel.planning.shapes import MODEL_SHAPES
 from agsel.policies import (
     AdaGradSelect,
     FullFineTuning,
+    Ist,
     Policy,
     RandomBlocks,
     TopK,
@@ -32,12 +42,13 @@ from agsel.policies import (
 from agsel.training.fit import _local_ranks, _workload, plan_of_run, shortage
 from tests.distributed import launch
 from tests.policies.running import layers as layers_of
-from tests.tiny import tiny_batch, tiny_model
+from tests.tiny import adapted_model, tiny_batch, tiny_model
 from tests.tiny_run import save_model, save_rows, settings
 from tools import plan_memory
 
 WORKER = Path(__file__).parent / "memory_worker.py"
 LAYERS = 6  # of the built-in shape `tiny`
+VOCABULARY = 150_000
 
 
 def rounded(nbytes: int) -> int:
@@ -303,6 +314,43 @@ def test_a_step_that_only_measures_holds_the_gradients_of_all_and_the_states_of_
     assert probe.flops == explore.flops
 
 
+def plan_of_ist(**changed: Any) -> MemoryPlan:
+    """Of a run over the adapters of two layers of a model whose vocabulary is as large as they come."""
+    from peft import LoraConfig, get_peft_model
+
+    config = MODEL_SHAPES["tiny"]()
+    config.vocab_size = VOCABULARY
+    adapters = LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(meta_model(config), adapters, autocast_adapter_dtype=False)
+    policy = Ist(fraction=2 / LAYERS)
+    return Planner(adapted, workload(**changed), policy=policy).plan(2, planned_steps(policy))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("loss", ["transformers", "trl", "liger"])
+def test_forwards_for_losses_make_logits_only_where_steps_do(stage: int, loss: str) -> None:
+    found = plan_of_ist(stage=stage, loss=loss)
+    logits = 2 * 64 * VOCABULARY * torch.bfloat16.itemsize
+    in_fp32 = 2 * logits
+    for kind in ("exploit", "losses"):
+        made = found.steps[kind].parts["loss"]
+        assert made >= logits + in_fp32 if loss == "transformers" else 0 < made < logits
+    assert found.steps["losses"].total < found.steps["exploit"].total
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_forwards_for_losses_hold_all_states_of_the_last_step_and_no_gradient(stage: int) -> None:
+    found = plan_of_ist(stage=stage)
+    exploit, losses = found.steps["exploit"], found.steps["losses"]
+    assert losses.parts["states"] == found.moved
+    assert "gradients" not in losses.parts
+    assert 2 * losses.flops < exploit.flops
+    assert found.compute_seconds == replace(found, steps={"exploit": exploit}).compute_seconds
+    needed = on_gpu(exploit.total)
+    assert found.gpu_needed == needed
+    assert replace(found, steps={"exploit": losses, "losses": exploit}).gpu_needed == needed, "whichever is fuller"
+
+
 @pytest.mark.parametrize(
     ("smoothing", "loss_type", "loss"), [(0.0, "nll", "trl"), (0.1, "nll", "transformers"), (0.1, "dft", "trl")]
 )
@@ -354,7 +402,7 @@ class Asking(LlamaForCausalLM):
         return super().forward(input_ids, **options)
 
 
-def plan_of(model: nn.Module) -> tuple[str, str | None]:
+def plan_of(model: nn.Module, policy: Callable[[], Policy] = TopK) -> tuple[str, str | None]:
     """Of a run on GPUs of 80 GB."""
     training = SimpleNamespace(
         bf16=True,
@@ -382,7 +430,7 @@ def plan_of(model: nn.Module) -> tuple[str, str | None]:
     trainer: Any = SimpleNamespace(model=model, train_dataset=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
     properties = SimpleNamespace(total_memory=80 * 10**9)
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
-        return plan_of_run(configuration, trainer, TopK())
+        return plan_of_run(configuration, trainer, policy())
 
 
 def test_a_model_that_cannot_be_rehearsed_may_train() -> None:
@@ -390,6 +438,11 @@ def test_a_model_that_cannot_be_rehearsed_may_train() -> None:
     assert lacking is None
     assert text.startswith("memory    cannot be planned for this model: ")
     assert "\n" not in text
+
+
+def test_a_run_plans_the_forwards_that_its_method_asks_for() -> None:
+    assert "forward for losses" in plan_of(adapted_model(), Ist)[0]
+    assert "forward for losses" not in plan_of(adapted_model(), RandomBlocks)[0]
 
 
 def test_a_bug_of_the_planner_does_not_switch_the_refusal_off() -> None:

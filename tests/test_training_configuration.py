@@ -166,6 +166,7 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
         (["--merge_adapter", "true"], "--use_peft"),
         (["--method", "ist"], "--use_peft"),
         (["--method", "ist", "--use_peft", "true", "--compile_layers", "true"], "leave out --compile_layers"),
+        (["--method", "ist", "--use_peft", "true", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor"),
         (["--report_to", "wandb"], "wandb is not installed.*--report_to"),
     ],
 )

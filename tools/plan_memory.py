@@ -14,7 +14,7 @@ import sys
 from agsel import shipped
 from agsel.errors import AgselError, UserError, one_line
 from agsel.planning.description import describe_memory
-from agsel.planning.memory import Planner, meta_model
+from agsel.planning.memory import Planner, meta_model, planned_steps
 from agsel.planning.rehearsal import Workload, ZeroSettings
 from agsel.planning.shapes import MODEL_SHAPES, model_config
 from agsel.policies import METHODS, Policy, flags_of, fraction_of_blocks, reads_fraction
@@ -64,7 +64,7 @@ def describe(options: argparse.Namespace) -> str:
         policy=policy,
         ranks_per_host=options.gpus_per_host,
     )
-    kinds = policy.kinds_of_steps
+    kinds = planned_steps(policy)
     most = planner.most_blocks(options.gpu_gb * 1e9, kinds)
     count = policy.started(planner.infos).blocks_per_step
     fitting = describe_fitting(policy, most, planner.number_of_blocks, count)

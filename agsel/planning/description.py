@@ -2,7 +2,7 @@
 
 from agsel.planning.memory import MemoryPlan
 
-NAMES = {"full": "full fine-tuning"}
+NAMES = {"losses": "forward for losses", "full": "full fine-tuning"}
 PARTS = ("weights", "states", "gradients", "buffers", "activations", "loss")
 
 

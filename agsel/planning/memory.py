@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -22,8 +22,8 @@ from agsel.policies import BlockInfo, Policy, StepKind
 from agsel.zero.parameters import block_infos, global_numel
 from agsel.zero.timetable import early
 
-PlannedStep = StepKind | Literal["full"]
-"""A step of a policy, or of full fine-tuning by stock DeepSpeed."""
+PlannedStep = StepKind | Literal["losses", "full"]
+"""A step of a policy, the forwards that it asks for before one, or a step of full fine-tuning by stock DeepSpeed."""
 STATE_BYTES, MASTER_BYTES = 12, 4
 """Per parameter: fp32 master weight and two Adam moments, and the master alone."""
 CONTEXT_BYTES = 2e9
@@ -74,7 +74,7 @@ class MemoryPlan:
     @property
     def compute_seconds(self) -> float:
         """Time forward and backward take at least: their matrix products at half the peak of an H100 or H200."""
-        return min(peak.flops for kind, peak in self.steps.items() if kind != "full") / ARITHMETIC_SPEED
+        return min(peak.flops for kind, peak in self.steps.items() if kind in get_args(StepKind)) / ARITHMETIC_SPEED
 
 
 class Planner:
@@ -106,6 +106,7 @@ class Planner:
     ) -> None:
         self._blocks = [b for b in taking_part(find_blocks(model), blocks, select_from) if b.trainable]
         self._groups = [block.trainable for block in self._blocks]
+        self._everything = frozenset(range(len(self._blocks)))
         self._trained_in_full = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._weights = sum(parameter.nbytes for parameter in model.parameters())
         self._itemsize = self._groups[0][0].itemsize
@@ -152,7 +153,7 @@ class Planner:
         return low
 
     def _rehearse(self, kind: PlannedStep, count: int) -> Peak:
-        everything, nothing = frozenset(range(self.number_of_blocks)), frozenset[int]()
+        nothing = frozenset[int]()
         if kind == "full":
             all_in_one = frozenset({0})
             whole = [self._trained_in_full]
@@ -160,14 +161,20 @@ class Planner:
                 Step(groups=whole, trainable=all_in_one, updated=all_in_one, resident=all_in_one, stock=True)
             )
         chosen = heaviest(self._blocks, count) if kind != "probe" else nothing
+        if kind == "losses":  # of at most a micro-batch; nothing moves before the step is planned
+            return self._rehearse_policy(trainable=nothing, updated=nothing, resident=chosen)
         movable = sorted(chosen - self._pinned, key=lambda index: (-self._on_rank(index), index))
         known = frozenset(early(movable) if self._keeps_moments else movable) if kind == "exploit" else nothing
+        trainable = chosen if kind == "exploit" else self._everything
+        return self._rehearse_policy(trainable=trainable, updated=chosen, resident=known)
+
+    def _rehearse_policy(self, *, trainable: frozenset[int], updated: frozenset[int], resident: frozenset[int]) -> Peak:
         return self._rehearsal.run(
             Step(
                 groups=self._groups,
-                trainable=chosen if kind == "exploit" else everything,
-                updated=chosen,
-                resident=known | self._pinned if self._offload else everything,
+                trainable=trainable,
+                updated=updated,
+                resident=resident | self._pinned if self._offload else self._everything,
             )
         )
 
@@ -193,6 +200,11 @@ class Planner:
             slices = self._weights // self._workload.ranks
             return slices + max((4 + self._itemsize) * taking_part, slices, states)
         return self._weights + max(4 * taking_part + self._itemsize * max(map(global_numel, self._groups)), states)
+
+
+def planned_steps(policy: Policy) -> tuple[PlannedStep, ...]:
+    """The kinds of steps that a run does, with the forwards before them that its policy asks for."""
+    return (*policy.kinds_of_steps, "losses") if policy.asks_for_losses() else policy.kinds_of_steps
 
 
 def on_gpu(peak: int) -> float:

@@ -225,6 +225,11 @@ class Policy(ABC):
         """Probability that the current step explores; None where the rule has no such thing."""
         return None
 
+    @classmethod
+    def asks_for_losses(cls) -> bool:
+        """Whether some steps want `probes`."""
+        return cls.probes is not Policy.probes
+
     def probes(self) -> tuple[Probe, ...]:
         """The forwards that the current step wants before it is planned; `observe` gets their losses."""
         return ()

@@ -107,6 +107,11 @@ def write_configuration(configuration: Configuration) -> Path:
     return path
 
 
+def smooths_labels(training: SFTConfig) -> bool:
+    """Whether TRL smooths the labels, by the logits of all tokens; it does for its default loss."""
+    return training.label_smoothing_factor > 0 and training.loss_type == "nll"
+
+
 def _complete(configuration: Configuration) -> None:
     """Derive what the user left open, and check what depends on several groups."""
     training, model = configuration.training, configuration.model
@@ -122,6 +127,11 @@ def _complete(configuration: Configuration) -> None:
         raise UserError(
             f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
             "all-linear, or use another method"
+        )
+    if policy_class(method).asks_for_losses() and smooths_labels(training):
+        raise UserError(
+            f"--method {method} asks the model for losses, and with --label_smoothing_factor the trainer makes "
+            "them: leave it out"
         )
     if configuration.output.merge_adapter and not model.use_peft:
         raise UserError("--merge_adapter is for adapters, and there are none: add --use_peft, or leave it out")

@@ -12,11 +12,11 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from agsel.planning.description import describe_memory
-from agsel.planning.memory import MemoryPlan, Planner, meta_copy
+from agsel.planning.memory import MemoryPlan, Planner, meta_copy, planned_steps
 from agsel.planning.rehearsal import CannotRehearseError, Workload, ZeroSettings
 from agsel.planning.rehearsal.workload import Loss
 from agsel.policies import Policy, fraction_of_blocks, reads_fraction
-from agsel.training.configuration import Configuration
+from agsel.training.configuration import Configuration, smooths_labels
 from agsel.zero.host_memory import available_bytes
 
 LOCAL_RANKS_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -48,7 +48,7 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
         policy=policy,
         ranks_per_host=_local_ranks(),
     )
-    kinds = () if training.use_cpu else policy.kinds_of_steps
+    kinds = () if training.use_cpu else planned_steps(policy)
     plan = planner.plan(policy.started(planner.infos).blocks_per_step, kinds)
     host = available_bytes() + _weights_on_host(trainer.model) * plan.ranks_per_host
     gpu = 0 if training.use_cpu else torch.cuda.get_device_properties(training.device).total_memory
@@ -108,9 +108,8 @@ def _workload(configuration: Configuration, trainer: Trainer) -> Workload:
 
 
 def _loss(training: SFTConfig) -> Loss:
-    """TRL smooths the labels of its default loss by the logits of all tokens; its others are fused."""
-    smoothed = training.label_smoothing_factor > 0 and training.loss_type == "nll"
-    return "transformers" if smoothed else "trl"
+    """TRL's losses are fused, unless it smooths the labels."""
+    return "transformers" if smooths_labels(training) else "trl"
 
 
 def _longest_row(training: SFTConfig, rows: Dataset) -> int:

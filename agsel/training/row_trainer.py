@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
+from trl.trainer import utils as trl_utils
 
 from agsel import upstream
 from agsel.data.tokens import ENDED, Learning, TokenReport, has_conversations, tokenise
@@ -16,6 +17,8 @@ from agsel.runs.trainer import ResumableTrainer
 from agsel.training.data import EVALUATION
 from agsel.training.judging import TaskJudge
 
+RELIES_ON = {trl_utils: ("add_fused_lm_head",)}
+"""The head whose loss probes ask for, too, because the options of the step's forward do."""
 SPLITTING = ("bfd_split", "wrapped")
 """Packing strategies that go on with the rest of a long row in the next sequence."""
 

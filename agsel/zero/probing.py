@@ -1,4 +1,8 @@
-"""Forwards that a policy asks for before a step: losses without gradient, the adapters of some blocks scaled."""
+"""Forwards that a policy asks for before a step: losses without gradient, the adapters of some blocks scaled.
+
+The logits of all tokens can need more memory than a whole step that makes none. So a loss that is fused with the head
+stays fused: TRL's because it is asked for in the forward's options, Liger's because it is told to.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from agsel.blocks import decoder_layers
 from agsel.errors import UserError
 from agsel.policies import Probe
 
-NOT_FOR_PROBES = ("num_items_in_batch", "fused_lm_head")
+ITEMS = "num_items_in_batch"
 """What Trainers add so that the model returns something else than the mean loss of the rows."""
 SKIP_LOGITS = "skip_logits"
 
@@ -50,7 +54,7 @@ def losses_of(
     with evaluating(model):
         for probe in probes:
             rows = max(1, probe.rows // dist.get_world_size(group))
-            own = {name: first_rows(value, rows) for name, value in options.items() if name not in NOT_FOR_PROBES}
+            own = {name: first_rows(value, rows) for name, value in options.items() if name != ITEMS}
             with scaled_adapters(_layers(model, blocks, probe), probe.factor):
                 loss = getattr(forward(*(first_rows(value, rows) for value in inputs), **own), "loss", None)
             if loss is None:

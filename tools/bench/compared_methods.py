@@ -60,7 +60,9 @@ class Method:
     @property
     def kinds_of_steps(self) -> tuple[PlannedStep, ...]:
         """What kinds of steps are measured, as the memory plan names them; none if it does not cover them."""
-        return self.kinds or (self.policy(Configuration.fraction).kinds_of_steps if self.policy else ())
+        from agsel.planning.memory import planned_steps
+
+        return self.kinds or (planned_steps(self.policy(Configuration.fraction)) if self.policy else ())
 
 
 def selecting(

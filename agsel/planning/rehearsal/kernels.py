@@ -118,7 +118,8 @@ def loss_kernels(model: Any, loss: Loss, ledger: Ledger) -> Iterator[None]:
 
     def on_entry(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         ledger.kind = "loss"
-        arguments[0].register_hook(on_exit)
+        if arguments[0].requires_grad:
+            arguments[0].register_hook(on_exit)
 
     def on_exit(_: torch.Tensor) -> None:
         ledger.kind = "activations"
@@ -130,6 +131,7 @@ def loss_kernels(model: Any, loss: Loss, ledger: Ledger) -> Iterator[None]:
     try:
         yield
     finally:
+        ledger.kind = "activations"
         handle.remove()
         head.__dict__.pop("forward", None)
 

@@ -71,7 +71,6 @@ class Rehearsal:
         self._model = model
         self._workload = workload
         self._ledger = Ledger(answer=not workload.padded)
-        self._model.train()
         if workload.checkpointing:
             self._model.gradient_checkpointing_enable({"use_reentrant": False})
             self._model.disable_input_require_grads()
@@ -79,32 +78,35 @@ class Rehearsal:
             self._compile_layers()
 
     def run(self, step: Step) -> Peak:
-        """Do the last micro-batch of a step, and its update."""
+        """Do the last micro-batch of a step, and its update; if nothing is trained, a forward without gradient."""
         trainable = {id(parameter) for index in step.trainable for parameter in step.groups[index]}
         for parameter in self._model.parameters():
             parameter.requires_grad_(id(parameter) in trainable)
+        self._model.train(bool(trainable))
         if self._workload.compiled:
             with self._ledger:  # what compiling allocates is forgotten
-                self._forward_and_backward()
+                self._micro_batch()
         self._ledger.clear()
         self._ledger.ignore(self._model.buffers())
         kind = Partitioned if self._workload.zero.stage == 3 else Replicated
         rank = kind(self._model, self._workload, step, self._ledger)
         with rank.hooks(), self._ledger:
             rank.begin()
-            self._forward_and_backward()
+            self._micro_batch()
             rank.finish()
             rank.update()
         return Peak(dict(self._ledger.peak), self._ledger.flops)
 
-    def _forward_and_backward(self) -> None:
-        kind = self._workload.loss
+    def _micro_batch(self) -> None:
+        kind, trains = self._workload.loss, self._model.training
         kernels = gpu_kernels(self._model, self._workload)
-        with running_model(), kernels, loss_kernels(self._model, kind, self._ledger):
+        losses = loss_kernels(self._model, kind, self._ledger)
+        with running_model(), kernels, losses, torch.set_grad_enabled(trains):
             outputs = self._model(**self._inputs(), use_cache=False)
             loss = outputs.loss if kind == "transformers" else outputs.logits
             del outputs
-            loss.backward()
+            if trains:
+                loss.backward()
         for parameter in self._model.parameters():
             parameter.grad = None
 

@@ -65,7 +65,7 @@ class Step:
 
     Attributes:
         groups: the parameters of each param group, as DeepSpeed partitions them.
-        trainable: groups that get a gradient.
+        trainable: groups that get a gradient; if there are none, the step is a forward alone.
         updated: groups that the optimizer steps; the others' gradients are dropped.
         resident: groups whose optimizer states are on the GPU all the time; those of others that are updated arrive
             after a third of the backward.

@@ -32,7 +32,8 @@ class Ist(FractionPolicy):
     scaled by 0.25. With the reward r = exp(-loss) less the mean of the three, and q = sigmoid(s) as it was before,
     s of every layer of a half grows by 10 r q (1 - q): what can be suppressed at little loss is drawn less often.
 
-    The loss is the mean over all ranks before it becomes a reward, so that the reward does not depend on their number.
+    The loss is the mean of those of all ranks before it becomes a reward, which so does not depend on their number if
+    their rows have equally many learnt tokens.
 
     Attributes:
         fraction: share of the layers.

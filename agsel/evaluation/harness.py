@@ -56,7 +56,7 @@ def evaluate_with_harness(
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     assert arguments.lm_eval is not None, "asked for"
-    tasks = [name.strip() for name in arguments.lm_eval.split(",")]
+    tasks = tasks_of_harness(arguments.lm_eval)
     with complaints_of_libraries():
         found = simple_evaluate(
             _model_of_harness(model, tokenizer, arguments.batch_size),
@@ -73,6 +73,11 @@ def evaluate_with_harness(
         task: _plain(numbers) | _compare(ours, found["samples"].get(task, ()))
         for task, numbers in found["results"].items()
     }
+
+
+def tasks_of_harness(text: str) -> list[str]:
+    """The tasks that `--lm_eval` names."""
+    return [name.strip() for name in text.split(",")]
 
 
 def require_tasks(tasks: Sequence[str]) -> Any:

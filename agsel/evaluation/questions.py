@@ -113,6 +113,11 @@ def read_questions(
     Raises:
         UserError: no such data, a row that cannot be asked or judged, or too few rows.
     """
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, by which an answer ends: set "
+            "eos_token in its tokenizer_config.json"
+        )
     rows, _ = read_rows(task.source, task.fields)
     shots = _read_shots(task, rows, n_shot)
     first = n_shot if task.shots is None else 0

@@ -112,7 +112,7 @@ def write_complete(path: Path, text: str) -> None:
     """
     staged = path.with_name(f".{path.name}.new")
     try:
-        staged.write_text(text)
+        staged.write_text(text, encoding="utf-8")
         os.replace(staged, path)
     except OSError as error:
         raise UserError(f"cannot write {path} (--output): {one_line(error)}; choose another file") from error

@@ -93,7 +93,15 @@ def _load_adapter(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
             f"the base model of the adapter {name} (--model) is not at {base}: put it there, or correct "
             f"base_model_name_or_path in {Path(name, 'adapter_config.json')}"
         )
-    model = _load_whole(base, dtype, revision=config.revision)
+    try:
+        model = _load_whole(base, dtype, revision=config.revision)
+    except AgselError:
+        raise
+    except Exception as error:  # as of load_model
+        raise UserError(
+            f"cannot load {base}, the base model of the adapter {name} (--model): {one_line(error)}; put it there, or "
+            "correct base_model_name_or_path in its adapter_config.json"
+        ) from error
     has_tokenizer = not Path(name).is_dir() or any(Path(name, file).is_file() for file in TOKENIZER)
     tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # as for training

@@ -59,6 +59,12 @@ def test_an_adapter_whose_base_is_gone_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), "auto")
 
 
+def test_a_base_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "runs/gone"}')
+    with pytest.raises(ValueError, match=r"cannot load runs/gone, the base model of the adapter"):
+        load_model(str(tmp_path), "auto")
+
+
 @pytest.mark.parametrize("folder", ["model", "adapter"])
 def test_weights_that_are_missing_or_damaged_are_not_drawn_at_random(tmp_path: Path, folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "model", layers=1))

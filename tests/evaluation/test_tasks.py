@@ -168,3 +168,12 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer: PreTrainedTok
     endless.eos_token = None
     with pytest.raises(UserError, match=r"has no end-of-sequence token.*: set eos_token in its tokenizer_config.json"):
         questions(task_of(write(tmp_path / "rows.jsonl", [{"prompt": "w1", "completion": "w2"}])), endless)
+
+
+def test_of_several_tasks_the_one_whose_data_lack_a_column_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "w1", "completion": "w2"}])
+    (task,) = read_tasks(f"gsm8k={path}", "--tasks")
+    with pytest.raises(UserError, match=r"^task gsm8k: the dataset has no column 'question'"):
+        questions(task, tokenizer)

@@ -36,8 +36,9 @@ from agsel.evaluation.findings import (
     summarise_text,
     write_complete,
 )
-from agsel.evaluation.harness import evaluate_with_harness, require_harness
+from agsel.evaluation.harness import evaluate_with_harness, require_harness, require_tasks, tasks_of_harness
 from agsel.evaluation.kept import KeptResults
+from agsel.evaluation.limits import require_embedded, window_of
 from agsel.evaluation.loading import fingerprint_of_files, load_model, own_device
 from agsel.evaluation.options import EvaluationArguments
 from agsel.evaluation.questions import read_questions, read_text
@@ -48,8 +49,6 @@ from agsel.runs.ranks import PATIENCE, ends_in_one_line, join_ranks, warn_on_one
 from agsel.runs.watchdog import watched_ranks
 from agsel.zero.consensus import first_rank_does, gather
 
-WINDOW = 1024
-"""Tokens of a plain text that are predicted in one forward, at most."""
 TEXT = "perplexity"
 KINDS = {"losses": "likelihoods", "texts": "answers"}
 """Kinds of units, and what people are told of them."""
@@ -66,6 +65,8 @@ def main() -> None:
             require_harness()
         join_ranks()
         warn_on_one_rank()
+        if arguments.lm_eval:
+            require_tasks(tasks_of_harness(arguments.lm_eval))
         with watched_ranks(PATIENCE):
             evaluate(arguments, tasks)
     dist.destroy_process_group()
@@ -105,7 +106,8 @@ def evaluate(arguments: EvaluationArguments, tasks: Sequence[Task]) -> None:
     if output is not None:
         first_rank_does(partial(prepare_output, output), None)
     model, tokenizer = load_model(arguments.model, arguments.dtype)
-    parts = first_rank_does(partial(read_parts, arguments, tasks, tokenizer), None)
+    parts = first_rank_does(partial(read_parts, arguments, tasks, tokenizer, window_of(model)), None)
+    require_embedded(model, parts)
     units = cut_into_units(model, parts, arguments.batch_size)
     kept = KeptResults(output.with_suffix(".parts"), describe(arguments, parts, units)) if output else None
     begin = time.monotonic()
@@ -122,8 +124,10 @@ def evaluate(arguments: EvaluationArguments, tasks: Sequence[Task]) -> None:
         first_rank_does(partial(write, output, results, lines, kept), None)
 
 
-def read_parts(arguments: EvaluationArguments, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase) -> list[Part]:
-    """All rows as tokens.
+def read_parts(
+    arguments: EvaluationArguments, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, window: int
+) -> list[Part]:
+    """All rows as tokens, and a plain text in windows.
 
     Raises:
         UserError: no such data, or a row that cannot be judged.
@@ -138,7 +142,7 @@ def read_parts(arguments: EvaluationArguments, tasks: Sequence[Task], tokenizer:
         for task in tasks
     ]
     if arguments.perplexity is not None:
-        parts.append(Part(TEXT, read_text(arguments.perplexity, tokenizer, WINDOW)))
+        parts.append(Part(TEXT, read_text(arguments.perplexity, tokenizer, window)))
     return parts
 
 

@@ -174,7 +174,7 @@ def build_trainer(configuration: Configuration, data: RunData) -> RowTrainer:
         on_first_rank(f"tokens    {name}: {report}")
     prepare_export(trainer)
     if configuration.tasks.eval_tasks is not None:
-        trainer.judge = TaskJudge(configuration.tasks, trainer.processing_class)
+        trainer.judge = TaskJudge(configuration.tasks, trainer.processing_class, trainer.model)
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.selection.compile_layers:

@@ -21,7 +21,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from agsel.data.fields import with_line_breaks
 from agsel.errors import RunError, UserError
+from agsel.evaluation.findings import as_lines
 from tests.distributed import REPOSITORY, environment
 from tests.tiny_run import TRAIN, save_model, save_rows
 from tools.comparison import comparing, differences
@@ -29,7 +31,7 @@ from tools.comparison.children import Children, reason
 from tools.comparison.differences import Judged
 from tools.comparison.pareto import Point, front
 from tools.comparison.places import Gpu, Place, places, said_of_others, visible
-from tools.comparison.plan import Run
+from tools.comparison.plan import Run, words_of
 from tools.comparison.plan_file import read_plan
 from tools.comparison.records import Records, new_record
 from tools.comparison.refusals import require_sound
@@ -148,6 +150,23 @@ def cell(**settings: Any) -> dict[str, Any]:
         ),
         ({"test": {"dataset": "rows.jsonl", "limit": "all"}}, "invalid int value: 'all'"),
         ({"validation": {"dataset": "rows.jsonl"}, "test": {"dataset": "rows.jsonl"}}, "are the same rows"),
+        ({"forgetting": 5}, "forgetting in the plan is 5: write the name of a file"),
+        ({"seeds": [-1]}, "seeds in the plan is [-1]: write different whole numbers from 0"),
+        ({"cells": {"runs.jsonl": cell()}}, "'runs.jsonl' names no cell"),
+        ({"cells": {"a": cell(learning_rates=[math.nan])}}, "cell a: learning_rates must be different numbers above 0"),
+        ({"cells": {"a": cell(learning_rates=[math.inf])}}, "cell a: learning_rates must be different numbers above 0"),
+        ({"cells": {"a": cell(learning_rates=[1, 1 + 1e-9])}}, "cell a: learning_rates must be different numbers"),
+        ({"cells": {"a": cell(learning_rates="12")}}, "cell a: learning_rates is '12': write a list of numbers"),
+        ({"cells": {"a": cell(learning_rates=[True])}}, "cell a: learning_rates is [True]: write a list of numbers"),
+        ({"settings": {"learning_rate": 1}}, "settings: learning_rate is not for all runs: write `learning_rates"),
+        ({"evaluate": {"model": "b"}}, "evaluate: each run's own is measured: leave out model"),
+        ({"test": {"dataset": "rows.jsonl", "output": "a.json"}}, "test: results go into the folder of each run"),
+        ({"test": {"dataset": "nowhere.jsonl"}}, "the test part: no such file: nowhere.jsonl"),
+        ({"evaluate": {"lm_eval": "nowhere.yaml"}}, "the test part: cannot load nowhere.yaml (--lm_eval)"),
+        (
+            {"cells": {"a": cell(), "b": cell(completion_template="{answer}.")}, "compare_with": ["a"]},
+            "cells a and b have answers of another completion_template",
+        ),
         ({"forgetting": "nowhere.txt"}, "forgetting: there is no file nowhere.txt"),
         ({"compare_with": ["lora"]}, "compare_with names lora, which is no cell: there are full, topk"),
         ({"runs_per_gpu": 0}, "runs_per_gpu in the plan is 0: it must be a whole number from 1 on"),
@@ -160,6 +179,36 @@ def test_a_wrong_plan_is_refused_in_one_line_before_anything_is_written(
     plan = written(tmp_path / "plan.yaml", plan_of(parts, output=str(tmp_path / "out"), **changed))
     assert message in refusal(plan)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["dataset", "dataset_name"])
+def test_the_same_rows_are_refused_however_they_are_named(
+    refusal: Callable[..., str], parts: Path, tmp_path: Path, name: str
+) -> None:
+    validation = {name: str(parts / "rows.jsonl"), "dataset_split": "train[40:]", "limit": 4}
+    plan = written(tmp_path / "plan.yaml", plan_of(parts, validation=validation))
+    assert "validation and test are the same rows" in refusal(plan)
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"\xff", "cannot read"), (b" \n", "is empty")])
+def test_a_text_that_cannot_be_read_is_refused(
+    refusal: Callable[..., str], parts: Path, tmp_path: Path, content: bytes, message: str
+) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    plan = written(tmp_path / "plan.yaml", plan_of(parts, forgetting=str(tmp_path / "text.txt")))
+    assert re.search(rf"forgetting: .*{message}", refusal(plan))
+
+
+def test_templates_arrive_as_the_plan_has_them() -> None:
+    r"""The commands take `\n` for a line break; a plan says that by one."""
+    settings = {"completion_template": "\\nu {answer}\n", "answer_pattern": r"\d+"}
+    assert with_line_breaks([*words_of(settings)])[1::2] == [*settings.values()]
+
+
+def test_results_of_rows_with_any_characters_are_read(tmp_path: Path) -> None:
+    rows = [{"row": row, "prompt": "a\u2028b\x85c", "completion_tokens": 1, "nll": 1.0} for row in range(2)]
+    (tmp_path / "test.jsonl").write_text(as_lines(rows), encoding="utf-8")
+    assert Judged.read(tmp_path / "test.jsonl").rows == [0, 1]
 
 
 def test_a_cell_that_stands_twice_is_refused(refusal: Callable[..., str], tmp_path: Path) -> None:
@@ -183,6 +232,7 @@ def test_the_plans_of_the_repository_are_sound(monkeypatch: pytest.MonkeyPatch, 
     [
         ((), "nothing to compare: name a PLAN.yaml, or --config and --runs"),
         (("plan.yaml", "--runs", "full:1e-4"), "a plan says all there is to run: leave out --config, --runs"),
+        (("plan.yaml", "--output", "elsewhere"), "a plan says all there is to run: leave out --config, --runs"),
         (("--runs", "full"), "'full' is not METHOD:RATE[:STAGE], for example"),
         (("--runs", "full:fast"), "'full:fast' is not METHOD:RATE[:STAGE]"),
         (("--runs", "full:1e-4:4"), "'full:1e-4:4' is not METHOD:RATE[:STAGE]"),
@@ -285,6 +335,10 @@ def test_gpus_that_are_hidden_are_not_used_and_those_of_others_are_said() -> Non
     assert rest == []
     assert (pair.gpus, pair.capacity) == (("0", "1"), 80000 * 2**20)
     assert pair.environment()["CUDA_VISIBLE_DEVICES"] == "0,1"
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES names 'MIG-a', and nvidia-smi knows 0, GPU-a, 1"):
+        visible(NVIDIA_SMI, "0,MIG-a")
+    with pytest.raises(UserError, match="nothing of the memory of GPU 0"):
+        visible("0, GPU-a, [N/A], [N/A]", None)
     with pytest.raises(UserError, match="gpus_per_run is 4, and there are 3 GPUs"):
         places(visible(NVIDIA_SMI, None), 4)
 
@@ -365,13 +419,21 @@ def test_stopped_children_end_and_no_others_start(tmp_path: Path) -> None:
 
 
 def test_records_of_another_plan_are_refused(parts: Path, tmp_path: Path) -> None:
-    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts)))
+    out = str(tmp_path / "out")
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts, output=out)))
     run = Run("full", 1e-2, 0)
     records = Records(tmp_path / "runs.jsonl")
     records.put(run, new_record(plan, run))
     Records(tmp_path / "runs.jsonl").require_of(plan)
-    longer = read_plan(written(tmp_path / "plan.yaml", plan_of(parts, settings={"max_steps": 40})))
+    longer = read_plan(written(tmp_path / "plan.yaml", plan_of(parts, output=out, settings={"max_steps": 40})))
     with pytest.raises(UserError, match=r"full 0\.01 seed 0 with another max_steps: choose another output"):
+        Records(tmp_path / "runs.jsonl").require_of(longer)
+    records.put(run, new_record(plan, run) | {"error": "has not ended"})
+    Records(tmp_path / "runs.jsonl").require_of(longer)
+    folder = run.folder(plan.output)
+    folder.mkdir(parents=True)
+    (folder / "result.json").touch()
+    with pytest.raises(UserError, match="with another max_steps"):
         Records(tmp_path / "runs.jsonl").require_of(longer)
     (tmp_path / "runs.jsonl").write_text('{"cell": ')
     with pytest.raises(UserError, match="is damaged"):
@@ -442,7 +504,7 @@ def test_a_killed_comparison_goes_on_and_ends_as_an_unbroken_one(parts: Path, tm
     first = start(plan)
     until = time.monotonic() + 300
     log = out / "topk/0.001/seed-0/train.log"
-    while not (_has(out / "runs.jsonl", '"full"') and _has(log, "step  21/600")):
+    while not ("full" in _tested(out) and _has(log, "step  21/600")):
         assert first.poll() is None, first.communicate()
         assert time.monotonic() < until
         time.sleep(0.02)
@@ -474,6 +536,12 @@ def _first_loss(log: Path) -> str:
     return found[1]
 
 
+def _tested(out: Path) -> set[str]:
+    """Cells with a run that has ended."""
+    lines = (out / "runs.jsonl").read_text().splitlines() if (out / "runs.jsonl").is_file() else []
+    return {record["cell"] for record in map(json.loads, lines) if "test" in record}
+
+
 def _has(path: Path, text: str) -> bool:
     return path.is_file() and text in path.read_text()
 
@@ -499,6 +567,8 @@ def test_the_best_rate_is_chosen_on_the_validation_part_and_a_stopped_comparison
     assert stopped.communicate(timeout=100)[1].strip().splitlines()[-1] == (
         "agsel: error: stopped by a signal: go on with the same command"
     )
+    begun = [json.loads(line) for line in (tmp_path / "out/runs.jsonl").read_text().splitlines()]
+    assert [record["error"] for record in begun if "validation" not in record] == ["has not ended"] * len(begun)
     code, output, errors = compare(tmp_path / "plan.yaml")
     assert code == 0, errors[-3000:]
     full = next(row for row in lines_of(output) if row[0] == "full")

@@ -192,6 +192,22 @@ def test_the_harness_gives_the_same_verdicts(model: Path, tmp_path: Path) -> Non
     assert all(difference["agsel"] and not difference["lm_eval"] for difference in others["differences"])
 
 
+@pytest.mark.slow
+def test_the_harness_takes_fewer_rows_than_ranks_and_compares_likelihoods(model: Path, tmp_path: Path) -> None:
+    rows = [{"asked": "1 + 1 =", "choices": [" 2", " 3"], "right": right} for right in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(
+        f"task: choices\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{asked}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: right\nmetric_list: [{metric: acc}]\n"
+    )
+    words = ["--model", model, "--lm_eval", tmp_path / "task.yaml", "--output", tmp_path / "results.json"]
+    result = launch("launch/evaluate.py", *words, ranks=3)
+    assert result.returncode == 0, result.stdout
+    found = json.loads((tmp_path / "results.json").read_text())["lm_eval"]["choices"]
+    assert (found["sample_len"], found["acc,none"]) == (2, 0.5), "one of two equal questions"
+
+
 def test_a_mistake_is_named_in_one_line(model: Path, rows: Path, tmp_path: Path) -> None:
     words = ["--model", str(model), "--dataset", str(rows), "--prompt_field", "qestion", "--completion_field", "answer"]
     result = alone(*words, "--output", str(tmp_path / "results.json"))

@@ -153,6 +153,11 @@ def with_line_breaks(words: Sequence[str]) -> list[str]:
     return changed
 
 
+def escape(template: str) -> str:
+    """What `unescape` makes the template of."""
+    return template.replace("\\", r"\\")
+
+
 def unescape(template: str) -> str:
     r"""`\n` as a line break, `\t` as a tab, `\\` as a backslash; others stay."""
     return re.sub(r"\\[nt\\]", lambda found: ESCAPES[found[0]], template)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,9 +59,10 @@ def gsm8k_answer(text: str) -> str | float | None:
 def _value(match: re.Match[str]) -> str | float:
     answer = (match.group(1 if match.re.groups else 0) or "").strip()
     try:
-        return float(answer.replace(",", ""))
+        number = float(answer.replace(",", ""))
     except ValueError:
         return answer
+    return number if math.isfinite(number) else answer  # `nan` is a word, and two long numbers are not the same
 
 
 def judge_by(read: Callable[[str], str | float | None], remedy: str) -> Judge:

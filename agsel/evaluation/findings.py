@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from agsel.evaluation.work import Measured, Part
 
 ROUNDED = 4
 """Decimals that people are shown."""
+LARGEST_EXPONENT = math.log(sys.float_info.max)
+"""A model that has diverged goes beyond it."""
 
 
 def summarise(part: Part, rows: Sequence[Measured]) -> dict[str, Any]:
@@ -32,7 +35,8 @@ def summarise(part: Part, rows: Sequence[Measured]) -> dict[str, Any]:
 def summarise_text(rows: Sequence[Measured]) -> dict[str, Any]:
     """Numbers of a text: `text_tokens`, `text_nll` in nats per token, `perplexity`."""
     tokens, nll = _mean_loss(rows)
-    return {"text_tokens": tokens, "text_nll": nll, "perplexity": math.exp(nll)}
+    perplexity = math.inf if nll > LARGEST_EXPONENT else math.exp(nll)
+    return {"text_tokens": tokens, "text_nll": nll, "perplexity": perplexity}
 
 
 def _mean_loss(rows: Sequence[Measured]) -> tuple[int, float]:
@@ -66,7 +70,8 @@ def prepare_output(path: Path) -> None:
     """Make the folder of `--output`, before any work that could be lost.
 
     Raises:
-        UserError: it cannot be made, or `path` is a folder itself, or the file of the rows.
+        UserError: it cannot be made, `path` is a folder itself, or the file of the rows, or something else that is
+            not of an evaluation would be overwritten.
     """
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: name a file, for example {path / 'results.json'}")
@@ -76,6 +81,27 @@ def prepare_output(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder of --output {path}, {error}: choose another file") from error
+    for file, is_own in ((path, _is_summary), (path.with_suffix(".jsonl"), _is_row)):
+        if file.is_file() and file.stat().st_size and not is_own(_read_first(file)):
+            raise UserError(f"{file} is not of an evaluation, and --output {path} would overwrite it: choose another")
+
+
+def _read_first(path: Path) -> Any:
+    """The JSON value in a file, or in its first line."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return json.loads(file.readline() if path.suffix == ".jsonl" else file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_summary(value: Any) -> bool:
+    measured = ("rows", "tasks", "text_tokens", "lm_eval")
+    return isinstance(value, dict) and isinstance(value.get("model"), str) and any(name in value for name in measured)
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and {"task", "row", "completion", "nll"} <= value.keys()
 
 
 def write_complete(path: Path, text: str) -> None:
@@ -86,7 +112,7 @@ def write_complete(path: Path, text: str) -> None:
     """
     staged = path.with_name(f".{path.name}.new")
     try:
-        staged.write_text(text)
+        staged.write_text(text, encoding="utf-8")
         os.replace(staged, path)
     except OSError as error:
         raise UserError(f"cannot write {path} (--output): {one_line(error)}; choose another file") from error

@@ -37,7 +37,7 @@ def evaluate_with_harness(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Numbers by task of `--lm_eval`; on ranks other than the first, nothing. Every rank must call it.
+    """Numbers by task of `--lm_eval`, on the first rank at least. Every rank must call it.
 
     Args:
         arguments: name tasks, rows at a time and at most, and shots.
@@ -56,12 +56,15 @@ def evaluate_with_harness(
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     assert arguments.lm_eval is not None, "asked for"
-    tasks = [name.strip() for name in arguments.lm_eval.split(",")]
+    tasks = tasks_of_harness(arguments.lm_eval)
+    manager = require_tasks(tasks)
+    rows_of_tasks = [len(task.eval_docs) for task in manager.load(tasks)["tasks"].values()]
+    fewest = min([*rows_of_tasks, *filter(None, [arguments.limit])])
     with complaints_of_libraries():
         found = simple_evaluate(
-            _model_of_harness(model, tokenizer, arguments.batch_size),
+            _model_of_harness(model, tokenizer, arguments.batch_size, divided=fewest >= dist.get_world_size()),
             tasks=tasks,
-            task_manager=require_tasks(tasks),
+            task_manager=manager,
             num_fewshot=arguments.n_shot or None,
             limit=arguments.limit,
             log_samples=True,
@@ -73,6 +76,11 @@ def evaluate_with_harness(
         task: _plain(numbers) | _compare(ours, found["samples"].get(task, ()))
         for task, numbers in found["results"].items()
     }
+
+
+def tasks_of_harness(text: str) -> list[str]:
+    """The tasks that `--lm_eval` names."""
+    return [name.strip() for name in text.split(",")]
 
 
 def require_tasks(tasks: Sequence[str]) -> Any:
@@ -113,7 +121,17 @@ def _differences(ours: Mapping[str, bool], theirs: Sequence[tuple[Mapping[str, A
             yield {"prompt": prompt, "agsel": ours[prompt], "lm_eval": verdict, **filtered}
 
 
-def _model_of_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+def _model_of_harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, *, divided: bool
+) -> Any:
+    """A model for the harness.
+
+    Args:
+        model: on its device.
+        tokenizer: of it.
+        batch_size: rows at a time.
+        divided: whether each rank does a part of the rows; the harness fails on a rank without any. Else each does all.
+    """
     from lm_eval.models.huggingface import HFLM
 
     class ModelOfRank(HFLM):
@@ -121,7 +139,8 @@ def _model_of_harness(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
         def __init__(self) -> None:
             super().__init__(model, tokenizer=tokenizer, batch_size=batch_size)
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+            if divided:
+                self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
         def all_gather(self, tensor: Any) -> Any:
             """A tensor with the numbers of all ranks."""

@@ -11,6 +11,8 @@ from agsel.errors import UserError, one_line
 from agsel.evaluation.work import Measured
 
 ABOUT, DONE = "about.json", "done.jsonl"
+OWN = (ABOUT, DONE, "rank-*.jsonl")
+"""What the folder may hold."""
 
 
 class KeptResults:
@@ -34,6 +36,11 @@ class KeptResults:
         Raises:
             UserError: the folder cannot be used.
         """
+        others = [path.name for path in self._folder.glob("*") if not any(map(path.match, OWN))]
+        if others:
+            raise UserError(
+                f"{self._folder}, which an evaluation uses until it ends, holds {others[0]}: choose another --output"
+            )
         try:
             done = self._read() if self._is_mine() else {}
             shutil.rmtree(self._folder, ignore_errors=True)

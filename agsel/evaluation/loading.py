@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
-from agsel.errors import UserError, one_line
+from agsel.errors import AgselError, UserError, one_line
 
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 """Files of which a folder with a tokenizer has one."""
@@ -31,9 +33,11 @@ def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
         if find_adapter_config_file(name) is not None:
             model, tokenizer = _load_adapter(name, dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            model = _load_whole(name, dtype)
             tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+    except AgselError:
+        raise
+    except Exception as error:  # whatever other packages stumble over in these files
         raise UserError(f"cannot load {name} (--model): {one_line(error)}") from error
     return model.to(own_device()).eval(), tokenizer
 
@@ -62,22 +66,49 @@ def fingerprint_of_files(name: str) -> list[list[str | int]]:
     return found + (fingerprint_of_files(base) if base != name else [])
 
 
+def _load_whole(name: str, dtype: str, **options: Any) -> PreTrainedModel:
+    """A model none of whose weights is missing: transformers draws those at random."""
+    model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{name} (--model) lacks {len(missing)} of the model's weights, {missing[0]} for one: bring or download it "
+            "anew"
+        )
+    return model
+
+
 def _load_adapter(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from peft import PeftConfig, PeftModel  # slow to import, and rarely needed
 
     config = PeftConfig.from_pretrained(name)
     base = config.base_model_name_or_path
+    if not base:
+        raise UserError(
+            f"the adapter {name} (--model) names no base model: write base_model_name_or_path into its "
+            "adapter_config.json"
+        )
     if Path(name).is_dir() and not Path(base).is_dir() and base.startswith(("/", ".")):
         raise UserError(
             f"the base model of the adapter {name} (--model) is not at {base}: put it there, or correct "
             f"base_model_name_or_path in {Path(name, 'adapter_config.json')}"
         )
-    model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, dtype=dtype)
+    try:
+        model = _load_whole(base, dtype, revision=config.revision)
+    except AgselError:
+        raise
+    except Exception as error:  # as of load_model
+        raise UserError(
+            f"cannot load {base}, the base model of the adapter {name} (--model): {one_line(error)}; put it there, or "
+            "correct base_model_name_or_path in its adapter_config.json"
+        ) from error
     has_tokenizer = not Path(name).is_dir() or any(Path(name, file).is_file() for file in TOKENIZER)
     tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # as for training
         model.resize_token_embeddings(len(tokenizer))
-    return PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False), tokenizer
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False), tokenizer
 
 
 def _refuse_run_folder(folder: Path) -> None:

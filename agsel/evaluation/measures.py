@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -46,14 +47,32 @@ def generate(
     settings = greedy_settings(model, tokenizer, max_new_tokens)
     tokens = padded(prompts, settings.pad_token_id, model.device, left=True)
     attended = padded([[1] * len(prompt) for prompt in prompts], 0, model.device, left=True)
-    output = model.generate(
-        input_ids=tokens,
-        attention_mask=attended,
-        generation_config=settings,
-        stopping_criteria=StoppingCriteriaList([StopAtTexts(tokenizer, stop, tokens.shape[1])] if stop else []),
-    )
+    with _own_settings_aside(model):
+        output = model.generate(
+            input_ids=tokens,
+            attention_mask=attended,
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([StopAtTexts(tokenizer, stop, tokens.shape[1])] if stop else []),
+        )
     texts = tokenizer.batch_decode(output[:, tokens.shape[1] :], skip_special_tokens=True)
     return [_until(text, stop) for text in texts]
+
+
+@contextmanager
+def _own_settings_aside(model: nn.Module) -> Iterator[None]:
+    """Inside, `generate` does not fill up its settings with the model's, as a penalty on what stands in the prompt.
+
+    That would not be greedy, and would count the padding, which is another one in each batch.
+    """
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    own = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, settings in zip(owners, own, strict=True):
+            owner.generation_config = settings
 
 
 class StopAtTexts(StoppingCriteria):

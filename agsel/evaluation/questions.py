@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,8 +15,8 @@ from agsel.data.chat import ChatEncoder, Message
 from agsel.data.formats import ROW_NUMBER, read_rows
 from agsel.data.sources import Row, Source
 from agsel.data.tokens import Encoder, Learning, encode_text
-from agsel.errors import UserError
-from agsel.evaluation.tasks import Task
+from agsel.errors import UserError, said_of
+from agsel.evaluation.tasks import TASKS, Task
 
 BETWEEN_SHOTS = "\n\n"
 
@@ -113,7 +114,13 @@ def read_questions(
     Raises:
         UserError: no such data, a row that cannot be asked or judged, or too few rows.
     """
-    rows, _ = read_rows(task.source, task.fields)
+    if tokenizer.eos_token is None:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, by which an answer ends: set "
+            "eos_token in its tokenizer_config.json"
+        )
+    with said_of(f"task {task.name}") if task.name in TASKS else nullcontext():
+        rows, _ = read_rows(task.source, task.fields)
     shots = _read_shots(task, rows, n_shot)
     first = n_shot if task.shots is None else 0
     if first >= len(rows):

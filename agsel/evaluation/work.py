@@ -110,10 +110,18 @@ class Measurer:
         model: in evaluation mode, on its device.
         tokenizer: of it.
         parts: that units are of.
+        in_step: ranks do every forward together, as at ZeRO-3: none may halve a unit for which it has no memory.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part]) -> None:
-        self._model, self._tokenizer, self._parts = model, tokenizer, parts
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        parts: Sequence[Part],
+        *,
+        in_step: bool = False,
+    ) -> None:
+        self._model, self._tokenizer, self._parts, self._in_step = model, tokenizer, parts, in_step
 
     @torch.no_grad()  # not in inference mode: ZeRO-3 goes on to train with what it gathers here
     def measure(self, unit: Unit) -> list[Measured]:
@@ -121,10 +129,11 @@ class Measurer:
 
         Raises:
             RunError: the GPU has no memory for a single row.
+            OutOfMemoryError: it has none for the unit, and ranks are in step.
         """
         work = self._losses if unit.kind == "losses" else self._texts
         part = self._parts[unit.part]
-        return in_parts(lambda rows: work(part, rows), unit.rows)
+        return work(part, unit.rows) if self._in_step else in_parts(lambda rows: work(part, rows), unit.rows)
 
     def _losses(self, part: Part, rows: Sequence[int]) -> list[Measured]:
         losses = token_losses(self._model, [part.examples[row] for row in rows])

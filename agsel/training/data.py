@@ -66,6 +66,12 @@ def require_data(values: Values, fields: Fields) -> None:
     if held_out is not None:
         with said_of(EVALUATION):
             _look_at(held_out, fields)
+    metric = values.get("metric_for_best_model")
+    if metric is not None and metric.endswith("_nll") and values.get("greater_is_better") is None:
+        raise UserError(
+            f"--metric_for_best_model {metric}: the Trainer would keep the highest, and lower is better: set "
+            "--greater_is_better false too"
+        )
 
 
 def load_data(values: Values, fields: Fields) -> RunData:

@@ -9,9 +9,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from agsel.evaluation.findings import summarise
+from agsel.evaluation.limits import require_embedded
 from agsel.evaluation.questions import read_questions
 from agsel.evaluation.tasks import Task, read_tasks
 from agsel.evaluation.work import Measured, Measurer, Part, Unit, cut_into_units, put_together
@@ -29,16 +31,18 @@ class TaskJudge:
     Args:
         arguments: name the tasks.
         tokenizer: of the model.
+        model: that is to be judged.
 
     Raises:
         UserError: on every rank; no such task, or a row that cannot be judged.
     """
 
-    def __init__(self, arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, arguments: TaskArguments, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
         assert arguments.eval_tasks is not None, "asked for"
         self._tokenizer = tokenizer
         tasks = read_tasks(arguments.eval_tasks, "--eval_tasks")
         self._parts = first_rank_does(partial(_read_parts, tasks, arguments, tokenizer), None)
+        require_embedded(model, self._parts)
         self._units: list[Unit] | None = None
 
     def metrics(self, trainer: Trainer) -> dict[str, float]:
@@ -56,7 +60,7 @@ class TaskJudge:
 
     def _measure(self, trainer: Trainer, units: Sequence[Unit]) -> dict[int, list[Measured]]:
         """Every rank does a unit of the same kind at a time, as ZeRO-3 gathers weights for all ranks together."""
-        measurer = Measurer(trainer.model, self._tokenizer, self._parts)
+        measurer = Measurer(trainer.model, self._tokenizer, self._parts, in_step=is_deepspeed_zero3_enabled())
         found: dict[int, list[Measured]] = {}
         rounds = list(_rounds(units, dist.get_world_size()))
         with Progress("judging", len(rounds), shown=trainer.is_world_process_zero()) as progress:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig
 
 from agsel.data.tokens import Encoder, Learning, first_conversation
 from agsel.errors import UserError, one_line
+from agsel.evaluation.limits import learnt_positions
 from agsel.training.model import loading
 from agsel.zero.parameters import global_shape
 
@@ -73,8 +73,8 @@ def require_known_positions(trainer: Trainer) -> None:
     Raises:
         UserError: a row is too long.
     """
-    limit = getattr(trainer.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is None or not any(_are_positions(name, module, limit) for name, module in trainer.model.named_modules()):
+    limit = learnt_positions(trainer.model)
+    if limit is None:
         return
     for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
         longest = pc.max(pc.list_value_length(dataset.data.column("input_ids"))).as_py()
@@ -83,11 +83,6 @@ def require_known_positions(trainer: Trainer) -> None:
                 f"a row has {longest:,} tokens, and the model has learnt positions for {limit:,}: set --max_length "
                 f"{limit}"
             )
-
-
-def _are_positions(name: str, module: nn.Module, limit: int) -> bool:
-    is_table = isinstance(module, nn.Embedding) and module.num_embeddings >= limit
-    return is_table and any(word in name.rpartition(".")[2] for word in ("position", "wpe"))
 
 
 def require_chat_template(

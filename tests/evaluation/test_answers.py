@@ -21,6 +21,8 @@ from agsel.evaluation.answers import GSM8K, MATHS, NUMBER, extract_answer, gsm8k
         ("#### 12\nQuestion: 99", r"#### (\S+)", 12),
         ("The answer is (B) not (C)", r"\(([A-D])\)", "C"),
         ("#### 5 #### ", r"####(?: (\d+))?", ""),
+        ("it is nan", r"\w+$", "nan"),
+        ("9" * 400, NUMBER, "9" * 400),
     ],
 )
 def test_an_answer_is_the_last_match(text: str, pattern: str, answer: float | str | None) -> None:

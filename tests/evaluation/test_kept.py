@@ -52,6 +52,14 @@ def test_nothing_is_left_at_the_end(tmp_path: Path) -> None:
     assert not (tmp_path / "parts").exists()
 
 
+def test_a_folder_with_files_of_others_is_not_removed(tmp_path: Path) -> None:
+    keep(tmp_path / "parts")
+    (tmp_path / "parts" / "novel.txt").touch()
+    with pytest.raises(ValueError, match=r"holds novel.txt: choose another --output"):
+        KeptResults(tmp_path / "parts", {"model": "a"}).begin()
+    assert (tmp_path / "parts" / "novel.txt").exists()
+
+
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--output"):

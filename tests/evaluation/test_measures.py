@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from agsel.errors import UserError
+from agsel.evaluation.answers import GSM8K
 from agsel.evaluation.batches import form_batches
+from agsel.evaluation.findings import summarise_text
+from agsel.evaluation.limits import require_embedded, window_of
 from agsel.evaluation.loading import load_model
 from agsel.evaluation.measures import generate, in_parts, token_losses
-from agsel.evaluation.questions import Example, encode_example
+from agsel.evaluation.questions import Example, Question, encode_example
+from agsel.evaluation.work import Part
 from tests.evaluation.loops import loop_of_losses, loop_of_texts
 from tools import arithmetic
 
@@ -155,6 +160,50 @@ def test_texts_end_before_a_text_that_stops_them(
     monkeypatch.setattr(model, "forward", counting)
     generate(model, tokenizer, prompts[:1], NEW_TOKENS, [stop])
     assert forwards < NEW_TOKENS
+
+
+@torch.inference_mode()
+def test_texts_are_greedy_whatever_generation_settings_the_model_has(loaded: tuple, examples: list[Example]) -> None:
+    """transformers fills up settings that are left open with the model's; these stay as they are, to be saved."""
+    model, tokenizer = loaded
+    prompts = [example.prompt for example in examples[:4]]
+    greedy = generate(model, tokenizer, prompts, NEW_TOKENS)
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True, num_beams=3, repetition_penalty=2.0, no_repeat_ngram_size=1, suppress_tokens=[5, 6, 7, 8]
+    )
+    try:
+        assert generate(model, tokenizer, prompts, NEW_TOKENS) == greedy
+        assert model.generation_config.repetition_penalty == 2.0
+    finally:
+        model.generation_config = before
+
+
+def model_with_positions(positions: int) -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=positions, n_embd=8, n_layer=1, n_head=1))
+
+
+@torch.inference_mode()
+def test_rows_beyond_the_embeddings_of_a_model_are_refused_and_texts_cut_to_them() -> None:
+    model = model_with_positions(16)
+    row = Example([3] * 9, [3] * 16, [False] * 9 + [True] * 7)
+    asked = [Question(7, "", "", row)]
+    require_embedded(model, [Part("rows", [row], asked), Part("rows", [row], asked, GSM8K, max_new_tokens=7)])
+    with pytest.raises(UserError, match=r"row 7 of rows needs 17 positions, of which 8 .*--max_new_tokens"):
+        require_embedded(model, [Part("rows", [row], asked, GSM8K, max_new_tokens=8)])
+    longer = row._replace(sequence=[3] * 17)
+    with pytest.raises(UserError, match="row 7 of rows needs 17 positions"):
+        require_embedded(model, [Part("rows", [longer], asked)])
+    with pytest.raises(UserError, match="row 7 of rows has the token 50 of the tokenizer"):
+        require_embedded(model, [Part("rows", [row._replace(prompt=[50])], asked)])
+    window = window_of(model)
+    token_losses(model, [Example([], [3] * (window + 1), [False] + [True] * window)])
+    assert (window, window_of(model_with_positions(2048))) == (15, 1024)
+
+
+def test_the_perplexity_of_a_model_that_has_diverged_is_a_number() -> None:
+    assert summarise_text([{"loss": 2000.0, "completion_tokens": 2}])["perplexity"] == math.inf
+    assert math.isnan(summarise_text([{"loss": math.nan, "completion_tokens": 2}])["perplexity"])
 
 
 def test_work_that_does_not_fit_is_done_in_halves() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from agsel import evaluate
-from agsel.evaluation.findings import prepare_output
+from agsel.errors import UserError
+from agsel.evaluation.findings import prepare_output, write_complete
 from agsel.evaluation.harness import require_tasks
 from agsel.evaluation.loading import load_model
 from agsel.evaluation.options import EvaluationArguments
+from tests.tiny_run import save_model
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,38 @@ def test_an_adapter_whose_base_is_gone_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path), "auto")
 
 
+def test_a_base_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"cannot load {base}, the base model of the adapter"):
+        load_model(str(tmp_path), "auto")
+
+
+@pytest.mark.parametrize("folder", ["model", "adapter"])
+def test_weights_that_are_missing_or_damaged_are_not_drawn_at_random(tmp_path: Path, folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "model", layers=1))
+    settings = LoraConfig(r=2, target_modules="all-linear", base_model_name_or_path=str(tmp_path / "model"))
+    get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    load_model(str(tmp_path / folder), "auto")
+    (path,) = (tmp_path / folder).glob("*.safetensors")
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "q_proj" in name))
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{folder} \(--model\).*q_proj"):
+        load_model(str(tmp_path / folder), "auto")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=rf"cannot load .*{folder} \(--model\): .*header"):
+        load_model(str(tmp_path / folder), "auto")
+
+
+def test_an_adapter_without_the_name_of_a_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
+    with pytest.raises(UserError, match="names no base model: write base_model_name_or_path"):
+        load_model(str(tmp_path), "auto")
+
+
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot load .*/gone \(--model\)"):
         load_model(str(tmp_path / "gone"), "auto")
@@ -64,6 +102,33 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "file" / "results.json", tmp_path / "rows.jsonl"):
         with pytest.raises(ValueError, match="--output"):
             prepare_output(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("heldout.jsonl", '{"prompt": "1 + 1", "completion": "2"}\n'),
+        ("heldout.json", '{"model_type": "llama"}'),
+        ("heldout.json", '{"model": {"type": "BPE"}}'),
+        ("heldout.json", "no JSON"),
+    ],
+)
+def test_nothing_is_overwritten_but_results(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is not of an evaluation, .* choose another"):
+        prepare_output(tmp_path / "heldout.json")
+    (tmp_path / name).unlink()
+    write_complete(tmp_path / "heldout.json", '{"model": "a", "rows": 1}\n')
+    write_complete(tmp_path / "heldout.jsonl", '{"task": "rows", "row": 0, "completion": "2", "nll": 1.0}\n')
+    prepare_output(tmp_path / "heldout.json")
+
+
+def test_what_was_judged_by_another_pattern_is_not_kept() -> None:
+    described = [
+        evaluate.describe(EvaluationArguments("m", "rows.jsonl", answer_pattern=pattern), [], [])
+        for pattern in ("a", "b")
+    ]
+    assert described[0] != described[1]
 
 
 @pytest.mark.parametrize(

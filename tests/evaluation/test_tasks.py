@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from agsel.data.fields import Fields
 from agsel.data.sources import Source
+from agsel.errors import UserError
 from agsel.evaluation.answers import judge_by_pattern
 from agsel.evaluation.questions import Question, read_questions, read_text
 from agsel.evaluation.tasks import TASKS, Task, read_tasks
@@ -159,3 +161,19 @@ def test_a_text_that_cannot_be_measured_is_refused(
         path.write_bytes(content)
     with pytest.raises(ValueError, match="--perplexity"):
         read_text(str(path), tokenizer, 5)
+
+
+def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(UserError, match=r"has no end-of-sequence token.*: set eos_token in its tokenizer_config.json"):
+        questions(task_of(write(tmp_path / "rows.jsonl", [{"prompt": "w1", "completion": "w2"}])), endless)
+
+
+def test_of_several_tasks_the_one_whose_data_lack_a_column_is_named(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "w1", "completion": "w2"}])
+    (task,) = read_tasks(f"gsm8k={path}", "--tasks")
+    with pytest.raises(UserError, match=r"^task gsm8k: the dataset has no column 'question'"):
+        questions(task, tokenizer)

@@ -41,7 +41,7 @@ from tools.comparison.method_rates import parse_cell, plan_of_rates
 from tools.comparison.places import find_gpus, places, said_of_others
 from tools.comparison.plan import BEFORE, Plan, Run
 from tools.comparison.plan_file import read_plan
-from tools.comparison.records import Record, Records
+from tools.comparison.records import Record, Records, new_record
 from tools.comparison.refusals import require_sound
 from tools.comparison.runs import Runner, Task
 from tools.comparison.schedule import Outcome, Schedule
@@ -129,6 +129,10 @@ class Comparison:
         self.seen |= dict.fromkeys(task.run for task in tasks if self._records.has(task.run, task.part))
         missing = [task for task in tasks if not self._records.has(task.run, task.part)]
         known = {run: self._records[run] for run in self._records}
+        for run in dict.fromkeys(task.run for task in missing):
+            if run not in known or known[run]["error"]:  # if this ends before the run, its settings are known
+                begun = {**known.get(run, {}), **new_record(self._plan, run), "error": "has not ended"}
+                self._records.put(run, begun)
         for outcome in self._schedule.perform(
             missing, lambda task, place, slot: self._runner.perform(task, place, slot, known.get(task.run))
         ):
@@ -211,11 +215,14 @@ def ended_by_signals(children: Children) -> Iterator[None]:
 
 
 def _plan_of(options: argparse.Namespace, words: Sequence[str]) -> Plan:
-    typed = options.config is not None or options.runs is not None
+    typed = vars(options) != vars(_parser().parse_args([] if options.plan is None else [str(options.plan)]))
     if options.plan is None and None in (options.config, options.runs):
         raise UserError("nothing to compare: name a PLAN.yaml, or --config and --runs")
     if options.plan is not None and (typed or words):
-        raise UserError("a plan says all there is to run: leave out --config, --runs, and what follows --")
+        raise UserError(
+            "a plan says all there is to run: leave out --config, --runs, --heldout, --ranks, --output, --generate, "
+            "and what follows --"
+        )
     return plan_of_rates(options, words) if options.plan is None else read_plan(options.plan)
 
 

@@ -53,7 +53,8 @@ class Judged:
             RunError: there is no such file, or it is none.
         """
         try:
-            lines = sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: line["row"])
+            with path.open(encoding="utf-8") as file:  # splitlines() would also cut at U+2028 inside of texts
+                lines = sorted(map(json.loads, file), key=lambda line: line["row"])
             correct = np.array([line["correct"] for line in lines], float) if "correct" in lines[0] else None
             return Judged(
                 [line["row"] for line in lines],

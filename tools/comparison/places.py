@@ -72,12 +72,24 @@ def find_gpus() -> list[Gpu]:
 
 
 def visible(answer: str, named: str | None) -> list[Gpu]:
-    """The GPUs in nvidia-smi's answer that CUDA_VISIBLE_DEVICES names, by number or UUID; all, if it is not set."""
+    """The GPUs in nvidia-smi's answer that CUDA_VISIBLE_DEVICES names, by number or UUID; all, if it is not set.
+
+    Raises:
+        UserError: one is not in the answer, as a part of a GPU, or has no memory of its own.
+    """
     gpus = {}
     for line in answer.splitlines():
         index, uuid, total, used = (word.strip() for word in line.split(","))
+        if not (total.isdigit() and used.isdigit()):
+            raise UserError(f"nvidia-smi says nothing of the memory of GPU {index}: set DS_ACCELERATOR=cpu")
         gpus[index] = gpus[uuid] = Gpu(index, int(total) * MEBIBYTE, int(used) * MEBIBYTE)
-    return list(dict.fromkeys(gpus.values() if named is None else (gpus[name] for name in named.split(","))))
+    names = list(gpus) if named is None else [name.strip() for name in named.split(",")]
+    unknown = next((name for name in names if name not in gpus), None)
+    if unknown is not None:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES names {unknown!r}, and nvidia-smi knows {', '.join(gpus)}: name some of these"
+        )
+    return list(dict.fromkeys(gpus[name] for name in names))
 
 
 def places(gpus: Sequence[Gpu], gpus_per_run: int) -> list[Place]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from agsel.data.fields import Fields
+from agsel.data.fields import TEMPLATES, Fields, escape
 
 Part = Literal["validation", "test"]
 BEFORE = "before"
@@ -53,6 +53,11 @@ class Run:
         """What launch/train.py and launch/evaluate.py write is there."""
         place = output / self.cell
         return place if self.is_untrained else place / f"{self.learning_rate:g}" / f"seed-{self.seed}"
+
+    def has_begun(self, output: Path) -> bool:
+        """Whether its folder has something that training would go on from, or that would be measured."""
+        folder = self.folder(output)
+        return (folder / "result.json").is_file() or any(folder.glob("checkpoint-*"))
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,8 @@ def words_of(settings: Mapping[str, Any]) -> Iterator[str]:
     """The words of a command line."""
     for name, value in settings.items():
         yield f"--{name}"
-        yield from map(_word, value if isinstance(value, list) else [value])
+        words = map(_word, value if isinstance(value, list) else [value])
+        yield from map(escape, words) if name in TEMPLATES else words
 
 
 def _word(value: Any) -> str:

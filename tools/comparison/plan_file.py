@@ -27,6 +27,17 @@ OPTIONAL: dict[str, Any] = {
 """With what they are when they are left out."""
 
 
+OF_THE_PLAN = {
+    "learning_rate": "write `learning_rates: [...]`",
+    "seed": "all cells have the same: write `seeds: [...]` for the plan",
+    "output_dir": "the plan's `output` has a folder for each run: leave it out",
+    "resume_from_checkpoint": "runs go on by themselves: leave it out",
+}
+"""Flags of launch/train.py that are given to each run, and the remedy."""
+TAKEN = (BEFORE, "runs.jsonl", "runs.unfinished", "shared.yaml", "table.md", "table.csv", "pareto.png")
+"""What else is in the folder where each cell has one."""
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML where no name may stand twice: a dictionary would keep the last one without a word."""
 
@@ -50,15 +61,19 @@ def read_plan(path: Path) -> Plan:
     _require_names(named, path)
     rates = named["learning_rates"]
     mapping = _mapping(named, "cells")
+    settings = _mapping(named, "settings")
+    for setting, remedy in OF_THE_PLAN.items():
+        if setting in settings:
+            raise UserError(f"settings: {setting} is not for all runs: {remedy}")
     return Plan(
         output=Path(str(named["output"])),
-        shared={**read_recipe(Path(str(named["config"]))), **_mapping(named, "settings")},
-        cells={str(name): _cell(str(name), settings, rates) for name, settings in mapping.items()},
+        shared={**read_recipe(Path(str(named["config"]))), **settings},
+        cells={str(name): _cell(str(name), own, rates) for name, own in mapping.items()},
         seeds=tuple(_integers(named, "seeds")),
         test=_mapping(named, "test"),
         validation=_mapping(named, "validation"),
         evaluate=_mapping(named, "evaluate"),
-        forgetting=named["forgetting"],
+        forgetting=_text(named, "forgetting"),
         gpus_per_run=_count(named, "gpus_per_run"),
         runs_per_gpu=_count(named, "runs_per_gpu"),
         compare_with=tuple(map(str, _sequence(named, "compare_with"))),
@@ -103,8 +118,8 @@ def _require_names(named: Mapping[str, Any], path: Path) -> None:
 
 
 def _cell(name: str, settings: Any, rates: Sequence[Any]) -> Cell:
-    if not re.fullmatch(r"\w[\w.+-]*", name) or name == BEFORE:
-        raise UserError(f"{name!r} names no cell: take letters, digits, `.`, `+`, `-` and `_`, and not {BEFORE!r}")
+    if not re.fullmatch(r"\w[\w.+-]*", name) or name in TAKEN:
+        raise UserError(f"{name!r} names no cell: take letters, digits, `.`, `+`, `-` and `_`, and none of {TAKEN}")
     if not isinstance(settings, dict):
         raise UserError(f"cell {name} has no settings: write `{name}: {{method: ...}}`")
     own = dict(settings)
@@ -113,9 +128,18 @@ def _cell(name: str, settings: Any, rates: Sequence[Any]) -> Cell:
     if empty is not None:
         raise UserError(f"cell {name}: {empty} has no value: give it one, or leave it out")
     try:
+        if not isinstance(rates, list) or any(isinstance(rate, bool) for rate in rates):
+            raise TypeError("no list of numbers")
         return Cell(name, own, tuple(map(float, rates)))
     except (TypeError, ValueError) as error:
         raise UserError(f"cell {name}: learning_rates is {rates!r}: write a list of numbers, [1.0e-4]") from error
+
+
+def _text(named: Mapping[str, Any], name: str) -> str | None:
+    value = named[name]
+    if not isinstance(value, str | None):
+        raise UserError(f"{name} in the plan is {value!r}: write the name of a file")
+    return value
 
 
 def _mapping(named: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -134,8 +158,8 @@ def _sequence(named: Mapping[str, Any], name: str) -> list[Any]:
 
 def _integers(named: Mapping[str, Any], name: str) -> list[int]:
     values = _sequence(named, name)
-    if any(type(value) is not int for value in values) or len(set(values)) < len(values):
-        raise UserError(f"{name} in the plan is {values!r}: write different whole numbers")
+    if any(type(value) is not int or not 0 <= value < 2**32 for value in values) or len(set(values)) < len(values):
+        raise UserError(f"{name} in the plan is {values!r}: write different whole numbers from 0 to 2^32 - 1")
     return values
 
 

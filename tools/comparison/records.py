@@ -67,8 +67,8 @@ class Records:
             UserError: names the run and the settings.
         """
         for run, record in self._records.items():
-            nothing_to_reuse = record["error"] is not None and "result" not in record
-            if nothing_to_reuse or not (run.is_untrained or run.cell in plan.cells):
+            failed = record["error"] is not None and "result" not in record
+            if (failed and not run.has_begun(plan.output)) or not (run.is_untrained or run.cell in plan.cells):
                 continue
             new = as_read_again(new_record(plan, run))
             differing = [

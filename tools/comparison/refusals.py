@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -12,23 +13,31 @@ import yaml
 from transformers import HfArgumentParser
 
 from agsel.data.fields import Fields
-from agsel.errors import UserError, complaints_of_libraries, said_of
+from agsel.data.formats import read_rows
+from agsel.errors import UserError, complaints_of_libraries, one_line, said_of
 from agsel.evaluate import tasks_of
+from agsel.evaluation.harness import require_harness, require_tasks, tasks_of_harness
 from agsel.evaluation.options import EvaluationArguments
+from agsel.evaluation.tasks import Task
 from agsel.train import default_settings
 from agsel.training.data import require_data
 from agsel.training.settings import Settings, read_settings
 from tools.comparison.plan import Cell, Part, Plan, Run, words_of
+from tools.comparison.plan_file import OF_THE_PLAN
 
-OF_THE_PLAN = {
+NOT_OF_A_CELL = {
     "model_name_or_path": "all cells start from the same weights: name the model in `settings` or in the recipe",
-    "learning_rate": "write `learning_rates: [...]`",
-    "seed": "all cells have the same: write `seeds: [...]` for the plan",
     "data_seed": "rows come in the same order in all cells: leave it out",
-    "output_dir": "the plan's `output` has a folder for each run: leave it out",
-    "resume_from_checkpoint": "runs go on by themselves: leave it out",
+    **OF_THE_PLAN,
 }
 """Flags of launch/train.py that a cell must not have, and the remedy."""
+
+
+OF_THE_RUNS = {
+    "model": "each run's own is measured",
+    "output": "results go into the folder of each run",
+}
+"""Flags of launch/evaluate.py that a plan must not have, and why."""
 
 
 def require_sound(plan: Plan) -> None:
@@ -39,6 +48,7 @@ def require_sound(plan: Plan) -> None:
     """
     _require_rates(plan)
     _require_parts(plan)
+    _require_same_answers(plan)
     unknown = next((name for name in plan.compare_with if name not in plan.cells), None)
     if unknown is not None:
         raise UserError(f"compare_with names {unknown}, which is no cell: there are {', '.join(plan.cells)}")
@@ -60,8 +70,9 @@ def _require_rates(plan: Plan) -> None:
     for cell in plan.cells.values():
         if not cell.learning_rates:
             raise UserError(f"cell {cell.name} has no learning rate: add `learning_rates: [...]` to it, or to the plan")
-        if min(cell.learning_rates) <= 0 or len({*cell.learning_rates}) < len(cell.learning_rates):
-            raise UserError(f"cell {cell.name}: learning_rates must be different numbers above 0")
+        folders = {f"{rate:g}" for rate in cell.learning_rates}
+        if not all(0 < rate < math.inf for rate in cell.learning_rates) or len(folders) < len(cell.learning_rates):
+            raise UserError(f"cell {cell.name}: learning_rates must be different numbers above 0, in six digits")
     tries = Counter(len(cell.learning_rates) for cell in plan.cells.values())
     if len(tries) > 1:
         listed = ", ".join(f"{cell.name} {len(cell.learning_rates)}" for cell in plan.cells.values())
@@ -74,10 +85,37 @@ def _require_parts(plan: Plan) -> None:
             "the plan has no validation part, and learning rates are to be chosen: add `validation: {dataset: ..., "
             "dataset_split: ...}` with rows that are not in the test part, or give each cell one rate"
         )
-    if plan.validation == plan.test:
-        raise UserError("validation and test are the same rows: the test part must not choose the learning rate")
-    if plan.forgetting is not None and not Path(plan.forgetting).is_file():
-        raise UserError(f"forgetting: there is no file {plan.forgetting}, name one with plain text")
+    for part, flags in {"evaluate": plan.evaluate, "validation": plan.validation, "test": plan.test}.items():
+        for name, why in OF_THE_RUNS.items():
+            if name in flags:
+                raise UserError(f"{part}: {why}: leave out {name}")
+    if plan.forgetting is not None:
+        _require_text(Path(plan.forgetting))
+
+
+def _require_text(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"forgetting: there is no file {path}, name one with plain text")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"forgetting: cannot read {path}, {one_line(error)}: name a text file in UTF-8") from error
+    if not text.strip():
+        raise UserError(f"forgetting: {path} is empty: name a file with plain text")
+
+
+def _require_same_answers(plan: Plan) -> None:
+    """Row by row, only tokens of the same answers can be compared."""
+    if not plan.compare_with:
+        return
+    judged = {name: plan.evaluation_of(Run(name, 1.0, plan.seeds[0]), "test") for name in plan.cells}
+    for one, other in combinations(plan.cells, 2):
+        for flag in ("completion_field", "completion_template"):
+            if judged[one].get(flag) != judged[other].get(flag):
+                raise UserError(
+                    f"cells {one} and {other} have answers of another {flag}, and compare_with compares the same ones: "
+                    f"give `test` a {flag} for all, or leave out compare_with"
+                )
 
 
 def _resolve(cell: Cell, plan: Plan, shared: Path) -> dict[str, Any]:
@@ -87,20 +125,25 @@ def _resolve(cell: Cell, plan: Plan, shared: Path) -> dict[str, Any]:
         settings = _train_settings(cell, plan, shared)
         require_data(settings.values, settings.group(Fields))
         parts: list[Part] = ["validation", "test"] if plan.validation else ["test"]
-        for part in parts:
-            _require_evaluation(plan, run, part)
+        tasks = [_require_evaluation(plan, run, part) for part in parts]
+        if len({(task.source.name, task.source.split, task.source.config) for task in tasks}) < len(tasks):
+            raise UserError("validation and test are the same rows: the test part must not choose the learning rate")
+        for part, task in zip(parts, tasks, strict=True):
+            with said_of(f"the {part} part"):
+                read_rows(task.source, task.fields)
     return settings.values
 
 
 def _train_settings(cell: Cell, plan: Plan, shared: Path) -> Settings:
-    for name, remedy in OF_THE_PLAN.items():
+    for name, remedy in NOT_OF_A_CELL.items():
         if name in cell.settings:
             raise UserError(f"{name} is no setting of one cell: {remedy}")
     words = [*words_of(cell.settings), *plan.words, "--output_dir", str(plan.output)]
     return read_settings(["--config", str(shared), *words], default_settings())
 
 
-def _require_evaluation(plan: Plan, run: Run, part: Part) -> None:
+def _require_evaluation(plan: Plan, run: Run, part: Part) -> Task:
+    """What is judged in a part, after refusing its flags."""
     flags = {"model": plan.shared.get("model_name_or_path"), **plan.evaluation_of(run, part)}
     with said_of(f"the {part} part"), complaints_of_libraries():
         parser = _Parser((EvaluationArguments, Fields), allow_abbrev=False)
@@ -112,6 +155,11 @@ def _require_evaluation(plan: Plan, run: Run, part: Part) -> None:
         raise UserError(f"the {part} part: unknown flag {unknown[0]} of launch/evaluate.py")
     if len(tasks) != 1:
         raise UserError(f"the {part} part judges {len(tasks)} tasks, and a comparison is of one: name one")
+    if arguments.lm_eval:
+        with said_of(f"the {part} part"):
+            require_harness()
+            require_tasks(tasks_of_harness(arguments.lm_eval))
+    return tasks[0]
 
 
 class _Parser(HfArgumentParser):

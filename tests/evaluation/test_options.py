@@ -123,14 +123,6 @@ def test_nothing_is_overwritten_but_results(tmp_path: Path, name: str, content: 
     prepare_output(tmp_path / "heldout.json")
 
 
-def test_what_was_judged_by_another_pattern_is_not_kept() -> None:
-    described = [
-        evaluate.describe(EvaluationArguments("m", "rows.jsonl", answer_pattern=pattern), [], [])
-        for pattern in ("a", "b")
-    ]
-    assert described[0] != described[1]
-
-
 @pytest.mark.parametrize(
     "content", [None, "task: x\ndataset_path: json\ndataset_kwargs: {data_files: gone.jsonl}\n", "- no task"]
 )

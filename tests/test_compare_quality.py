@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from agsel.data.fields import with_line_breaks
@@ -29,6 +30,7 @@ from tests.tiny_run import TRAIN, save_model, save_rows
 from tools.comparison import comparing, differences
 from tools.comparison.children import Children, reason
 from tools.comparison.differences import Judged
+from tools.comparison.overlaps import said_of_overlaps
 from tools.comparison.pareto import Point, front
 from tools.comparison.places import Gpu, Place, places, said_of_others, visible
 from tools.comparison.plan import Run, words_of
@@ -221,10 +223,23 @@ def test_the_plans_of_the_repository_are_sound(monkeypatch: pytest.MonkeyPatch, 
     """With a file of the columns of GSM8K in the place where it is expected."""
     monkeypatch.chdir(tmp_path)
     Path("data/gsm8k").mkdir(parents=True)
-    row = json.dumps({"question": "1 + 1?", "answer": "#### 2"})
-    Path("data/gsm8k/train.jsonl").write_text(f"{row}\n" * 7473)
+    rows = [{"question": f"{number} + 1?", "answer": f"#### {number + 1}"} for number in range(7473)]
+    Path("data/gsm8k/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("launch").symlink_to(REPOSITORY / "launch")
-    require_sound(read_plan(path))
+    assert require_sound(read_plan(path)) == [], "no row is in two parts"
+
+
+def test_rows_that_are_in_two_parts_are_said() -> None:
+    def rows(*texts: str) -> Dataset:
+        return Dataset.from_list(
+            [{"prompt": text, "completion": "2", "messages": None, "tools": None} for text in texts]
+        )
+
+    named = {"training": rows("a", "b", "c"), "validation": rows("d", "a"), "test": rows("e", "d", "d", "f")}
+    assert list(said_of_overlaps(named)) == [
+        "note      1 of the 2 rows of validation are among those of training",
+        "note      2 of the 4 rows of test are among those of validation",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(own)
     try:
         plan = _plan_of(options, words)
-        require_sound(plan)
+        for line in require_sound(plan):
+            print(line, flush=True)
         plan.output.mkdir(parents=True, exist_ok=True)
         with claimed(plan.output) as claim:
             failed = compare(plan, claim)

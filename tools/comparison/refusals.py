@@ -7,9 +7,10 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
+from datasets import Dataset
 from transformers import HfArgumentParser
 
 from agsel.data.fields import Fields
@@ -20,8 +21,9 @@ from agsel.evaluation.harness import require_harness, require_tasks, tasks_of_ha
 from agsel.evaluation.options import EvaluationArguments
 from agsel.evaluation.tasks import Task
 from agsel.train import default_settings
-from agsel.training.data import require_data
+from agsel.training.data import load_data, require_data
 from agsel.training.settings import Settings, read_settings
+from tools.comparison.overlaps import said_of_overlaps
 from tools.comparison.plan import Cell, Part, Plan, Run, words_of
 from tools.comparison.plan_file import OF_THE_PLAN
 
@@ -40,8 +42,11 @@ OF_THE_RUNS = {
 """Flags of launch/evaluate.py that a plan must not have, and why."""
 
 
-def require_sound(plan: Plan) -> None:
+def require_sound(plan: Plan) -> list[str]:
     """Refuse a plan with which runs would fail, or whose table would be unfair.
+
+    Returns:
+        Lines for people, on what may be meant but makes the table say less.
 
     Raises:
         UserError: names the cell, the setting and the remedy.
@@ -57,8 +62,11 @@ def require_sound(plan: Plan) -> None:
         write_shared(plan, shared)
         resolved = {cell.name: _resolve(cell, plan, shared) for cell in plan.cells.values()}
     for one, other in combinations(plan.cells.values(), 2):
-        if resolved[one.name] == resolved[other.name] and {*one.learning_rates} & {*other.learning_rates}:
+        same = resolved[one.name].settings == resolved[other.name].settings
+        if same and {*one.learning_rates} & {*other.learning_rates}:
             raise UserError(f"cells {one.name} and {other.name} train the same: leave one out")
+    lines = [line for cell in resolved.values() for line in said_of_overlaps(cell.rows)]
+    return list(dict.fromkeys(lines))
 
 
 def write_shared(plan: Plan, path: Path) -> None:
@@ -118,8 +126,20 @@ def _require_same_answers(plan: Plan) -> None:
                 )
 
 
-def _resolve(cell: Cell, plan: Plan, shared: Path) -> dict[str, Any]:
-    """All settings of a cell beside its learning rate, after refusing them and those of its evaluation."""
+class _Resolved(NamedTuple):
+    """A cell.
+
+    Attributes:
+        settings: all beside its learning rate.
+        rows: to train on and of each part.
+    """
+
+    settings: dict[str, Any]
+    rows: dict[str, Dataset]
+
+
+def _resolve(cell: Cell, plan: Plan, shared: Path) -> _Resolved:
+    """A cell, after refusing its settings and those of its evaluation."""
     run = Run(cell.name, cell.learning_rates[0], plan.seeds[0])
     with said_of(f"cell {cell.name}"):
         settings = _train_settings(cell, plan, shared)
@@ -128,10 +148,11 @@ def _resolve(cell: Cell, plan: Plan, shared: Path) -> dict[str, Any]:
         tasks = [_require_evaluation(plan, run, part) for part in parts]
         if len({(task.source.name, task.source.split, task.source.config) for task in tasks}) < len(tasks):
             raise UserError("validation and test are the same rows: the test part must not choose the learning rate")
+        rows = {"the training data": load_data(settings.values, settings.group(Fields)).train}
         for part, task in zip(parts, tasks, strict=True):
             with said_of(f"the {part} part"):
-                read_rows(task.source, task.fields)
-    return settings.values
+                rows[f"the {part} part"], _ = read_rows(task.source, task.fields)
+    return _Resolved(settings.values, rows)
 
 
 def _train_settings(cell: Cell, plan: Plan, shared: Path) -> Settings:

@@ -56,18 +56,31 @@ def require_equal(run: Path, logged: list[dict], problems: Path) -> dict[str, An
     return found
 
 
-def test_the_last_evaluation_is_that_of_the_trained_model_which_is_as_without_any(
-    parts: tuple[Path, Path, Path], tmp_path: Path
+@pytest.fixture(scope="module")
+def at_zero3(parts: tuple[Path, Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict], str]:
+    """Run folder, what was logged of the problems, what was printed: judging gathers the very weights that train."""
+    run = tmp_path_factory.mktemp("zero3") / "run"
+    return run, *judged(parts, run, 2, deepspeed="zero3")
+
+
+def test_the_last_evaluation_is_that_of_the_trained_model(
+    parts: tuple[Path, Path, Path], at_zero3: tuple[Path, list[dict], str]
 ) -> None:
-    """At ZeRO-3, where judging gathers and releases the very weights that are trained."""
-    logged, printed = judged(parts, tmp_path / "with", 2, deepspeed="zero3")
+    run, logged, printed = at_zero3
     assert [entry["step"] for entry in logged] == [2, 4]
     assert logged[0]["eval_gsm8k_nll"] != logged[1]["eval_gsm8k_nll"], "it goes on learning in between"
-    found = require_equal(tmp_path / "with", logged, parts[2])
+    found = require_equal(run, logged, parts[2])
     assert f"gsm8k nll {found['nll']:.4f}" in printed
-    nothing, _ = judged(parts, tmp_path / "without", 2, deepspeed="zero3", eval_tasks=None, eval_max_new_tokens=None)
+
+
+@pytest.mark.slow
+def test_the_weights_are_those_of_a_run_that_judges_nothing(
+    parts: tuple[Path, Path, Path], at_zero3: tuple[Path, list[dict], str], tmp_path: Path
+) -> None:
+    run = tmp_path / "without"
+    nothing, _ = judged(parts, run, 2, deepspeed="zero3", eval_tasks=None, eval_max_new_tokens=None)
     assert nothing == []
-    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("with", "without")]
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (run, at_zero3[0])]
     assert weights[0] == weights[1]
 
 

@@ -36,7 +36,7 @@ from agsel.evaluation.findings import (
     summarise_text,
     write_complete,
 )
-from agsel.evaluation.harness import evaluate_with_harness, require_harness, require_tasks, tasks_of_harness
+from agsel.evaluation.harness import evaluate_with_harness, require_tasks, tasks_of_harness
 from agsel.evaluation.kept import KeptResults
 from agsel.evaluation.limits import require_embedded, window_of
 from agsel.evaluation.loading import fingerprint_of_files, load_model, own_device
@@ -61,8 +61,6 @@ def main() -> None:
     with ends_in_one_line():
         arguments, fields = read_arguments(sys.argv[1:])
         tasks = tasks_of(arguments, fields)
-        if arguments.lm_eval:
-            require_harness()
         join_ranks()
         warn_on_one_rank()
         if arguments.lm_eval:

@@ -110,17 +110,5 @@ def _with_one_box(text: str) -> str:
     return text.replace(r"\fbox", BOXED)
 
 
-def require_math_verify() -> None:
-    """Refuse to judge mathematics without the package for it.
-
-    Raises:
-        UserError: names the package.
-    """
-    try:
-        import math_verify  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--tasks math needs math-verify, {error}: pip install 'agsel[evaluation]'") from error
-
-
 GSM8K = judge_by(gsm8k_answer, "GSM8K ends its answers with #### and a number")
 MATHS = Judge(is_boxed, equals_boxed, "MATH has solutions with \\boxed{...}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,12 @@ import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agsel.errors import UserError, complaints_of_libraries, one_line
+from agsel.evaluation.extras import require_extra
 from agsel.evaluation.options import EvaluationArguments
 from agsel.zero.consensus import gather
 
 VERDICTS = ("exact_match", "acc")
 """What the harness calls them; 1 is right."""
-
-
-def require_harness() -> None:
-    """Refuse `--lm_eval` without the package.
-
-    Raises:
-        UserError: names the package.
-    """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--lm_eval needs lm-eval, {error}: pip install 'agsel[evaluation]'") from error
 
 
 def evaluate_with_harness(
@@ -58,12 +48,12 @@ def evaluate_with_harness(
     assert arguments.lm_eval is not None, "asked for"
     tasks = tasks_of_harness(arguments.lm_eval)
     manager = require_tasks(tasks)
-    rows_of_tasks = [len(task.eval_docs) for task in manager.load(tasks)["tasks"].values()]
+    rows_of_tasks = [len(task.eval_docs) for task in manager.load(list(tasks))["tasks"].values()]
     fewest = min([*rows_of_tasks, *filter(None, [arguments.limit])])
     with complaints_of_libraries():
         found = simple_evaluate(
             _model_of_harness(model, tokenizer, arguments.batch_size, divided=fewest >= dist.get_world_size()),
-            tasks=tasks,
+            tasks=list(tasks),
             task_manager=manager,
             num_fewshot=arguments.n_shot or None,
             limit=arguments.limit,
@@ -78,17 +68,19 @@ def evaluate_with_harness(
     }
 
 
-def tasks_of_harness(text: str) -> list[str]:
+def tasks_of_harness(text: str) -> tuple[str, ...]:
     """The tasks that `--lm_eval` names."""
-    return [name.strip() for name in text.split(",")]
+    return tuple(name.strip() for name in text.split(","))
 
 
-def require_tasks(tasks: Sequence[str]) -> Any:
-    """What knows these tasks; those of the harness, which take seconds to find, only if one is no file.
+@cache  # those of the harness take seconds to find
+def require_tasks(tasks: tuple[str, ...]) -> Any:
+    """What knows these tasks; those of the harness only if one is no file.
 
     Raises:
-        UserError: the harness cannot load them.
+        UserError: the harness is not installed, or cannot load them.
     """
+    require_extra("lm_eval", "--lm_eval")
     from lm_eval.tasks import TaskManager
 
     missing = next((task for task in tasks if task.endswith(".yaml") and not Path(task).is_file()), None)

@@ -8,7 +8,8 @@ from pathlib import Path
 from agsel.data.fields import Fields
 from agsel.data.sources import Source, kind_of
 from agsel.errors import UserError, suggestion
-from agsel.evaluation.answers import GSM8K, MATHS, Judge, require_math_verify
+from agsel.evaluation.answers import GSM8K, MATHS, Judge
+from agsel.evaluation.extras import require_extra
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_tasks(text: str, flag: str, source: Source | None = None, fields: Field
             )
         tasks = [replace(tasks[0], source=source, shots=None)]
     if "math" in names:
-        require_math_verify()
+        require_extra("math_verify", f"{flag} math")
     return [replace(task, fields=fields) for task in tasks] if fields else tasks
 
 

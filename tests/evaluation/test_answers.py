@@ -87,5 +87,8 @@ def test_maths_is_compared_by_value(solution: str, right: str, wrong: str) -> No
 
 
 def test_judges_can_be_sent_to_other_ranks() -> None:
-    for judge in (GSM8K, MATHS, judge_by_pattern(r"\d")):
-        assert pickle.loads(pickle.dumps(judge)) == judge or judge is not MATHS
+    for judge, answer in ((GSM8K, "#### 7"), (MATHS, r"$\boxed{7}$"), (judge_by_pattern(r"\d"), "7")):
+        sent = pickle.loads(pickle.dumps(judge))
+        assert sent.is_right("so 7", answer)
+        assert not sent.is_right("so 8", answer)
+        assert not sent.has_answer("none")

@@ -131,4 +131,4 @@ def test_a_task_that_the_harness_does_not_take_is_refused(tmp_path: Path, conten
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=r"cannot load .*task.yaml \(--lm_eval\): "):
-        require_tasks([str(path)])
+        require_tasks((str(path),))

@@ -17,7 +17,7 @@ from agsel.data.fields import Fields
 from agsel.data.formats import read_rows
 from agsel.errors import UserError, complaints_of_libraries, one_line, said_of
 from agsel.evaluate import tasks_of
-from agsel.evaluation.harness import require_harness, require_tasks, tasks_of_harness
+from agsel.evaluation.harness import require_tasks, tasks_of_harness
 from agsel.evaluation.options import EvaluationArguments
 from agsel.evaluation.tasks import Task
 from agsel.train import default_settings
@@ -178,7 +178,6 @@ def _require_evaluation(plan: Plan, run: Run, part: Part) -> Task:
         raise UserError(f"the {part} part judges {len(tasks)} tasks, and a comparison is of one: name one")
     if arguments.lm_eval:
         with said_of(f"the {part} part"):
-            require_harness()
             require_tasks(tasks_of_harness(arguments.lm_eval))
     return tasks[0]
 

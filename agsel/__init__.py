@@ -9,6 +9,7 @@ import agsel.prerequisites  # noqa: F401  # before what it looks for
 
 from agsel.blocks import Block, block_param_groups, find_blocks
 from agsel.compilation import compile_layers
+from agsel.elements import ElementMask, choose_elements, load_elements, use_elements
 from agsel.errors import AgselError, UserError
 from agsel.policies import (
     AdaGradSelect,
@@ -37,6 +38,7 @@ __all__ = [
     "BAdam",
     "Block",
     "BlockInfo",
+    "ElementMask",
     "FractionPolicy",
     "FullFineTuning",
     "Grass",
@@ -54,8 +56,11 @@ __all__ = [
     "UserError",
     "attach",
     "block_param_groups",
+    "choose_elements",
     "compile_layers",
     "find_blocks",
     "lean_initialization",
+    "load_elements",
     "setting",
+    "use_elements",
 ]

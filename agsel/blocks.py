@@ -40,6 +40,10 @@ class Block:
         return self.name.startswith("layers.")
 
 
+class TrainedInPart(nn.Module):
+    """A module whose weights are frozen but for some of their elements; layers without any need not be trainable."""
+
+
 def find_blocks(model: nn.Module) -> list[Block]:
     """Name the blocks of a decoder model in forward order: `embed`, `layers.0` ..., `final_norm`, `head`.
 
@@ -135,9 +139,9 @@ def block_param_groups(
 
     Raises:
         UserError: as of `taking_part`, no blocks are found, or a block has no trainable parameter. A PEFT model's
-            blocks without adapters are left out instead.
+            blocks without adapters, and those without trained elements, are left out instead.
     """
-    is_peft = hasattr(_language_model(model), "peft_config")
+    in_part = hasattr(_language_model(model), "peft_config") or _has_elements(model)
     found = find_blocks(model)
     chosen = taking_part(found, blocks, select_from)
     groups = []
@@ -147,7 +151,7 @@ def block_param_groups(
                 parameter.requires_grad_(False)
         elif block.trainable:
             groups.append({"params": list(block.trainable)})
-        elif not is_peft:
+        elif not in_part:
             raise UserError(
                 f"block {block.name!r} is frozen: every block must be trainable at deepspeed.initialize; "
                 "call requires_grad_(True) on it, agsel freezes what is not selected"
@@ -155,6 +159,10 @@ def block_param_groups(
     if not groups:
         raise UserError("no block has a trainable parameter: give the PEFT model adapters inside its decoder layers")
     return groups
+
+
+def _has_elements(model: nn.Module) -> bool:
+    return any(isinstance(module, TrainedInPart) for module in model.modules())
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

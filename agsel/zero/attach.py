@@ -15,6 +15,7 @@ from agsel.errors import UserError
 from agsel.policies import Policy
 from agsel.zero import guards, universal
 from agsel.zero.consensus import require_equal_settings
+from agsel.zero.elements import WriteThrough, describe_elements
 from agsel.zero.engine import SelectiveEngine
 from agsel.zero.host_memory import require_host_memory
 from agsel.zero.parameters import block_infos
@@ -82,8 +83,10 @@ def attach(
         "sanity_checks": sanity_checks,
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
+        **describe_elements(engine.module),
     }
     guards.require_adapters(policy, engine.module, blocks)
+    guards.require_plain_partitions(engine)
     group = optimizer.dp_process_group
     require_equal_settings(policy.settings() | settings, group)
     policy.start(block_infos(blocks))
@@ -103,6 +106,7 @@ def attach(
     selection = Selection(blocks, policy, residency, group, max_skipped_steps, sanity)
     optimizer.__class__ = selective_class
     optimizer.selection = selection
+    optimizer.elements = WriteThrough(engine.module)
     optimizer.prepare_selection()
     engine.__class__ = SelectiveEngine
     engine.selection = selection

@@ -112,6 +112,8 @@ class SelectiveEngine(DeepSpeedEngine):
                 load_module_only=load_module_only,
                 custom_load_fn=custom_load_fn,
             )
+            # A checkpoint without frozen weights, or of another number of ranks, brings the values alone.
+            self.optimizer.write_elements(self.selection.residency.partitions)
         state = client_state.pop(universal.CLIENT_STATE_KEY, None)
         try:
             if not saved.convert and not load_module_only:

@@ -12,6 +12,7 @@ from torch import nn
 
 from agsel.adapters import has_scalable_adapters
 from agsel.blocks import Block, decoder_layers
+from agsel.elements import element_layers
 from agsel.errors import UserError
 from agsel.policies import Policy
 
@@ -135,6 +136,24 @@ def require_adapters(policy: Policy, model: nn.Module, blocks: Iterable[Block]) 
             f"{type(policy).__name__} trains LoRA or DoRA adapters, and a layer of the model has none: add them "
             "(--use_peft, --lora_target_modules all-linear), or use another method (--method)"
         )
+
+
+def require_plain_partitions(engine: DeepSpeedEngine) -> None:
+    """Refuse trained elements where DeepSpeed keeps a second or a quantised form of the weights that hold them.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if engine.zero_optimization_stage() < 3 or not element_layers(engine.module):
+        return
+    zero = engine._config.zero_config
+    forms = {
+        "zero_hpz_partition_size": zero.zero_hpz_partition_size > 1,
+        "zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_quantized_nontrainable_weights": zero.zero_quantized_nontrainable_weights,
+    }
+    for name in filter(forms.get, forms):
+        raise UserError(f"zero_optimization.{name} does not work with trained elements: remove it, or use stage 2")
 
 
 def require_policy(policy: Any) -> None:

@@ -7,8 +7,7 @@ stays fused: TRL's because it is asked for in the forward's options, Liger's bec
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from agsel.adapters import scaled_adapters
 from agsel.blocks import decoder_layers
 from agsel.errors import UserError
+from agsel.modes import evaluating
 from agsel.policies import Probe
 
 ITEMS = "num_items_in_batch"
@@ -78,18 +78,6 @@ def _has_head(module: nn.Module) -> bool:
 def first_rows(value: Any, rows: int) -> Any:
     """Of a tensor with a row for each example; anything else as it is."""
     return value[:rows] if torch.is_tensor(value) and value.dim() > 1 else value
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; every module goes on as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _layers(model: nn.Module, blocks: Sequence[str], probe: Probe) -> list[nn.Module]:

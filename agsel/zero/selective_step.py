@@ -13,18 +13,20 @@ from torch.utils.hooks import RemovableHandle
 
 from agsel.errors import UserError
 from agsel.policies import Update
+from agsel.zero.elements import WriteThrough
 from agsel.zero.residency import Partition
 from agsel.zero.selection import Selection
 from agsel.zero.timetable import Moment
 
 
 class SelectiveStep:
-    """Mixin over a DeepSpeed ZeRO optimizer. `selection` is set right after the class swap in `agsel.attach`.
+    """Mixin over a DeepSpeed ZeRO optimizer. `selection` and `elements` are set in `agsel.attach`.
 
     Not an `ABC`: Python refuses `__class__` assignment to a class that has one among its bases.
     """
 
     selection: Selection
+    elements: WriteThrough
     clip_grad: float
     loss_scale: float
     optimizer: torch.optim.Optimizer
@@ -113,6 +115,10 @@ class SelectiveStep:
         torch.cat([piece.reshape(-1) for piece in self._gradient_pieces(partition)], out=flat)
         self._release_gradients([partition])
         return flat
+
+    def write_elements(self, partitions: Iterable[Partition]) -> None:
+        """Write the trained elements of these partitions, if there are any, into their weights."""
+        raise NotImplementedError
 
     def watch(self, engine: Any) -> list[RemovableHandle]:
         """Hooks on the engine's model that the stage needs."""

@@ -193,6 +193,12 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
             start_alignment_factor=self.nccl_start_alignment_factor,
             allgather_bucket_size=self.allgather_bucket_size,
         )
+        self.write_elements(partitions)
+
+    def write_elements(self, partitions: Iterable[Partition]) -> None:
+        """Write the trained elements of these partitions, if there are any, into their weights."""
+        for partition in partitions:
+            self.elements.write(self.bit16_groups[partition.index])
 
 
 def _is_frozen(parameters: Sequence[torch.nn.Parameter]) -> bool:

@@ -202,10 +202,15 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
     def _publish(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
             self._reassign_or_swap_out_partitioned_parameters(partition.index)
+        self.write_elements(partitions)
         if self._gather_stream is not None:  # stock may gather weights for the next forward before they are written
             self._gather_stream.wait_stream(torch.cuda.current_stream())
         gather_now(self.persistent_parameters)  # `_post_step` would gather them one by one
         self._post_step(set())
+
+    def write_elements(self, partitions: Iterable[Partition]) -> None:
+        """Write the trained elements of these partitions, if there are any, into their weights."""
+        self.elements.write_partitions(p for partition in partitions for p in self.fp16_groups[partition.index])
 
 
 def _unmake_leaf(layer: torch.nn.Module) -> None:

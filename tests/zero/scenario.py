@@ -15,7 +15,7 @@ from agsel.blocks import decoder_layers
 from agsel.policies import BlockInfo
 from tests.cases import require_dtype
 from tests.distributed import RANKS
-from tests.tiny import adapted_model, tiny_batch, tiny_model
+from tests.tiny import WITHOUT_ELEMENTS, adapted_model, element_model, random_mask, tiny_batch, tiny_model
 
 ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
 
@@ -36,6 +36,7 @@ class Scenario:
     compiled: bool = False
     checkpointing: bool = False
     adapters: Literal["lora", "dora"] | None = None
+    elements: bool = False
     select_from: float = 0
     policy: Callable[[], agsel.Policy] = field(
         default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
@@ -44,6 +45,8 @@ class Scenario:
     config: dict[str, Any] = field(default_factory=dict)
 
     def model(self) -> Any:
+        if self.elements:
+            return element_model()
         if self.adapters:
             return adapted_model(dora=self.adapters == "dora")
         return tiny_model(tied=self.tied, intermediate=self.intermediate)
@@ -213,3 +216,39 @@ class Reference:
         for name in selected:
             self.optimizers[name].step()
         return float(norm)
+
+
+class ElementReference(Reference):
+    """The same loop over whole weights of an ordinary model: the other elements get no gradient and are put back."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(scenario)
+        self.model = tiny_model()
+        mask = random_mask(self.model, 0.1, WITHOUT_ELEMENTS)
+        weights = dict(self.model.named_parameters())
+        self.base = {name: weights[name].detach().clone() for name in mask.indices}
+        self.chosen = {
+            name: torch.zeros(weights[name].numel(), dtype=torch.bool)
+            .index_fill(0, indices.long(), True)
+            .view(weights[name].shape)
+            for name, indices in mask.indices.items()
+        }
+        self.weights = {name: weights[name] for name in mask.indices}
+        self.blocks = {
+            block: [weight for name, weight in self.weights.items() if f".{block}." in name] for block in self.blocks
+        }
+        self.optimizers = {name: torch.optim.AdamW(parameters, **ADAM) for name, parameters in self.blocks.items()}  # type: ignore[arg-type]
+
+    def _gradients(self, step: int) -> float:
+        loss = super()._gradients(step)
+        for name, weight in self.weights.items():
+            assert weight.grad is not None
+            weight.grad.mul_(self.chosen[name])
+        return loss
+
+    def _update(self, selected: list[str]) -> float:
+        norm = super()._update(selected)
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(torch.where(self.chosen[name], weight, self.base[name]))
+        return norm

@@ -1,0 +1,78 @@
+"""Trained elements as a file: far smaller than the model, and put onto its base again bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agsel.elements.layer import element_layers, require_shape
+from agsel.elements.mask import INDICES, VALUES, ElementMask, read, write
+from agsel.errors import UserError
+
+
+def export_elements(model: nn.Module, weights: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
+    """Write indices and values: 4 bytes for each element, and those of its type.
+
+    Args:
+        model: with elements.
+        weights: its whole weights by name, as at the end of training.
+        path: of the file, complete or absent.
+        about: where it comes from; `base_model` is what `load_elements` belongs to.
+    """
+    layers = element_layers(model)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[name + INDICES] = layer.indices.cpu()
+        tensors[name + VALUES] = weights[name].detach().cpu().flatten().index_select(0, layer.indices.cpu())
+    write(path, tensors, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, about)
+
+
+@torch.no_grad()
+def load_elements(model: nn.Module, path: str | Path) -> dict[str, Any]:
+    """Put trained elements onto their base model: it becomes the trained one, bit for bit if it has the same type.
+
+    Args:
+        model: the base model.
+        path: the `elements.safetensors` of a run.
+
+    Returns:
+        Where the elements come from: `base_model`, `method` and more.
+
+    Raises:
+        UserError: the file is none of elements, or of another model.
+    """
+    tensors, shapes, about = read(Path(path), INDICES, VALUES)
+    indices = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
+    mask = ElementMask(indices, shapes, about)
+    parameters = dict(model.named_parameters())
+    for name in mask.indices:
+        if name not in parameters:
+            raise UserError(f"{path} is of another model: this one has no weight {name}{_base(about)}")
+        require_shape(name, parameters[name], mask)
+    for name, own in mask.indices.items():
+        weight = parameters[name]
+        values = tensors[name + VALUES].to(weight.device, weight.dtype)
+        weight.view(-1).scatter_(0, own.to(weight.device), values)
+    return about
+
+
+def base_of(path: Path) -> str:
+    """The base model of a file of elements.
+
+    Raises:
+        UserError: it is no such file, or names none.
+    """
+    *_, about = read(path, INDICES)
+    base = about.get("base_model")
+    if not isinstance(base, str):
+        raise UserError(f"{path} names no base model: load that yourself and call agsel.load_elements(model, {path})")
+    return base
+
+
+def _base(about: Mapping[str, Any]) -> str:
+    return f"; it is of {json.dumps(about['base_model'])}" if "base_model" in about else ""

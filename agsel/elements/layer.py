@@ -1,0 +1,134 @@
+"""A linear layer of which only chosen elements are trained.
+
+Its weight is frozen and holds the values of the chosen elements, too, from the end of one optimizer step to the next.
+So forwards are those of the ordinary layer, and nothing of the size of the weight is kept beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from agsel.blocks import TrainedInPart
+from agsel.elements.gathering import whole
+from agsel.elements.mask import ElementMask
+from agsel.errors import UserError
+
+
+class _Product(torch.autograd.Function):
+    """`linear(inputs, weight, bias)`, which has a gradient for some elements of the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, _values: Tensor, indices: Tensor
+    ) -> Tensor:
+        """The values, which the weight holds already, are here for their gradient."""
+        ctx.save_for_backward(inputs, weight, indices)
+        return functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, None]:
+        """That of the inputs, and that of the weight at the indices, of which all is there for a moment."""
+        inputs, weight, indices = ctx.saved_tensors
+        of_inputs = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_weight = gradient.flatten(0, -2).t() @ inputs.flatten(0, -2)
+        return of_inputs, None, None, of_weight.flatten().index_select(0, indices), None
+
+
+class ElementLinear(TrainedInPart, nn.Linear):
+    """A linear layer whose trainable parameter is `values`; made from one by `use_elements`.
+
+    Attributes:
+        values: [k], the chosen elements themselves, not differences.
+        indices: int32 [k], their positions in the flattened weight, ascending.
+    """
+
+    values: nn.Parameter
+    indices: Tensor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As of `nn.Linear`."""
+        if not (self.values.requires_grad and torch.is_grad_enabled()):
+            return functional.linear(inputs, self.weight, self.bias)
+        operands: tuple[Tensor | None, ...] = (inputs, self.weight, self.bias)
+        if torch.is_autocast_enabled(inputs.device.type):  # whose own casts would not reach the backward
+            dtype = torch.get_autocast_dtype(inputs.device.type)
+            operands = tuple(operand if operand is None else operand.to(dtype) for operand in operands)
+        return _Product.apply(*operands, self.values, self.indices)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write the values into the weight."""
+        self.weight.view(-1).scatter_(0, self.indices, self.values)
+
+
+def use_elements(model: nn.Module, mask: ElementMask) -> None:
+    """Train the chosen elements of a model's weights and nothing else. Call it before `agsel.block_param_groups`.
+
+    Every linear layer with chosen elements becomes an `ElementLinear`, in place. All other parameters are frozen.
+
+    Args:
+        model: on every rank the same, also if ZeRO-3 has partitioned it; not yet in an engine.
+        mask: of this model.
+
+    Raises:
+        UserError: the mask is of another model, or the weights are quantised.
+    """
+    layers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name in mask.indices:
+        if name not in layers:
+            raise UserError(f"the mask is of another model: this one has no linear layer with the weight {name}")
+        require_plain(name, layers[name])
+    model.requires_grad_(False)
+    for name, indices in mask.indices.items():
+        layer = layers[name]
+        with whole(layer.parameters()):
+            require_shape(name, layer.weight, mask)
+            indices = indices.to(layer.weight.device)
+            values = layer.weight.detach().flatten().index_select(0, indices)
+        layer.__class__ = ElementLinear
+        layer.register_buffer("indices", indices, persistent=False)
+        layer.register_parameter("values", nn.Parameter(values))
+
+
+def require_shape(name: str, weight: Tensor, mask: ElementMask) -> None:
+    """Refuse the mask of another model.
+
+    Raises:
+        UserError: names both shapes.
+    """
+    if tuple(weight.shape) != mask.shapes[name]:
+        shapes = [" x ".join(map(str, shape)) for shape in (mask.shapes[name], weight.shape)]
+        raise UserError(f"the mask is of another model: {name} is {shapes[0]} there and {shapes[1]} here")
+
+
+def require_plain(name: str, layer: nn.Module) -> None:
+    """Refuse what only looks like a linear layer.
+
+    Raises:
+        UserError: its weight is not one of single elements, or it has elements already.
+    """
+    if isinstance(layer, ElementLinear):
+        raise UserError(f"{name} has trained elements already: call agsel.use_elements once, on a freshly loaded model")
+    if type(layer) is not nn.Linear:
+        raise UserError(
+            f"{name} belongs to a {type(layer).__name__}: single weights are trained in ordinary linear layers only, "
+            "so load the model without quantisation (--load_in_4bit, --load_in_8bit) and without adapters"
+        )
+
+
+def element_layers(model: nn.Module) -> dict[str, ElementLinear]:
+    """The layers with chosen elements, by the name of their weight."""
+    return {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, ElementLinear)}
+
+
+def mask_of(model: nn.Module) -> ElementMask:
+    """The mask that a model was given by `use_elements`."""
+    layers = element_layers(model)
+    return ElementMask(
+        {name: layer.indices.cpu() for name, layer in layers.items()},
+        {name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
+    )

@@ -33,7 +33,8 @@ from agsel.training import train_blocks
 from agsel.training.configuration import Configuration, configure, write_configuration
 from agsel.training.cost import CostCallback, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
-from agsel.training.export import export_model, prepare_export
+from agsel.training.elements import describe_elements, train_elements
+from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
 from agsel.training.fit import plan_of_run
 from agsel.training.generation import require_generation_config
 from agsel.training.hub import require_hub
@@ -93,7 +94,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     data = load(configuration)
     refuse_other_run(configuration, data, checkpoint)
 
-    trainer = build_trainer(configuration, data)
+    trainer = build_trainer(configuration, data, group)
     policy = plan_run(trainer, configuration)
 
     def attach(engine: Any) -> agsel.Selection:
@@ -118,7 +119,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     if requests.agreed:
         say_goodbye(trainer, requests)
     else:
-        export_model(trainer, run_folder / "model", group)
+        export_model(trainer, run_folder / "model", group, describe_elements(configuration))
         if configuration.output.merge_adapter:
             base = configuration.model.model_name_or_path
             merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
@@ -147,8 +148,8 @@ def load(configuration: Configuration) -> RunData:
     return data
 
 
-def build_trainer(configuration: Configuration, data: RunData) -> RowTrainer:
-    """TRL's trainer with the rows as tokens."""
+def build_trainer(configuration: Configuration, data: RunData, group: Any) -> RowTrainer:
+    """TRL's trainer with the rows as tokens, and with the parameters that are trained."""
     training, model = configuration.training, configuration.model
     tokenizer = require_model_of_run(model, training)
     learning = choose_learning(training, data.train)
@@ -177,6 +178,8 @@ def build_trainer(configuration: Configuration, data: RunData) -> RowTrainer:
         trainer.judge = TaskJudge(configuration.tasks, trainer.processing_class, trainer.model)
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
+    if configuration.elements.elements is not None:
+        train_elements(trainer, configuration, group)
     if configuration.selection.compile_layers:
         agsel.compile_layers(trainer.model)
     require_taking_part(trainer.model, configuration.blocks_of(trainer.model))
@@ -267,7 +270,8 @@ def say_done(configuration: Configuration) -> None:
     """Name what the run folder holds now."""
     shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
     models = ["model/", "merged/"] if configuration.output.merge_adapter else ["model/"]
-    written = ", ".join([*models, *shown, "selection.json", "result.json", "config.yaml"])
+    elements = [FILE_OF_ELEMENTS] if configuration.elements.elements else []
+    written = ", ".join([*models, *elements, *shown, "selection.json", "result.json", "config.yaml"])
     on_first_rank(f"done      {configuration.training.output_dir}: {written}")
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks, taking_part
+from agsel.elements import element_layers, mask_of, use_elements
 from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Workload, running_model
 from agsel.policies import BlockInfo, Policy, StepKind
 from agsel.zero.parameters import block_infos, global_numel
@@ -108,7 +109,7 @@ class Planner:
         self._groups = [block.trainable for block in self._blocks]
         self._everything = frozenset(range(len(self._blocks)))
         self._trained_in_full = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._weights = sum(parameter.nbytes for parameter in model.parameters())
+        self._weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         self._itemsize = self._groups[0][0].itemsize
         self._workload = workload
         self._offload = offload_states
@@ -238,7 +239,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:
-    """The same model without weights, PEFT adapters included. Works for a model that ZeRO-3 has partitioned.
+    """The same model without weights, with its PEFT adapters or trained elements. ZeRO-3 may have partitioned it.
 
     Raises:
         CannotRehearseError: the model is quantised, or cannot be made without values.
@@ -256,4 +257,6 @@ def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:
             from peft import get_peft_model
 
             twin = get_peft_model(twin, copy.deepcopy(adapter)).to(dtype)
+    if element_layers(model):
+        use_elements(twin, mask_of(model))
     return twin

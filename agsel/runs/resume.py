@@ -29,6 +29,11 @@ REFUSED = {
     "order": ("--train_sampling_strategy", "the rows that the run has not seen yet follow from it"),
     "method": ("--method", "the saved state of the selection is of that method"),
     "blocks": ("--select_blocks, --select_from", "the saved state of the selection is over them"),
+    "elements": (
+        "--elements, --element_density, --element_samples",
+        "the saved optimizer states belong to the elements that were chosen",
+    ),
+    "chosen elements": ("mask.safetensors of the run folder", "the saved optimizer states belong to them"),
     "learning rate": ("--learning_rate", "the saved schedule goes on"),
     "weight decay": ("--weight_decay", "the saved optimizer goes on"),
     "adam": ("--adam_beta1, --adam_beta2, --adam_epsilon", "the saved optimizer goes on"),

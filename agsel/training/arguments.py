@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from agsel.blocks import require_scope
+from agsel.elements import METHODS as METHODS_OF_ELEMENTS
+from agsel.elements import require_density, require_method
 from agsel.errors import UserError
 from agsel.policies import METHODS
 
@@ -73,6 +75,40 @@ class SelectionArguments:
 
     def __post_init__(self) -> None:
         require_scope(self.select_blocks or "layers", self.select_from)
+
+
+@dataclass
+class ElementArguments:
+    """Training single weights, chosen before it starts by the gradient at the initial weights.
+
+    Raises:
+        UserError: a setting is out of its range; the message names the flag.
+    """
+
+    _argument_group_name = "single weights"
+
+    elements: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train only some elements of the weights: "
+            f"{', '.join(f'`{name}` ({method.rule})' for name, method in METHODS_OF_ELEMENTS.items())}. They belong to "
+            "the blocks of their layers, and `--method` says which of these are trained when; `--method full` trains "
+            "all of them at every step. The choice is kept in the run folder."
+        },
+    )
+    element_density: float = field(
+        default=0.01, metadata={"help": "How many: their share of the weights of the layers that take part."}
+    )
+    element_samples: int = field(
+        default=1000, metadata={"help": "Rows, drawn by `--seed`, whose gradient decides; all if there are fewer."}
+    )
+
+    def __post_init__(self) -> None:
+        require_density(self.element_density)
+        if self.element_samples < 1:
+            raise UserError(f"element_samples must be 1 or more, got {self.element_samples} (--element_samples)")
+        if self.elements is not None:
+            require_method(self.elements)
 
 
 @dataclass

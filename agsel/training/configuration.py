@@ -19,7 +19,14 @@ from agsel.blocks import Block, find_blocks, require_scope, taking_part
 from agsel.data.fields import Fields
 from agsel.errors import UserError, one_line
 from agsel.policies import FullFineTuning, Policy
-from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments, TaskArguments
+from agsel.training.arguments import (
+    DataArguments,
+    ElementArguments,
+    OutputArguments,
+    SafetyArguments,
+    SelectionArguments,
+    TaskArguments,
+)
 from agsel.training.methods import build_policy, policy_class
 from agsel.training.model import agree_on_settings
 from agsel.training.settings import Settings
@@ -40,6 +47,7 @@ class Configuration:
     training: SFTConfig
     model: ModelConfig
     selection: SelectionArguments
+    elements: ElementArguments
     fields: Fields
     data: DataArguments
     tasks: TaskArguments
@@ -85,6 +93,7 @@ def configure(settings: Settings) -> Configuration:
         settings.group(SFTConfig),
         settings.group(ModelConfig),
         settings.group(SelectionArguments),
+        settings.group(ElementArguments),
         settings.group(Fields),
         settings.group(DataArguments),
         settings.group(TaskArguments),
@@ -128,6 +137,8 @@ def _complete(configuration: Configuration) -> None:
             f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
             "all-linear, or use another method"
         )
+    if configuration.elements.elements is not None:
+        _require_plain_weights(model)
     if policy_class(method).asks_for_losses() and smooths_labels(training):
         raise UserError(
             f"--method {method} asks the model for losses, and with --label_smoothing_factor the trainer makes "
@@ -152,6 +163,13 @@ def _complete(configuration: Configuration) -> None:
             "ranks would stop waiting for a silent one before it can be named"
         )
     training.resume_from_checkpoint = _wanted_checkpoint(training.resume_from_checkpoint)
+
+
+def _require_plain_weights(model: ModelConfig) -> None:
+    """Single weights are trained in the model's own layers."""
+    for name in ("use_peft", "load_in_4bit", "load_in_8bit"):
+        if getattr(model, name):
+            raise UserError(f"--elements trains single weights of the model itself: leave out --{name}, or --elements")
 
 
 def _require_schedule(training: SFTConfig) -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,15 +10,21 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer
 
+from agsel.elements import element_layers, export_elements
 from agsel.errors import RunError, UserError, one_line
 from agsel.runs.checkpoints import fault_of_disk
 from agsel.training.generation import mend
 from agsel.training.output import on_first_rank
 from agsel.zero.consensus import first_rank_does
 
+FILE_OF_ELEMENTS = "elements.safetensors"
+"""Beside the folder of the model."""
 
-def export_model(trainer: Trainer, folder: Path, group: Any = None) -> None:
+
+def export_model(trainer: Trainer, folder: Path, group: Any = None, about: Mapping[str, Any] | None = None) -> None:
     """Write weights, configuration and tokenizer; a PEFT model's adapter alone. Every rank must call it.
+
+    Of a model with trained elements these are written, too, beside the folder.
 
     Unlike `Trainer.save_model`, a head that is tied to the embedding is not written a second time: at stages 1 and 2
     accelerate clones every tensor, after which nobody can see that the two were one.
@@ -27,12 +33,13 @@ def export_model(trainer: Trainer, folder: Path, group: Any = None) -> None:
         trainer: after training.
         folder: `from_pretrained` loads it; complete or absent.
         group: process group of all ranks, by default the run's own. The others wait in it for the first.
+        about: what is written about trained elements.
 
     Raises:
         RunError: on every rank; the disk does not take it.
     """
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # at stage 3 gathered by all ranks
-    first_rank_does(partial(_write, trainer, weights, folder), group)
+    first_rank_does(partial(_write, trainer, weights, folder, about or {}), group)
 
 
 def prepare_export(trainer: Trainer, group: Any = None) -> None:
@@ -65,12 +72,15 @@ def _rehearse(trainer: Trainer) -> None:
             ) from error
 
 
-def _write(trainer: Trainer, weights: dict[str, Any], folder: Path) -> None:
+def _write(trainer: Trainer, weights: dict[str, Any], folder: Path, about: Mapping[str, Any]) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
+    left_out = {f"{name.removesuffix('weight')}values" for name in element_layers(model)}  # the weights hold them
     if isinstance(model, PreTrainedModel):
-        weights = {name: tensor for name, tensor in weights.items() if name not in model.all_tied_weights_keys}
+        left_out |= model.all_tied_weights_keys.keys()
     with complete_or_absent(folder) as staged:
-        model.save_pretrained(staged, state_dict=weights)
+        if element_layers(model):
+            export_elements(model, weights, folder.with_name(FILE_OF_ELEMENTS), about)
+        model.save_pretrained(staged, state_dict={n: tensor for n, tensor in weights.items() if n not in left_out})
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(staged)
 

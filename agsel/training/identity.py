@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from agsel.elements import mask_of
 from agsel.training.configuration import Configuration
 from agsel.training.row_trainer import RowTrainer
 from agsel.zero.parameters import global_numel, global_shape
@@ -33,6 +34,7 @@ def describe_settings(configuration: Configuration, rows: Dataset) -> dict[str, 
         "order": str(training.train_sampling_strategy),
         "method": configuration.selection.method,
         "blocks": _scope(configuration),
+        "elements": _elements(configuration),
         "learning rate": training.learning_rate,
         "weight decay": training.weight_decay,
         "adam": f"betas {training.adam_beta1:g} {training.adam_beta2:g}, epsilon {training.adam_epsilon:g}",
@@ -46,11 +48,20 @@ def describe_settings(configuration: Configuration, rows: Dataset) -> dict[str, 
 
 def describe_trainer(trainer: RowTrainer, rows: Dataset) -> dict[str, Any]:
     """What a resumed run is compared by besides: its model, and its rows as tokens."""
+    mask = mask_of(trainer.model)
     return {
         "model": _fingerprint_of_model(trainer),
         "dataset": fingerprint_of_rows(trainer.train_dataset.select_columns("input_ids")),
         "loss": trainer.learning.describe(rows),
+        "chosen elements": f"{mask.numel:,} ({mask.checksum:08x})",
     }
+
+
+def _elements(configuration: Configuration) -> str:
+    settings = configuration.elements
+    if settings.elements is None:
+        return "none chosen"
+    return f"{settings.elements} with density {settings.element_density:g} by {settings.element_samples:,} samples"
 
 
 def _scope(configuration: Configuration) -> str:

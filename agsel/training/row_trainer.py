@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.trainer import utils as trl_utils
@@ -19,6 +23,8 @@ from agsel.training.judging import TaskJudge
 
 RELIES_ON = {trl_utils: ("add_fused_lm_head",)}
 """The head whose loss probes ask for, too, because the options of the step's forward do."""
+TOKENS_OF_UNIT = 4096
+"""Sums of losses are divided by it: gradients of whole batches must fit into 16 bits."""
 SPLITTING = ("bfd_split", "wrapped")
 """Packing strategies that go on with the rest of a long row in the next sequence."""
 
@@ -60,7 +66,21 @@ class RowTrainer(ResumableTrainer):
         self.learning = learning
         self.token_reports: dict[str, str] = {}
         self.judge: TaskJudge | None = None
+        self._metrics: Any
+        self._total_train_tokens: Any
         super().__init__(*arguments, **options)
+
+    def summed_loss(self, rows: Sequence[dict[str, Any]]) -> Tensor:
+        """The loss of rows as tokens, summed over these, in a unit of its own and without a trace in what is logged.
+
+        Rows count by what is learnt of them, whatever others are in their batch.
+        """
+        metrics, tokens = deepcopy(self._metrics), self._total_train_tokens
+        batch = {name: value.to(self.args.device) for name, value in self.data_collator(rows).items()}
+        unit = torch.tensor(TOKENS_OF_UNIT, device=self.args.device)
+        loss = self.compute_loss(self.model, batch, num_items_in_batch=unit)
+        self._metrics, self._total_train_tokens = metrics, tokens
+        return loss
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """The metrics of the Trainer, and those of the tasks."""

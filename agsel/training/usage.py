@@ -14,7 +14,14 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from agsel.data.fields import Fields
 from agsel.policies import Policy
-from agsel.training.arguments import DataArguments, OutputArguments, SafetyArguments, SelectionArguments, TaskArguments
+from agsel.training.arguments import (
+    DataArguments,
+    ElementArguments,
+    OutputArguments,
+    SafetyArguments,
+    SelectionArguments,
+    TaskArguments,
+)
 from agsel.training.methods import method_arguments
 
 START = """usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE] [--SETTING VALUE ...]
@@ -27,7 +34,7 @@ START = """usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE] [--
 A setting stands here, or in the YAML file by its name without the dashes; here it wins.
 """
 MORE = "\nAll settings of TRL and transformers: --help all\n"
-OWN = (SelectionArguments, Fields, DataArguments, TaskArguments, OutputArguments, SafetyArguments)
+OWN = (SelectionArguments, ElementArguments, Fields, DataArguments, TaskArguments, OutputArguments, SafetyArguments)
 UPSTREAM = (ScriptArguments, SFTConfig, ModelConfig)
 MOST_USED = {
     "model": ("model_name_or_path", "dtype", "attn_implementation", "chat_template_path", "use_liger_kernel"),

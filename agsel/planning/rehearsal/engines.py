@@ -28,6 +28,7 @@ class Rank:
         self._zero, self._step, self._ledger = workload.zero, step, ledger
         self._ranks, self._accumulates = workload.ranks, workload.accumulation > 1
         self._parameters: list[nn.Parameter] = list(model.parameters())
+        self._buffers = list(model.buffers())
         self._numels = {parameter: parameter.numel() for parameter in self._parameters}
         self._group_of = {parameter: index for index, group in enumerate(step.groups) for parameter in group}
         self._triggers = {group[0] for group in late(step.groups)}
@@ -47,6 +48,8 @@ class Rank:
         """What is there before the forward."""
         self._workspace = self._ledger.allocate("buffers", WORKSPACE_BYTES, torch.uint8)
         self._load_weights()
+        with self._ledger.counting("weights"):
+            self._ledger.enter(self._buffers)
         self._fetch_states(self._step.resident)
         if self._accumulates:
             self._hold_earlier_gradients()

@@ -87,7 +87,6 @@ class Rehearsal:
             with self._ledger:  # what compiling allocates is forgotten
                 self._micro_batch()
         self._ledger.clear()
-        self._ledger.ignore(self._model.buffers())
         kind = Partitioned if self._workload.zero.stage == 3 else Replicated
         rank = kind(self._model, self._workload, step, self._ledger)
         with rank.hooks(), self._ledger:

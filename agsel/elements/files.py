@@ -61,8 +61,8 @@ def load_elements(model: nn.Module, path: str | Path) -> dict[str, Any]:
     return about
 
 
-def base_of(path: Path) -> str:
-    """The base model of a file of elements.
+def base_of(path: Path) -> tuple[str, str | None]:
+    """The base model of a file of elements, and its revision.
 
     Raises:
         UserError: it is no such file, or names none.
@@ -71,7 +71,7 @@ def base_of(path: Path) -> str:
     base = about.get("base_model")
     if not isinstance(base, str):
         raise UserError(f"{path} names no base model: load that yourself and call agsel.load_elements(model, {path})")
-    return base
+    return base, about.get("revision")
 
 
 def _base(about: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The model to evaluate: a folder or hub name of a model, or of an adapter, which is put onto its base."""
+"""The model to evaluate: a folder or hub name of a model or adapter, or a file of elements, put onto its base."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
+from agsel.elements import base_of, load_elements
 from agsel.errors import AgselError, UserError, one_line
 
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
@@ -22,7 +23,7 @@ def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     """Model, on this rank's device, and tokenizer.
 
     Args:
-        name: folder or hub name (`--model`).
+        name: folder or hub name, or file of elements (`--model`).
         dtype: of the weights; `auto` as saved.
 
     Raises:
@@ -30,7 +31,9 @@ def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     """
     _refuse_run_folder(Path(name))
     try:
-        if find_adapter_config_file(name) is not None:
+        if Path(name).is_file():
+            model, tokenizer = _load_elements(Path(name), dtype)
+        elif find_adapter_config_file(name) is not None:
             model, tokenizer = _load_adapter(name, dtype)
         else:
             model = _load_whole(name, dtype)
@@ -52,12 +55,16 @@ def own_device() -> torch.device:
 
 
 def fingerprint_of_files(name: str) -> list[list[str | int]]:
-    """Names, sizes and times of the files of a local folder, and of the base of an adapter; of a hub model its name."""
-    folder = Path(name)
-    if not folder.is_dir():
+    """Names, sizes and times of local files, those of the base of an adapter or elements included; else the name."""
+    path = Path(name)
+    if not path.exists():
         return [[name]]
-    states = [(path, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
-    found: list[list[str | int]] = [[str(path), state.st_size, state.st_mtime_ns] for path, state in states]
+    files = [path] if path.is_file() else [file for file in sorted(path.iterdir()) if file.is_file()]
+    states = [(file, file.stat()) for file in files]
+    found: list[list[str | int]] = [[str(file), state.st_size, state.st_mtime_ns] for file, state in states]
+    if path.is_file():
+        base, _ = base_of(path)
+        return found + (fingerprint_of_files(base) if base != name else [])
     if find_adapter_config_file(name) is None:
         return found
     from peft import PeftConfig  # slow to import, and rarely needed
@@ -93,22 +100,37 @@ def _load_adapter(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
             f"the base model of the adapter {name} (--model) is not at {base}: put it there, or correct "
             f"base_model_name_or_path in {Path(name, 'adapter_config.json')}"
         )
-    try:
-        model = _load_whole(base, dtype, revision=config.revision)
-    except AgselError:
-        raise
-    except Exception as error:  # as of load_model
-        raise UserError(
-            f"cannot load {base}, the base model of the adapter {name} (--model): {one_line(error)}; put it there, or "
-            "correct base_model_name_or_path in its adapter_config.json"
-        ) from error
-    has_tokenizer = not Path(name).is_dir() or any(Path(name, file).is_file() for file in TOKENIZER)
-    tokenizer = AutoTokenizer.from_pretrained(name if has_tokenizer else base)
+    remedy = "put it there, or correct base_model_name_or_path in its adapter_config.json"
+    model = _load_base(base, dtype, config.revision, f"the adapter {name} (--model)", remedy)
+    tokenizer = AutoTokenizer.from_pretrained(name if not Path(name).is_dir() or _has_tokenizer(Path(name)) else base)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # as for training
         model.resize_token_embeddings(len(tokenizer))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         return PeftModel.from_pretrained(model, name, autocast_adapter_dtype=False), tokenizer
+
+
+def _load_elements(file: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Base model with trained elements; the tokenizer is that of the run, if the file lies where a run has put it."""
+    base, revision = base_of(file)
+    remedy = "put it there, or load it in Python and call agsel.load_elements"
+    model = _load_base(base, dtype, revision, f"the elements {file} (--model)", remedy)
+    load_elements(model, file)
+    of_run = file.parent / "model"
+    return model, AutoTokenizer.from_pretrained(of_run if _has_tokenizer(of_run) else base)
+
+
+def _load_base(base: str, dtype: str, revision: str | None, of_what: str, remedy: str) -> PreTrainedModel:
+    try:
+        return _load_whole(base, dtype, revision=revision)
+    except AgselError:
+        raise
+    except Exception as error:  # as of load_model
+        raise UserError(f"cannot load {base}, the base model of {of_what}: {one_line(error)}; {remedy}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in TOKENIZER)
 
 
 def _refuse_run_folder(folder: Path) -> None:

@@ -19,7 +19,7 @@ class EvaluationArguments:
         UserError: a setting is out of its range; the message names the flag.
     """
 
-    model: str = field(metadata={"help": "Folder or hub name of a model, or of an adapter, which knows its base."})
+    model: str = field(metadata={"help": "Folder or hub name of a model or adapter, or elements.safetensors."})
     dataset_name: str | None = field(
         default=None,
         metadata={

@@ -34,7 +34,7 @@ def export_elements(model: nn.Module, weights: Mapping[str, Tensor], path: Path,
 
 @torch.no_grad()
 def load_elements(model: nn.Module, path: str | Path) -> dict[str, Any]:
-    """Put trained elements onto their base model: it becomes the trained one, bit for bit if it has the same type.
+    """Put trained elements onto their base model, which becomes the trained one: bit for bit, if loaded in its type.
 
     Args:
         model: the base model.
@@ -61,17 +61,16 @@ def load_elements(model: nn.Module, path: str | Path) -> dict[str, Any]:
     return about
 
 
-def base_of(path: Path) -> tuple[str, str | None]:
-    """The base model of a file of elements, and its revision.
+def base_of(path: Path) -> dict[str, str]:
+    """The base model of a file of elements: `base_model`, and if it tells them `revision` and the `dtype` of training.
 
     Raises:
         UserError: it is no such file, or names none.
     """
     *_, about = read(path, INDICES)
-    base = about.get("base_model")
-    if not isinstance(base, str):
+    if not isinstance(about.get("base_model"), str):
         raise UserError(f"{path} names no base model: load that yourself and call agsel.load_elements(model, {path})")
-    return base, about.get("revision")
+    return {name: value for name in ("base_model", "revision", "dtype") if isinstance(value := about.get(name), str)}
 
 
 def _base(about: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ def fingerprint_of_files(name: str) -> list[list[str | int]]:
     states = [(file, file.stat()) for file in files]
     found: list[list[str | int]] = [[str(file), state.st_size, state.st_mtime_ns] for file, state in states]
     if path.is_file():
-        base, _ = base_of(path)
+        base = base_of(path)["base_model"]
         return found + (fingerprint_of_files(base) if base != name else [])
     if find_adapter_config_file(name) is None:
         return found
@@ -112,9 +112,11 @@ def _load_adapter(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTok
 
 def _load_elements(file: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Base model with trained elements; the tokenizer is that of the run, if the file lies where a run has put it."""
-    base, revision = base_of(file)
+    about = base_of(file)
+    base, of_training = about["base_model"], about.get("dtype", "auto")
     remedy = "put it there, or load it in Python and call agsel.load_elements"
-    model = _load_base(base, dtype, revision, f"the elements {file} (--model)", remedy)
+    own = of_training if dtype == "auto" else dtype
+    model = _load_base(base, own, about.get("revision"), f"the elements {file} (--model)", remedy)
     load_elements(model, file)
     of_run = file.parent / "model"
     return model, AutoTokenizer.from_pretrained(of_run if _has_tokenizer(of_run) else base)

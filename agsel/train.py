@@ -35,7 +35,7 @@ from agsel.training.cost import CostCallback, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
 from agsel.training.elements import describe_elements, train_elements
 from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
-from agsel.training.fit import plan_of_run
+from agsel.training.fit import plan_of_run, require_room_for_choosing
 from agsel.training.generation import require_generation_config
 from agsel.training.hub import require_hub
 from agsel.training.identity import describe_settings, describe_trainer
@@ -179,6 +179,9 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.elements.elements is not None:
+        said = first_rank_does(partial(require_room_for_choosing, configuration, trainer), group)
+        if said is not None:
+            on_first_rank(said)
         train_elements(trainer, configuration, group)
     if configuration.selection.compile_layers:
         agsel.compile_layers(trainer.model)

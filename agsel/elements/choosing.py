@@ -96,8 +96,8 @@ def choose_elements(
     require_method(method)
     require_density(density)
     chosen = METHODS[method]
-    all_layers = _linear_weights(model, blocks)
-    layers = [_candidates(layer, chosen) for layer in all_layers]
+    all_layers = linear_weights(model, blocks)
+    layers = [candidates(layer, method) for layer in all_layers]
     shapes = {name: shape for layer in all_layers for name, shape in _shapes(layer).items()}
     if not any(layers):
         sought = " and ".join(chosen.modules or ("linear layers",))
@@ -143,8 +143,12 @@ def require_density(density: float) -> None:
         )
 
 
-def _linear_weights(model: nn.Module, blocks: Iterable[Block] | None) -> list[dict[str, nn.Parameter]]:
-    """The weights of the linear layers by name, of each decoder layer that is scored."""
+def linear_weights(model: nn.Module, blocks: Iterable[Block] | None) -> list[dict[str, nn.Parameter]]:
+    """The weights of the linear layers by name, of each decoder layer among some blocks, by default of all.
+
+    Raises:
+        UserError: one is quantised.
+    """
     name_of = {id(module): name for name, module in model.named_modules()}
     wanted = None if blocks is None else {block.name for block in blocks}
     layers = []
@@ -158,8 +162,9 @@ def _linear_weights(model: nn.Module, blocks: Iterable[Block] | None) -> list[di
     return layers
 
 
-def _candidates(layer: Mapping[str, nn.Parameter], method: Method) -> dict[str, nn.Parameter]:
-    modules = method.modules
+def candidates(layer: Mapping[str, nn.Parameter], method: str) -> dict[str, nn.Parameter]:
+    """Of the linear weights of a layer those that a method scores."""
+    modules = METHODS[method].modules
     return {name: weight for name, weight in layer.items() if modules is None or name.split(".")[-2] in modules}
 
 
@@ -181,10 +186,10 @@ def _scores(
     device = next(model.parameters()).device
     rounds = _most_batches(batches, device, group)
     required = [parameter.requires_grad for parameter in model.parameters()]
-    candidates = {id(weight) for layer in layers for weight in layer.values()}
+    scored = {id(weight) for layer in layers for weight in layer.values()}
     try:
         for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in candidates)
+            parameter.requires_grad_(id(parameter) in scored)
         gradients = GradientShares(layers, shapes, device, group)
         with evaluating(model, recomputing=True), gradients.watch(), whole_layer_by_layer(model):
             for number in range(rounds):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -19,24 +19,6 @@ def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
-class _Layer:
-    """The weights of a decoder layer, there from `gather` to `release`."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._parameters = list(layer.parameters())
-        self._held: ExitStack | None = None
-
-    def gather(self, *_: Any) -> None:
-        if self._held is None:
-            self._held = ExitStack()
-            self._held.enter_context(whole(self._parameters))
-
-    def release(self, *_: Any) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-
-
 @contextmanager
 def whole_layer_by_layer(model: nn.Module) -> Iterator[None]:
     """While inside, forwards and backwards run without an engine: layers are gathered when they are needed.
@@ -46,31 +28,57 @@ def whole_layer_by_layer(model: nn.Module) -> Iterator[None]:
     layers = decoder_layers(model)
     inside = {id(parameter) for parameter in layers.parameters()}
     around = [parameter for parameter in model.parameters() if id(parameter) not in inside]
-    with whole(around), ExitStack() as stack, warnings.catch_warnings():
+    with whole(around), layer_by_layer(layers, lambda layer: whole(layer.parameters())):
+        yield
+
+
+@contextmanager
+def layer_by_layer(layers: Iterable[nn.Module], held: Callable[[nn.Module], AbstractContextManager]) -> Iterator[None]:
+    """Hold each layer while it computes: in its forward, and in its backward until that of the next one begins."""
+    with ExitStack() as stack, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the first layer's inputs have none
         walked_back: list[_Layer] = []
         for layer in layers:
-            held = _Layer(layer)
-            stack.callback(held.release)
-            for handle in _hooks(layer, held, walked_back):
+            handles = _Layer(layer, held, stack).hooks(walked_back)
+            for handle in handles:
                 stack.callback(handle.remove)
         yield
 
 
-def _hooks(layer: nn.Module, held: _Layer, walked_back: list[_Layer]) -> list[Any]:
-    def after_forward(*_: Any) -> None:
-        recomputing = torch._C._current_graph_task_id() != -1  # under gradient checkpointing
-        if not recomputing:
-            held.release()
+class _Layer:
+    """A layer that is held from `hold` to `release`."""
 
-    def before_backward(*_: Any) -> None:
-        while walked_back:  # all of its gradients have come
-            walked_back.pop().release()
-        held.gather()
-        walked_back.append(held)
+    def __init__(self, layer: nn.Module, held: Callable[[nn.Module], AbstractContextManager], end: ExitStack) -> None:
+        self._layer, self._held = layer, held
+        self._holding: ExitStack | None = None
+        end.callback(self.release)
 
-    return [
-        layer.register_forward_pre_hook(held.gather),
-        layer.register_forward_hook(after_forward),
-        layer.register_full_backward_pre_hook(before_backward),
-    ]
+    def hold(self, *_: Any) -> None:
+        if self._holding is None:
+            self._holding = ExitStack()
+            self._holding.enter_context(self._held(self._layer))
+
+    def release(self, *_: Any) -> None:
+        if self._holding is not None:
+            self._holding.close()
+            self._holding = None
+
+    def hooks(self, walked_back: list[_Layer]) -> list[Any]:
+        """Registered; `walked_back` has the layer whose backward is going on."""
+
+        def after_forward(*_: Any) -> None:
+            recomputing = torch._C._current_graph_task_id() != -1  # under gradient checkpointing
+            if not recomputing:
+                self.release()
+
+        def before_backward(*_: Any) -> None:
+            while walked_back:  # all of its gradients have come
+                walked_back.pop().release()
+            self.hold()
+            walked_back.append(self)
+
+        return [
+            self._layer.register_forward_pre_hook(self.hold),
+            self._layer.register_forward_hook(after_forward),
+            self._layer.register_full_backward_pre_hook(before_backward),
+        ]

@@ -33,6 +33,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, None]:
         """That of the inputs, and that of the weight at the indices, of which all is there for a moment."""
         inputs, weight, indices = ctx.saved_tensors
+        inputs, weight = inputs.to(gradient.dtype), weight.to(gradient.dtype)  # under autocast they have another type
         of_inputs = gradient @ weight if ctx.needs_input_grad[0] else None
         of_weight = gradient.flatten(0, -2).t() @ inputs.flatten(0, -2)
         return of_inputs, None, None, of_weight.flatten().index_select(0, indices), None
@@ -53,11 +54,7 @@ class ElementLinear(TrainedInPart, nn.Linear):
         """As of `nn.Linear`."""
         if not (self.values.requires_grad and torch.is_grad_enabled()):
             return functional.linear(inputs, self.weight, self.bias)
-        operands: tuple[Tensor | None, ...] = (inputs, self.weight, self.bias)
-        if torch.is_autocast_enabled(inputs.device.type):  # whose own casts would not reach the backward
-            dtype = torch.get_autocast_dtype(inputs.device.type)
-            operands = tuple(operand if operand is None else operand.to(dtype) for operand in operands)
-        return _Product.apply(*operands, self.values, self.indices)
+        return _Product.apply(inputs, self.weight, self.bias, self.values, self.indices)
 
     @torch.no_grad()
     def write(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
@@ -11,9 +12,11 @@ from torch import nn
 from transformers import Trainer
 from trl import SFTConfig
 
+from agsel.elements.choosing import candidates, linear_weights
+from agsel.errors import UserError
 from agsel.planning.description import describe_memory
-from agsel.planning.memory import MemoryPlan, Planner, meta_copy, planned_steps
-from agsel.planning.rehearsal import CannotRehearseError, Workload, ZeroSettings
+from agsel.planning.memory import MemoryPlan, Planner, meta_copy, on_gpu, planned_steps
+from agsel.planning.rehearsal import CannotRehearseError, Rehearsal, Step, Workload, ZeroSettings
 from agsel.planning.rehearsal.workload import Loss
 from agsel.policies import Policy, fraction_of_blocks, reads_fraction
 from agsel.training.configuration import Configuration, smooths_labels
@@ -53,6 +56,40 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
     host = available_bytes() + _weights_on_host(trainer.model) * plan.ranks_per_host
     gpu = 0 if training.use_cpu else torch.cuda.get_device_properties(training.device).total_memory
     return describe_memory(plan), shortage(planner, plan, gpu, host, all_blocks=not reads_fraction(policy))
+
+
+def require_room_for_choosing(configuration: Configuration, trainer: Trainer) -> str | None:
+    """One line on the memory that choosing elements takes at most; None on the CPU, and where it cannot be planned.
+
+    Raises:
+        UserError: a GPU has less, and the run is not forced.
+    """
+    training, method = configuration.training, configuration.elements.elements
+    if training.use_cpu or method is None:
+        return None
+    try:
+        peak = _peak_of_choosing(configuration, trainer, method)
+    except CannotRehearseError as error:
+        return f"memory    choosing elements cannot be planned for this model: {error}"
+    needed, gpu = on_gpu(peak), torch.cuda.get_device_properties(training.device).total_memory
+    if needed > gpu and not configuration.selection.force:
+        raise UserError(
+            f"choosing elements needs {needed / 1e9:.1f} GB on each GPU, with CUDA, NCCL and gaps, which has "
+            f"{gpu / 1e9:.1f} GB: use a smaller --per_device_train_batch_size or --max_length, "
+            "--gradient_checkpointing true, or more GPUs; --force true starts all the same"
+        )
+    return f"memory    choosing elements takes {peak / 1e9:.2f} GB on each GPU, at most"
+
+
+def _peak_of_choosing(configuration: Configuration, trainer: Trainer, method: str) -> int:
+    model = meta_copy(trainer.model, _dtype(configuration.training))
+    blocks = configuration.blocks_of(model)
+    groups = [list(candidates(layer, method).values()) for layer in linear_weights(model, blocks)]
+    workload = replace(_workload(configuration, trainer), accumulation=1, compiled=False)
+    nothing = frozenset[int]()
+    everything = frozenset(index for index, group in enumerate(groups) if group)
+    step = Step(groups=groups, trainable=everything, updated=nothing, resident=nothing, choosing=True)
+    return Rehearsal(model, workload).run(step).total
 
 
 def shortage(planner: Planner, plan: MemoryPlan, gpu: int, host: int, *, all_blocks: bool = False) -> str | None:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from agsel.compilation import compile_layers
 from agsel.errors import one_line
-from agsel.planning.rehearsal.engines import Partitioned, Replicated
+from agsel.planning.rehearsal.choosing import Choosing, ChoosingPartitioned
+from agsel.planning.rehearsal.engines import Partitioned, Rank, Replicated
 from agsel.planning.rehearsal.kernels import gpu_kernels, loss_kernels
 from agsel.planning.rehearsal.ledger import Ledger
 from agsel.planning.rehearsal.workload import Step, Workload
@@ -87,14 +88,18 @@ class Rehearsal:
             with self._ledger:  # what compiling allocates is forgotten
                 self._micro_batch()
         self._ledger.clear()
-        kind = Partitioned if self._workload.zero.stage == 3 else Replicated
-        rank = kind(self._model, self._workload, step, self._ledger)
+        rank = self._kind_of_rank(step)(self._model, self._workload, step, self._ledger)
         with rank.hooks(), self._ledger:
             rank.begin()
             self._micro_batch()
             rank.finish()
             rank.update()
         return Peak(dict(self._ledger.peak), self._ledger.flops)
+
+    def _kind_of_rank(self, step: Step) -> type[Rank]:
+        if step.choosing:
+            return ChoosingPartitioned if self._workload.zero.stage == 3 else Choosing
+        return Partitioned if self._workload.zero.stage == 3 else Replicated
 
     def _micro_batch(self) -> None:
         kind, trains = self._workload.loss, self._model.training

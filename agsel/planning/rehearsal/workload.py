@@ -70,6 +70,7 @@ class Step:
         resident: groups whose optimizer states are on the GPU all the time; those of others that are updated arrive
             after a third of the backward.
         stock: DeepSpeed without agsel, which keeps one gradient buffer for all groups.
+        choosing: gradients are added up, layer by layer, for elements to be chosen by, and nothing is updated.
     """
 
     groups: Sequence[Sequence[nn.Parameter]]
@@ -77,3 +78,4 @@ class Step:
     updated: frozenset[int]
     resident: frozenset[int]
     stock: bool = False
+    choosing: bool = False

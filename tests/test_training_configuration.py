@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import chain
@@ -68,6 +69,23 @@ def test_the_methods_own_default_of_the_blocks_that_take_part() -> None:
     assert parse(*always, "--method", "full").taking_part == "all"
     assert parse(*always, "--method", "full", "--select_blocks", "layers").taking_part == "layers"
     assert parse(*always, "--method", "full", "--select_from", "0.5").taking_part == "layers"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--elements", "lottery"], "there is no method 'lottery': use gallop, gem, saft (--elements)"),
+        (["--elements", "gem", "--element_density", "0"], "above 0 and at most 1, got 0 (--element_density)"),
+        (["--elements", "gem", "--element_density", "1.5"], "at most 1, got 1.5 (--element_density)"),
+        (["--elements", "gem", "--element_density", "nan"], "at most 1, got nan (--element_density)"),
+        (["--elements", "saft", "--element_samples", "0"], "1 or more, got 0 (--element_samples)"),
+        (["--elements", "saft", "--use_peft"], "leave out --use_peft, or --elements"),
+        (["--elements", "saft", "--load_in_4bit"], "leave out --load_in_4bit, or --elements"),
+    ],
+)
+def test_wrong_settings_of_elements_are_refused(recipe: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse("--config", recipe, *words)
 
 
 def test_what_the_method_does_not_read_is_refused_on_the_command_line(recipe: Path) -> None:
@@ -264,9 +282,10 @@ def titles(text: str) -> list[str]:
 def test_help_begins_with_how_to_start_and_the_settings_of_agsel(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys)
     assert text.startswith("usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE]")
-    assert titles(text)[:7] == [
+    assert titles(text)[:8] == [
         "block selection:",
         "settings of the methods:",
+        "single weights:",
         "columns of the dataset:",
         "datasets:",
         "tasks judged at every evaluation:",

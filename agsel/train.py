@@ -30,10 +30,10 @@ from agsel.runs.preemption import SignalWatch, StopRequests, host_group
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
+from agsel.training.chosen_elements import describe_elements, train_elements
 from agsel.training.configuration import Configuration, configure, write_configuration
 from agsel.training.cost import CostCallback, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
-from agsel.training.elements import describe_elements, train_elements
 from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
 from agsel.training.fit import plan_of_run, require_room_for_choosing
 from agsel.training.generation import require_generation_config

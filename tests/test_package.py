@@ -19,7 +19,15 @@ import agsel
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
-BELOW = {"agsel.errors", "agsel.upstream", "agsel.blocks", "agsel.compilation", "agsel.policies", "agsel.zero"}
+BELOW = {
+    "agsel.errors",
+    "agsel.upstream",
+    "agsel.blocks",
+    "agsel.compilation",
+    "agsel.elements",
+    "agsel.policies",
+    "agsel.zero",
+}
 TRAINERS = {"accelerate", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl"}
 ALL_BELOW = BELOW | {
     "agsel",
@@ -40,7 +48,9 @@ FLOORS = {
     "agsel/upstream.py": {"agsel.errors"},
     "agsel/blocks.py": {"agsel.errors", "torch"},
     "agsel/adapters.py": {"agsel.errors", "torch", "peft"},
+    "agsel/modes.py": {"torch"},
     "agsel/policies": {"agsel.errors", "numpy"},
+    "agsel/elements": {"agsel.errors", "agsel.blocks", "agsel.modes", "deepspeed", "safetensors", "torch"},
     "agsel/data": {"agsel.errors", "datasets", "pyarrow", "transformers", "trl"},
     "agsel/compilation.py": {"agsel.blocks", "torch"},
     "agsel/zero": {
@@ -48,6 +58,8 @@ FLOORS = {
         "agsel.upstream",
         "agsel.adapters",
         "agsel.blocks",
+        "agsel.elements",
+        "agsel.modes",
         "agsel.policies",
         "deepspeed",
         "psutil",
@@ -59,6 +71,7 @@ FLOORS = {
     "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "mpi4py", "psutil", *TRAINERS},
     "agsel/evaluation": {
         "agsel.data",
+        "agsel.elements",
         "agsel.errors",
         "agsel.zero",
         "datasets",

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from agsel.blocks import Block, decoder_layers
-from agsel.elements.gathering import whole, whole_layer_by_layer
 from agsel.elements.gradients import GradientShares
 from agsel.elements.largest import largest
 from agsel.elements.layer import require_plain
 from agsel.elements.mask import ElementMask
+from agsel.elements.whole_weights import whole, whole_layer_by_layer
 from agsel.errors import RunError, UserError
 from agsel.modes import evaluating
 

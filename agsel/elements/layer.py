@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agsel.blocks import TrainedInPart
-from agsel.elements.gathering import whole
 from agsel.elements.mask import ElementMask
+from agsel.elements.whole_weights import whole
 from agsel.errors import UserError
 
 

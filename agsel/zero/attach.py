@@ -15,7 +15,6 @@ from agsel.errors import UserError
 from agsel.policies import Policy
 from agsel.zero import guards, universal
 from agsel.zero.consensus import require_equal_settings
-from agsel.zero.elements import WriteThrough, describe_elements
 from agsel.zero.engine import SelectiveEngine
 from agsel.zero.host_memory import require_host_memory
 from agsel.zero.parameters import block_infos
@@ -24,6 +23,7 @@ from agsel.zero.sanity import SanityChecks
 from agsel.zero.selection import Selection
 from agsel.zero.stage_1_and_2 import SelectiveZeroOptimizer
 from agsel.zero.stage_3 import SelectiveZeroOptimizerStage3
+from agsel.zero.write_through import WriteThrough, describe_elements
 
 SELECTIVE_CLASSES: dict[int, type[SelectiveZeroOptimizer] | type[SelectiveZeroOptimizerStage3]] = {
     1: SelectiveZeroOptimizer,

@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from agsel.errors import UserError
 from agsel.policies import Update
-from agsel.zero.elements import WriteThrough
 from agsel.zero.residency import Partition
 from agsel.zero.selection import Selection
 from agsel.zero.timetable import Moment
+from agsel.zero.write_through import WriteThrough
 
 
 class SelectiveStep:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from agsel.blocks import decoder_layers
 from agsel.elements import ElementMask, choose_elements, use_elements
-from agsel.elements.gathering import whole
+from agsel.elements.whole_weights import whole
 from agsel.errors import RunError, UserError
 from agsel.monitor.progress import Progress
 from agsel.runs.checkpoints import fault_of_disk

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from agsel.blocks import decoder_layers
-from agsel.elements.gathering import layer_by_layer
+from agsel.elements.whole_weights import layer_by_layer
 from agsel.planning.rehearsal.engines import Rank
 from agsel.planning.rehearsal.ledger import Ledger
 from agsel.planning.rehearsal.workload import Step, Workload

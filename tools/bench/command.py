@@ -130,6 +130,7 @@ def _add_measured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default=["full", "bound", "exploit", "explore"], help=methods, **several)
     parser.add_argument("--ranks", default=[2], type=int, help="processes, one a GPU", **several)
     parser.add_argument("--fractions", default=[0.3], type=float, help="shares of the layers", **several)
+    parser.add_argument("--densities", default=[0.01], type=float, help="shares of the weights", **several)
     parser.add_argument("--shapes", default=["8x512"], help="rows x tokens of a micro-batch per GPU", **several)
     parser.add_argument(
         "--liger", default=["none"], choices=kernels, help="its fused loss alone, or all of its kernels", **several

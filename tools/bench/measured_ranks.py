@@ -32,7 +32,7 @@ from tools.bench.random_model import restored_modules
 from tools.bench.stopwatch import Measurement, Settings
 from tools.bench.whole_run import run_trainer
 
-PACKAGES = ("torch", "deepspeed", "transformers")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 SUMMED = ("pinned_bytes",)
 """What ranks of one host add up; of everything else the row holds the largest."""
 

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from agsel.planning.shapes import MODEL_SHAPES
 from tests.distributed import REPOSITORY, environment, kill_session
 from tests.tiny import tiny_model
 from tools import plan_memory
-from tools.bench import command, scaling, scaling_picture
+from tools.bench import command, scaling, scaling_picture, scoring
 from tools.bench.chosen_weights import linear_layers, random_mask
 from tools.bench.compared_methods import METHODS
 from tools.bench.configurations import Configuration
@@ -41,6 +42,7 @@ PLAN = """
 - {models: tiny, stages: [2, 3], methods: [elements, exploit-elements], densities: 0.1, shapes: 2x16, ranks: 1}
 - {models: tiny, stages: 2, methods: [supertuning, shira], densities: 0.1, shapes: 2x16, ranks: 1}
 """
+SCORING = "tools/bench_scoring.py"
 STEPS = 4
 FEATURES = {
     field.name: field.default for field in fields(Configuration) if field.name not in ("model", "stage", "method")
@@ -58,9 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object) -> str:
+def run(*arguments: object, tool: str = "tools/bench.py") -> str:
     process = subprocess.Popen(
-        [sys.executable, "tools/bench.py", *map(str, arguments)],
+        [sys.executable, tool, *map(str, arguments)],
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -305,6 +307,40 @@ def test_a_plan_that_is_none_is_refused(plan: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(plan)
     with pytest.raises(ValueError, match="plan"):
         expand(read_plan(tmp_path / "plan.yaml"))
+
+
+def test_scoring_is_measured_in_turns_with_training(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 5)
+    text = "".join(chr(code) for code in range(32, 127))
+    tokenizer = Tokenizer(models.WordLevel({character: index for index, character in enumerate(text)}, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~").save_pretrained(tmp_path / "tokenizer")
+    options = {"model": "tiny", "dataset": rows, "tokenizer": tmp_path / "tokenizer", "rows": 9, "micro_batch": 2}
+    options |= {"output": tmp_path, "rounds": 2}
+    output = run(*[part for name, value in options.items() for part in (f"--{name}", value)], tool=SCORING)
+    row = json.loads((tmp_path / "scoring.jsonl").read_text())
+    assert (row["rows"], row["tokens"], row["batches"], row["device"]) == (5, 5 * len("1 + 1?\n2~"), 3, "1 x CPU")
+    assert [len(row[f"{name}_ms"]) for name in ("training", "scoring")] == [2, 2]
+    assert f"ratio {scoring.ratio(row):.3f}" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "best"), "there is no method 'best'"),
+        (("--density", "0"), "got 0 (--element_density)"),
+        (("--rounds", "0"), "rounds must be at least 1, got 0 (--rounds)"),
+        (("--rows", "1", "--ranks", "2"), "1 rows are too few for 2 ranks (--rows)"),
+        (("--dataset", "rows.jsonl"), "a dataset needs a tokenizer"),
+    ],
+)
+def test_mistakes_of_scoring_end_in_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        scoring.main(["--output", str(tmp_path / "new"), *arguments])
+    assert stop.value.code.startswith("agsel: error: ")
+    assert message in stop.value.code
+    assert not (tmp_path / "new").exists()
 
 
 def test_scaling_without_rows_ends_in_one_line(tmp_path: Path) -> None:

@@ -86,8 +86,13 @@ def launch_ranks(options: argparse.Namespace, typed: str, configurations: Sequen
         "command": typed,
     }
     (folder / "plan.json").write_text(json.dumps(plan, indent=1))
-    command = ["deepspeed", "--num_gpus", str(configurations[0].ranks), "--master_port", str(_free_port())]
-    command += ["--module", "tools.bench.measured_ranks", str(folder.resolve())]
+    return run_ranks("tools.bench.measured_ranks", configurations[0].ranks, folder)
+
+
+def run_ranks(module: str, ranks: int, folder: Path) -> int:
+    """Run a module of the benchmark on so many ranks, over the folder of its plan. Returns the exit code."""
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(_free_port())]
+    command += ["--module", module, str(folder.resolve())]
     return subprocess.run(command, env=_environment()).returncode
 
 

@@ -15,20 +15,22 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from agsel.planning.shapes import MODEL_SHAPES
 from tests.distributed import REPOSITORY, environment, kill_session
 from tests.tiny import tiny_model
 from tools import plan_memory
-from tools.bench import command, scaling, scaling_picture
+from tools.bench import command, scaling, scaling_picture, scoring
+from tools.bench.chosen_weights import linear_layers, random_mask
 from tools.bench.compared_methods import METHODS
 from tools.bench.configurations import Configuration
 from tools.bench.picture import draw_group
 from tools.bench.plans import expand, read_plan
-from tools.bench.rows import median_row, read_rows
+from tools.bench.rows import configuration_of, median_row, read_rows
 from tools.bench.series import Series, strong_scaling, weak_scaling
-from tools.bench.starters import expected_set
+from tools.bench.starters import add_shira, add_supertuning, expected_set
 from tools.bench.stopwatch import Settings, Stopwatch, flops_per_token
 from tools.bench.table import COLUMNS
 
@@ -37,7 +39,10 @@ PLAN = """
 - {models: tiny, stages: 3, methods: [full-layers, bound, exploit], shapes: 2x16}
 - {models: tiny, stages: 2, methods: badam, shapes: 2x16, checkpointing: on}
 - {models: tiny, stages: 1, methods: full, shapes: 2x16, ranks: 1}
+- {models: tiny, stages: [2, 3], methods: [elements, exploit-elements], densities: 0.1, shapes: 2x16, ranks: 1}
+- {models: tiny, stages: 2, methods: [supertuning, shira], densities: 0.1, shapes: 2x16, ranks: 1}
 """
+SCORING = "tools/bench_scoring.py"
 STEPS = 4
 FEATURES = {
     field.name: field.default for field in fields(Configuration) if field.name not in ("model", "stage", "method")
@@ -55,9 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*arguments: object) -> str:
+def run(*arguments: object, tool: str = "tools/bench.py") -> str:
     process = subprocess.Popen(
-        [sys.executable, "tools/bench.py", *map(str, arguments)],
+        [sys.executable, tool, *map(str, arguments)],
         cwd=REPOSITORY,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -79,7 +84,7 @@ def rows(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_every_configuration_is_measured(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert len(rows) == 12
+    assert len(rows) == 18
     for row in rows.values():
         if row["method"] != "badam":
             assert row["error"] is None
@@ -93,8 +98,7 @@ def test_a_run_through_launch_train_leaves_nothing_behind(folder: Path) -> None:
 
 
 def test_each_number_of_ranks_has_a_launch_of_its_own(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert rows["full", 1]["device"] == "1 x CPU"
-    assert {row["device"] for key, row in rows.items() if key != ("full", 1)} == {"2 x CPU"}
+    assert {(row["ranks"], row["device"]) for row in rows.values()} == {(1, "1 x CPU"), (2, "2 x CPU")}
 
 
 def test_a_configuration_that_cannot_run_says_why(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
@@ -141,7 +145,11 @@ def test_profiles_are_of_the_training_step(folder: Path) -> None:
 
 def test_table_has_every_row_and_its_ratios(folder: Path, rows: dict[tuple[str, int], dict[str, Any]]) -> None:
     lines = (folder / "table.md").read_text().splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| explo")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith(("| exploit |", "| explore |"))
+    ]
     exploit, bound, full = (rows[method, 2]["ms_per_step"] for method in ("exploit", "bound", "full"))
     assert [row[0] for row in cells] == ["exploit", "explore", "exploit"]
     assert all(len(row) == len(COLUMNS) for row in cells)
@@ -209,6 +217,37 @@ def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
     assert len(found) == 8
 
 
+def test_a_density_is_read_by_methods_of_single_weights_and_named_where_it_is_unusual() -> None:
+    options = {"models": "tiny", "stages": 2, "methods": ["full", "elements"], "densities": [0.01, 0.001]}
+    assert [one.label for one in expand([options])] == ["full", "elements", "elements, density 0.1%"]
+
+
+def test_a_row_from_before_an_option_has_its_default() -> None:
+    row = FEATURES | {"model": "tiny", "stage": 2, "method": "full"}
+    del row["density"]
+    assert configuration_of(row) == Configuration(model="tiny", stage=2, method="full")
+
+
+def test_peft_trains_as_many_weights_as_elements_do() -> None:
+    """SHiRA nearly as many: whole ranks. With more than 20 matrices of a rank PEFT shortens their names."""
+    density = 0.1
+    model = deep_model()
+    weights = sum(layer.weight.numel() for layer in linear_layers(model).values())
+    assert random_mask(model, density).numel == pytest.approx(density * weights, rel=0.01)
+    assert trained(add_supertuning(model, density)) == pytest.approx(density * weights, rel=0.01)
+    model = add_shira(deep_model(), density)
+    assert trained(model) == pytest.approx(density * weights, rel=0.1)
+    assert len([p for p in model.parameters() if p.requires_grad]) == len(linear_layers(deep_model()))
+
+
+def deep_model() -> Any:
+    return AutoModelForCausalLM.from_config(MODEL_SHAPES["tiny"](num_hidden_layers=24))
+
+
+def trained(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 @pytest.mark.parametrize(("times", "expected"), [([5.0], 5.0), ([9.0, 7.0], 7.0), ([3.0, 9.0, 7.0], 7.0)])
 def test_of_several_rounds_the_median_counts(times: list[float], expected: float) -> None:
     failed = {"error": "out of memory"}
@@ -219,7 +258,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 53
+    assert len(configurations) == 72
     assert {configuration.method for configuration in configurations} == set(METHODS)
 
 
@@ -230,6 +269,7 @@ def test_the_plan_of_the_readme_is_one() -> None:
         ({"models": "tiny", "stages": 2, "methods": "full", "liger": "all", "compile": "on"}, "use --liger loss"),
         ({"models": "tiny", "stages": 2, "methods": "fool"}, "unknown method 'fool'"),
         ({"models": "tiny", "stages": 2, "methods": "full", "ranks": 0}, "ranks must be at least 1, got 0"),
+        ({"models": "tiny", "stages": 2, "methods": "elements", "densities": 0}, "density must be above 0"),
         ({"models": "tiny", "stages": 4, "methods": "full"}, "stage must be 1, 2 or 3, got 4"),
         ({"models": "tiny", "stage": 2, "methods": "full"}, "unknown option 'stage' in the plan"),
     ],
@@ -267,6 +307,40 @@ def test_a_plan_that_is_none_is_refused(plan: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(plan)
     with pytest.raises(ValueError, match="plan"):
         expand(read_plan(tmp_path / "plan.yaml"))
+
+
+def test_scoring_is_measured_in_turns_with_training(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 5)
+    text = "".join(chr(code) for code in range(32, 127))
+    tokenizer = Tokenizer(models.WordLevel({character: index for index, character in enumerate(text)}, "?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~").save_pretrained(tmp_path / "tokenizer")
+    options = {"model": "tiny", "dataset": rows, "tokenizer": tmp_path / "tokenizer", "rows": 9, "micro_batch": 2}
+    options |= {"output": tmp_path, "rounds": 2}
+    output = run(*[part for name, value in options.items() for part in (f"--{name}", value)], tool=SCORING)
+    row = json.loads((tmp_path / "scoring.jsonl").read_text())
+    assert (row["rows"], row["tokens"], row["batches"], row["device"]) == (5, 5 * len("1 + 1?\n2~"), 3, "1 x CPU")
+    assert [len(row[f"{name}_ms"]) for name in ("training", "scoring")] == [2, 2]
+    assert f"ratio {scoring.ratio(row):.3f}" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--method", "best"), "there is no method 'best'"),
+        (("--density", "0"), "got 0 (--element_density)"),
+        (("--rounds", "0"), "rounds must be at least 1, got 0 (--rounds)"),
+        (("--rows", "1", "--ranks", "2"), "1 rows are too few for 2 ranks (--rows)"),
+        (("--dataset", "rows.jsonl"), "a dataset needs a tokenizer"),
+    ],
+)
+def test_mistakes_of_scoring_end_in_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        scoring.main(["--output", str(tmp_path / "new"), *arguments])
+    assert stop.value.code.startswith("agsel: error: ")
+    assert message in stop.value.code
+    assert not (tmp_path / "new").exists()
 
 
 def test_scaling_without_rows_ends_in_one_line(tmp_path: Path) -> None:
@@ -425,10 +499,16 @@ def test_what_a_method_is_follows_from_its_entry() -> None:
     """Only launch/train.py builds an engine of its own, and it takes a policy; so do all that move states."""
     assert [name for name, method in METHODS.items() if method.start is None] == ["trainer"]
     over_adapters = ["exploit-lora-256", "ist-lora-256"]
-    moving = ["fixed", "exploit", "explore", "topk", "lisa", "agsel-badam", *over_adapters, "trainer"]
+    over_elements = ["elements", "exploit-elements"]
+    moving = ["fixed", "exploit", "explore", "topk", "lisa", "agsel-badam", *over_adapters, *over_elements, "trainer"]
     assert [name for name, method in METHODS.items() if method.moves_states] == moving
     reading = {name for name, method in METHODS.items() if method.reads_fraction}
-    assert reading == {"bound", *moving, "badam"} - {"agsel-badam"}
+    assert reading == {"bound", *moving, "badam"} - {"agsel-badam", "elements"}
+    assert [name for name, method in METHODS.items() if method.reads_density] == [
+        *over_elements,
+        "supertuning",
+        "shira",
+    ]
     kinds = {name: method.kinds_of_steps for name, method in METHODS.items() if method.kinds_of_steps}
     exploiting = dict.fromkeys((name for name in moving if name not in ("explore", "topk")), ("exploit",))
     asking = {"ist-lora-256": ("exploit", "losses")}

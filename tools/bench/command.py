@@ -86,8 +86,13 @@ def launch_ranks(options: argparse.Namespace, typed: str, configurations: Sequen
         "command": typed,
     }
     (folder / "plan.json").write_text(json.dumps(plan, indent=1))
-    command = ["deepspeed", "--num_gpus", str(configurations[0].ranks), "--master_port", str(_free_port())]
-    command += ["--module", "tools.bench.measured_ranks", str(folder.resolve())]
+    return run_ranks("tools.bench.measured_ranks", configurations[0].ranks, folder)
+
+
+def run_ranks(module: str, ranks: int, folder: Path) -> int:
+    """Run a module of the benchmark on so many ranks, over the folder of its plan. Returns the exit code."""
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(_free_port())]
+    command += ["--module", module, str(folder.resolve())]
     return subprocess.run(command, env=_environment()).returncode
 
 
@@ -130,6 +135,7 @@ def _add_measured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default=["full", "bound", "exploit", "explore"], help=methods, **several)
     parser.add_argument("--ranks", default=[2], type=int, help="processes, one a GPU", **several)
     parser.add_argument("--fractions", default=[0.3], type=float, help="shares of the layers", **several)
+    parser.add_argument("--densities", default=[0.01], type=float, help="shares of the weights", **several)
     parser.add_argument("--shapes", default=["8x512"], help="rows x tokens of a micro-batch per GPU", **several)
     parser.add_argument(
         "--liger", default=["none"], choices=kernels, help="its fused loss alone, or all of its kernels", **several

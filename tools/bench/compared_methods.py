@@ -16,10 +16,12 @@ from tools.bench.starters import (
     Starter,
     start_badam,
     start_bound,
-    start_full,
     start_full_layers,
     start_lora,
     start_selection,
+    start_shira,
+    start_supertuning,
+    start_trainable,
     start_zero_offload,
 )
 
@@ -36,6 +38,7 @@ class Method:
         start: what builds its engine; None if launch/train.py does.
         policy: agsel's, for a fraction of the layers; None if agsel does not take part.
         lora_rank: of agsel's adapters; None if it trains all weights of a layer.
+        reads_density: whether single weights are trained, the configuration's share of them.
         fraction_of_stock: whether a method without a policy reads the fraction, too.
         kinds: of the steps that are measured, where they are not all kinds of the policy.
     """
@@ -44,6 +47,7 @@ class Method:
     start: Starter | None
     policy: PolicyOf | None = None
     lora_rank: int | None = None
+    reads_density: bool = False
     fraction_of_stock: bool = False
     kinds: tuple[PlannedStep, ...] = ()
 
@@ -66,11 +70,15 @@ class Method:
 
 
 def selecting(
-    meaning: str, policy: PolicyOf, kinds: tuple[PlannedStep, ...] = (), lora_rank: int | None = None
+    meaning: str,
+    policy: PolicyOf,
+    kinds: tuple[PlannedStep, ...] = (),
+    lora_rank: int | None = None,
+    elements: bool = False,
 ) -> Method:
     """agsel with the policy made from the fraction."""
-    start = partial(start_selection, policy, lora_rank=lora_rank)
-    return Method(meaning=meaning, start=start, policy=policy, lora_rank=lora_rank, kinds=kinds)
+    start = partial(start_selection, policy, lora_rank=lora_rank, elements=elements)
+    return Method(meaning=meaning, start=start, policy=policy, lora_rank=lora_rank, reads_density=elements, kinds=kinds)
 
 
 def random_sets(every: int) -> Callable[[float], agsel.RandomBlocks]:
@@ -89,7 +97,7 @@ def exploring(fraction: float) -> agsel.AdaGradSelect:
 
 
 METHODS: dict[str, Method] = {
-    "full": Method(meaning="full fine-tuning, stock DeepSpeed", start=start_full, kinds=("full",)),
+    "full": Method(meaning="full fine-tuning, stock DeepSpeed", start=start_trainable, kinds=("full",)),
     "full-layers": Method(
         meaning="full fine-tuning, stock DeepSpeed told to gather whole layers, as agsel does at ZeRO-3",
         start=start_full_layers,
@@ -119,11 +127,29 @@ METHODS: dict[str, Method] = {
     "ist-lora-256": selecting(
         "agsel, IST over LoRA r=256", lambda fraction: agsel.Ist(fraction=fraction), lora_rank=256
     ),
+    "elements": selecting(
+        "agsel, single weights of every layer: 1 %, if no other density is named",
+        lambda _: agsel.FullFineTuning(),
+        elements=True,
+    ),
+    "exploit-elements": selecting(
+        "agsel, single weights, as many, of a new random set of layers at every step", exploiting, elements=True
+    ),
     "trainer": Method(
         meaning="`exploit` through launch/train.py and TRL's own fused loss", start=None, policy=exploiting
     ),
     "lora-256": Method(meaning="LoRA r=256 on all linear layers, stock DeepSpeed", start=partial(start_lora, 256)),
     "lora-16": Method(meaning="LoRA r=16 on all linear layers, stock DeepSpeed", start=partial(start_lora, 16)),
+    "supertuning": Method(
+        meaning="PEFT's Supertuning of as many weights, stock DeepSpeed",
+        start=start_supertuning,
+        reads_density=True,
+    ),
+    "shira": Method(
+        meaning="PEFT's SHiRA of about as many weights, by whole ranks, stock DeepSpeed",
+        start=start_shira,
+        reads_density=True,
+    ),
     "zero-offload": Method(meaning="full fine-tuning, ZeRO-Offload (CPU Adam)", start=start_zero_offload),
     "badam": Method(
         meaning="the BAdam package, as many layers at a time, no switch while measured",
@@ -147,7 +173,9 @@ def method_of(configuration: Configuration) -> Method:
 def canonical(configuration: Configuration) -> Configuration:
     """The same configuration without the options its method does not read, so that it is measured once."""
     method = method_of(configuration)
-    fraction = configuration.fraction if method.reads_fraction else Configuration.fraction
     return replace(
-        configuration, fraction=fraction, offload_states=configuration.offload_states or not method.moves_states
+        configuration,
+        fraction=configuration.fraction if method.reads_fraction else Configuration.fraction,
+        density=configuration.density if method.reads_density else Configuration.density,
+        offload_states=configuration.offload_states or not method.moves_states,
     )

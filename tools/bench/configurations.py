@@ -18,6 +18,7 @@ class Configuration:
     method: str
     ranks: int = 2
     fraction: float = 0.3
+    density: float = 0.01
     micro_batch: int = 8
     sequence: int = 512
     liger: str = "none"
@@ -31,6 +32,8 @@ class Configuration:
             raise UserError(f"stage must be 1, 2 or 3, got {self.stage} (--stages)")
         if not isinstance(self.ranks, int) or self.ranks < 1:
             raise UserError(f"ranks must be at least 1, got {self.ranks} (--ranks)")
+        if not 0 < self.density <= 1:
+            raise UserError(f"density must be above 0 and at most 1, got {self.density} (--densities)")
         if self.liger not in LIGER:
             raise UserError(f"unknown value {self.liger!r} (--liger): use {', '.join(LIGER)}")
         if self.liger == "all" and self.compile:
@@ -40,7 +43,8 @@ class Configuration:
     def label(self) -> str:
         """Name of the row in its group."""
         fraction = "" if self.fraction == Configuration.fraction else f" {self.fraction:.0%}"
-        return f"{self.method}{fraction}{'' if self.offload_states else ', no offload'}"
+        density = "" if self.density == Configuration.density else f", density {100 * self.density:g}%"
+        return f"{self.method}{fraction}{density}{'' if self.offload_states else ', no offload'}"
 
     @property
     def setting(self) -> str:

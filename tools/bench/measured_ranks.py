@@ -32,23 +32,29 @@ from tools.bench.random_model import restored_modules
 from tools.bench.stopwatch import Measurement, Settings
 from tools.bench.whole_run import run_trainer
 
-PACKAGES = ("torch", "deepspeed", "transformers")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft")
 SUMMED = ("pinned_bytes",)
 """What ranks of one host add up; of everything else the row holds the largest."""
 
 
 def main() -> None:
     """Measure every configuration of the plan; one that fails becomes a row that says why."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    folder = joined_folder(__doc__)
+    measure(json.loads((folder / "plan.json").read_text()), folder)
+    dist.destroy_process_group()
+
+
+def joined_folder(description: str | None) -> Path:
+    """Join the ranks of the launch, on this rank's device. Returns the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--local_rank", type=int)
-    folder = parser.parse_args().folder
+    folder: Path = parser.parse_args().folder
     join_ranks()
     if on_cuda():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     start_deepspeed()
-    measure(json.loads((folder / "plan.json").read_text()), folder)
-    dist.destroy_process_group()
+    return folder
 
 
 def measure(plan: dict[str, Any], folder: Path) -> None:

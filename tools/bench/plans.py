@@ -20,6 +20,7 @@ OPTIONS: dict[str, str] = {
     "methods": "method",
     "ranks": "ranks",
     "fractions": "fraction",
+    "densities": "density",
     "shapes": "shape",
     "liger": "liger",
     "checkpointing": "checkpointing",

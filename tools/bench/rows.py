@@ -54,17 +54,22 @@ def median_row(rows: Sequence[Row]) -> Row:
 
 
 def configuration_of(row: Row) -> Configuration:
-    """The configuration that a row measured."""
-    return Configuration(**{field.name: row[field.name] for field in fields(Configuration)})
+    """The configuration that a row measured; an option that is younger than the row has its default."""
+    return Configuration(**{field.name: row[field.name] for field in fields(Configuration) if field.name in row})
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows that may be compared, by what they share, in the order of `METHODS`."""
     order = list(METHODS)
     grouped: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (order.index(row["method"]), row["fraction"])):
+    for row in sorted(rows, key=lambda row: (order.index(row["method"]), *_shares(row))):
         grouped.setdefault(configuration_of(row).setting, []).append(row)
     return grouped
+
+
+def _shares(row: Row) -> tuple[float, float]:
+    configuration = configuration_of(row)
+    return configuration.fraction, configuration.density
 
 
 def origins(rows: Sequence[Row]) -> list[str]:

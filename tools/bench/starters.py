@@ -20,6 +20,7 @@ from agsel import shipped
 from agsel.blocks import decoder_layers
 from agsel.errors import UserError
 from agsel.policies import blocks_of_fraction
+from tools.bench.chosen_weights import linear_layers, random_mask, random_places
 from tools.bench.configurations import Configuration
 from tools.bench.device import on_cuda
 
@@ -62,15 +63,15 @@ def trainable(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
 
 
-def start_full(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
-    """Every weight trained, by stock DeepSpeed."""
+def start_trainable(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
+    """All that is not frozen, which is every weight of a model from `build_model`, by stock DeepSpeed."""
     return start(model, adam(trainable(model)), zero_config(configuration)), None
 
 
 def start_full_layers(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
     """Every weight trained, by stock DeepSpeed that gathers a decoder layer as a whole at ZeRO-3."""
     set_z3_leaf_modules(model, [type(decoder_layers(model)[0])])
-    return start_full(model, configuration)
+    return start_trainable(model, configuration)
 
 
 def start_bound(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
@@ -91,12 +92,19 @@ def expected_set(layers: int, fraction: float) -> list[int]:
 
 
 def start_selection(
-    policy_of: PolicyOf, model: PreTrainedModel, configuration: Configuration, *, lora_rank: int | None = None
+    policy_of: PolicyOf,
+    model: PreTrainedModel,
+    configuration: Configuration,
+    *,
+    lora_rank: int | None = None,
+    elements: bool = False,
 ) -> tuple[Any, agsel.Selection]:
-    """agsel with the policy for the fraction, over all weights or over LoRA adapters."""
+    """agsel with the policy for the fraction, over all weights, LoRA adapters, or random elements of the density."""
     policy = policy_of(configuration.fraction)
     if lora_rank is not None:
         model = with_adapters(model, lora_rank)
+    if elements:
+        agsel.use_elements(model, random_mask(model, configuration.density))
     with agsel.lean_initialization():
         groups = agsel.block_param_groups(model, policy.takes_part)
         engine = start(model, adam(groups), zero_config(configuration))
@@ -105,8 +113,7 @@ def start_selection(
 
 def start_lora(rank: int, model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
     """LoRA adapters of this rank on all linear layers, everything else frozen."""
-    adapted = with_adapters(model, rank)
-    return start(adapted, adam(trainable(adapted)), zero_config(configuration)), None
+    return start_trainable(with_adapters(model, rank), configuration)
 
 
 def with_adapters(model: PreTrainedModel, rank: int) -> Any:
@@ -115,6 +122,45 @@ def with_adapters(model: PreTrainedModel, rank: int) -> Any:
 
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
+
+
+def start_supertuning(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
+    """PEFT's Supertuning: in every forward a copy of each weight, to which the trained values are added."""
+    return start_trainable(add_supertuning(model, configuration.density), configuration)
+
+
+def add_supertuning(model: PreTrainedModel, density: float) -> Any:
+    """The model with Supertuning of so many weights of every linear layer, in its own type."""
+    from peft import SupertuningConfig, get_peft_model
+
+    config = SupertuningConfig(sparsity=1 - density, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def start_shira(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
+    """PEFT's SHiRA, which adds sparse matrices of the trained values to copies of the weights in every forward."""
+    return start_trainable(add_shira(model, configuration.density), configuration)
+
+
+def add_shira(model: PreTrainedModel, density: float) -> PreTrainedModel:
+    """SHiRA trains r (m + n) weights of m x n: here of each matrix with the whole r that is next to the density."""
+    from peft import ShiraConfig, inject_adapter_in_model
+
+    names_of: dict[int, list[str]] = {}
+    for name, layer in linear_layers(model).items():
+        rank = max(1, round(density * layer.weight.numel() / sum(layer.weight.shape)))
+        names_of.setdefault(rank, []).append(name)
+    for rank, names in names_of.items():
+        config = ShiraConfig(r=rank, target_modules=names)
+        config.mask_fn = _shira_mask  # PEFT's own shuffles the positions of all weights on the host
+        inject_adapter_in_model(config, model)
+    return model
+
+
+def _shira_mask(layer: nn.Linear, rank: int, **_: Any) -> torch.Tensor:
+    mask = torch.zeros_like(layer.weight, dtype=torch.bool)
+    mask.view(-1)[random_places(layer.weight, rank * sum(layer.weight.shape)).long()] = True
+    return mask
 
 
 def start_zero_offload(model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:

@@ -137,6 +137,7 @@ def chosen(choice: Choice) -> dict[str, Any]:
     if choice.partitioned:
         deepspeed.zero.Init(module=model, config_dict_or_path=PARTITIONED)
         assert all(parameter.numel() == 0 for parameter in model.parameters())
+    hooks = hooks_of(model)
     mask = agsel.choose_elements(
         model,
         rows_of(choice)[rank::ranks],
@@ -146,9 +147,6 @@ def chosen(choice: Choice) -> dict[str, Any]:
     )
     if choice.partitioned:
         assert all(parameter.numel() == 0 for parameter in model.parameters())
-    hooks = [
-        hook for m in model.modules() for hook in (*m._forward_hooks, *m._backward_pre_hooks, *m._forward_pre_hooks)
-    ]
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         after = state_of(model)
     return {
@@ -156,8 +154,15 @@ def chosen(choice: Choice) -> dict[str, Any]:
         "shapes": dict(mask.shapes),
         "about": dict(mask.about),
         "changed": [name for name, value in before.items() if not torch.equal(value, after[name])],
-        "hooks": len(hooks),
+        "hooks": hooks_of(model) - hooks,
     }
+
+
+def hooks_of(model: nn.Module) -> int:
+    """How many modules and parameters have."""
+    of_modules = [(*m._forward_hooks, *m._forward_pre_hooks, *m._backward_pre_hooks) for m in model.modules()]
+    of_parameters = [tuple(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
+    return sum(map(len, of_modules + of_parameters))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

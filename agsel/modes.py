@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -14,13 +15,36 @@ def evaluating(model: nn.Module, *, recomputing: bool = False) -> Iterator[None]
 
     Args:
         model: in whatever mode.
-        recomputing: leave modules with gradient checkpointing, which works in training mode only, in that.
+        recomputing: leave modules with gradient checkpointing, which works in training mode only, in that; layers only
+            until they run themselves.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and rarely needed
+
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = recomputing and bool(getattr(module, "gradient_checkpointing", False))
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
+        stack.callback(_train, training)
         for module in training:
-            module.training = True
+            module.training = recomputing and bool(getattr(module, "gradient_checkpointing", False))
+            if module.training and isinstance(module, GradientCheckpointingLayer):
+                stack.enter_context(_recompute_in_evaluation(module))
+        yield
+
+
+def _train(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
+
+
+def _recompute_in_evaluation(module: nn.Module) -> ExitStack:
+    """Keep a layer that is called through gradient checkpointing from dropout of its own."""
+
+    def enter(*_: Any) -> None:
+        module.training = False
+
+    def leave(*_: Any) -> None:
+        module.training = True
+
+    stack = ExitStack()
+    stack.callback(module.register_forward_pre_hook(enter).remove)
+    stack.callback(module.register_forward_hook(leave, always_call=True).remove)  # recomputing ends early, by an error
+    return stack

@@ -48,7 +48,7 @@ FLOORS = {
     "agsel/upstream.py": {"agsel.errors"},
     "agsel/blocks.py": {"agsel.errors", "torch"},
     "agsel/adapters.py": {"agsel.errors", "torch", "peft"},
-    "agsel/modes.py": {"torch"},
+    "agsel/modes.py": {"torch", "transformers"},
     "agsel/policies": {"agsel.errors", "numpy"},
     "agsel/elements": {"agsel.errors", "agsel.blocks", "agsel.modes", "deepspeed", "safetensors", "torch"},
     "agsel/data": {"agsel.errors", "datasets", "pyarrow", "transformers", "trl"},

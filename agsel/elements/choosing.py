@@ -14,12 +14,15 @@ from torch import Tensor, nn
 from agsel.blocks import Block, decoder_layers
 from agsel.elements.gradients import GradientShares
 from agsel.elements.largest import largest
-from agsel.elements.layer import require_plain
+from agsel.elements.layer import require_own, require_plain
 from agsel.elements.mask import ElementMask
 from agsel.elements.whole_weights import whole, whole_layer_by_layer
 from agsel.errors import RunError, UserError
 from agsel.modes import evaluating
 
+NOTHING_TO_CHOOSE_BY = (
+    "the gradients are zero at the initial weights: there is nothing to choose elements by, look at the data"
+)
 EPSILON = 1e-8
 """Beside a weight that is divided by, and in the logarithm of an entropy (GaLLoP, arXiv 2510.19778; GEM's code)."""
 
@@ -76,7 +79,8 @@ def choose_elements(
 
     `density` of the weights in the linear layers of the decoder layers are chosen, rounded to the nearest number, one
     at least; of equal scores the first in the order of the model. The choice is exact, and depends on the number of
-    ranks only by the rounding of sums in fp32. There is no dropout. Every rank must call it.
+    ranks only by the rounding of sums in fp32. There is no dropout. Gradients that parameters have are dropped. Every
+    rank must call it.
 
     Args:
         model: whole on its device, or partitioned by ZeRO-3; not in an engine.
@@ -90,8 +94,8 @@ def choose_elements(
 
     Raises:
         UserError: density or method are out of their range, a rank has no batch, the model has no such layers or
-            quantised ones, or a matrix is too small for its budget.
-        RunError: a gradient is not finite.
+            quantised, adapted or shared ones, or a matrix is too small for its budget.
+        RunError: a gradient is not finite, or all are zero.
     """
     require_method(method)
     require_density(density)
@@ -100,10 +104,9 @@ def choose_elements(
     layers = [candidates(layer, method) for layer in all_layers]
     shapes = {name: shape for layer in all_layers for name, shape in _shapes(layer).items()}
     if not any(layers):
-        sought = " and ".join(chosen.modules or ("linear layers",))
-        raise UserError(
-            f"{method} (--elements) chooses among {sought}, and the decoder layers have none: choose another method"
-        )
+        sought = " and ".join(chosen.modules) if chosen.modules else "linear layers"
+        remedy = "choose another method" if chosen.modules else "use another model"
+        raise UserError(f"{method} (--elements) chooses among {sought}, and the decoder layers have none: {remedy}")
     budget = max(1, round(density * sum(shape.numel() for shape in shapes.values())))
     scores = _scores(model, batches, loss or (lambda batch: model(**batch).loss), layers, shapes, chosen, group)
     if chosen.by_matrix:
@@ -159,6 +162,7 @@ def linear_weights(model: nn.Module, blocks: Iterable[Block] | None) -> list[dic
         for name, module in found.items():
             require_plain(name, module)
         layers.append({name: module.get_parameter("weight") for name, module in found.items()})
+    require_own(model, [name for layer in layers for name in layer])
     return layers
 
 
@@ -190,6 +194,7 @@ def _scores(
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in scored)
+            parameter.grad = None
         gradients = GradientShares(layers, shapes, device, group)
         with evaluating(model, recomputing=True), gradients.watch(), whole_layer_by_layer(model):
             for number in range(rounds):
@@ -205,7 +210,7 @@ def _scores(
             for name, weight in layer.items():
                 share = gradients.shares[name]
                 share.copy_(method.score(share, gradients.own_part(name, weight)))
-    _require_finite(gradients.shares, device, group)
+    _require_sound(gradients.shares, device, group)
     return gradients
 
 
@@ -224,15 +229,20 @@ def _most_batches(batches: Sequence[Any], device: torch.device, group: Any) -> i
     return most
 
 
-def _require_finite(shares: Mapping[str, Tensor], device: torch.device, group: Any) -> None:
-    wrong = torch.tensor([not bool(share.isfinite().all()) for share in shares.values()], device=device).int()
+def _require_sound(shares: Mapping[str, Tensor], device: torch.device, group: Any) -> None:
+    wrong = [not bool(share.isfinite().all()) for share in shares.values()]
+    seen = torch.tensor([*wrong, any(bool(share.any()) for share in shares.values())], device=device).int()
     if dist.is_initialized():
-        dist.all_reduce(wrong, group=group)
-    if wrong.any():
-        name = list(shares)[int(wrong.argmax())]
-        raise RunError(
-            f"the gradient of {name} is not finite at the initial weights: look at the data, or train in bf16 (--bf16)"
-        )
+        dist.all_reduce(seen, group=group)
+    *not_finite, not_zero = seen.tolist()
+    for name, count in zip(shares, not_finite, strict=True):
+        if count:
+            raise RunError(
+                f"the gradient of {name} is not finite at the initial weights: look at the data, or train in bf16 "
+                "(--bf16)"
+            )
+    if not not_zero:
+        raise RunError(NOTHING_TO_CHOOSE_BY)
 
 
 def _budgets(scores: Mapping[str, Tensor], budget: int, shapes: Mapping[str, torch.Size], group: Any) -> dict[str, int]:
@@ -247,9 +257,10 @@ def _budgets(scores: Mapping[str, Tensor], budget: int, shapes: Mapping[str, tor
         shares = share.double() / total if total else torch.zeros_like(share, dtype=torch.float64)
         measures += [share.double().square().sum(), -(shares * (shares + EPSILON).log()).sum()]
     measured = _summed(measures, group)
-    weights = [math.sqrt(squares) * entropy for squares, entropy in zip(measured[::2], measured[1::2], strict=True)]
+    pairs = zip(measured[::2], measured[1::2], strict=True)
+    weights = [math.sqrt(squares) * max(0.0, entropy) for squares, entropy in pairs]
     if not sum(weights) > 0:
-        raise RunError("the gradients are all zero at the initial weights: there is nothing to choose elements by")
+        raise RunError(NOTHING_TO_CHOOSE_BY)
     exact = [budget * weight / sum(weights) for weight in weights]
     budgets = [math.floor(share) for share in exact]
     by_rest = sorted(range(len(exact)), key=lambda index: (budgets[index] - exact[index], index))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from agsel.elements.layer import element_layers, require_shape
 from agsel.elements.mask import INDICES, VALUES, ElementMask, read, write
-from agsel.errors import UserError
+from agsel.errors import UserError, said_of
 
 
 def export_elements(model: nn.Module, weights: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
@@ -49,11 +49,16 @@ def load_elements(model: nn.Module, path: str | Path) -> dict[str, Any]:
     tensors, shapes, about = read(Path(path), INDICES, VALUES)
     indices = {name.removesuffix(INDICES): tensor for name, tensor in tensors.items() if name.endswith(INDICES)}
     mask = ElementMask(indices, shapes, about)
+    with said_of(str(path)):
+        mask.require_valid()
+    for name, own in indices.items():
+        if name + VALUES not in tensors or tensors[name + VALUES].shape != own.shape:
+            raise UserError(f"{path} has no value for each element of {name}: use a file of trained elements")
     parameters = dict(model.named_parameters())
     for name in mask.indices:
         if name not in parameters:
             raise UserError(f"{path} is of another model: this one has no weight {name}{_base(about)}")
-        require_shape(name, parameters[name], mask)
+        require_shape(name, parameters[name].shape, mask)
     for name, own in mask.indices.items():
         weight = parameters[name]
         values = tensors[name + VALUES].to(weight.device, weight.dtype)

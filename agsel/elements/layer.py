@@ -6,6 +6,7 @@ So forwards are those of the ordinary layer, and nothing of the size of the weig
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class _Product(torch.autograd.Function):
         inputs, weight, indices = ctx.saved_tensors
         inputs, weight = inputs.to(gradient.dtype), weight.to(gradient.dtype)  # under autocast they have another type
         of_inputs = gradient @ weight if ctx.needs_input_grad[0] else None
-        of_weight = gradient.flatten(0, -2).t() @ inputs.flatten(0, -2)
+        of_weight = gradient.reshape(-1, gradient.shape[-1]).t() @ inputs.reshape(-1, inputs.shape[-1])
         return of_inputs, None, None, of_weight.flatten().index_select(0, indices), None
 
 
@@ -72,18 +73,20 @@ def use_elements(model: nn.Module, mask: ElementMask) -> None:
         mask: of this model.
 
     Raises:
-        UserError: the mask is of another model, or the weights are quantised.
+        UserError: the mask is of another model, or not valid, or the weights are quantised, adapted or shared.
     """
+    mask.require_valid()
     layers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in mask.indices:
         if name not in layers:
             raise UserError(f"the mask is of another model: this one has no linear layer with the weight {name}")
         require_plain(name, layers[name])
+        require_shape(name, (layers[name].out_features, layers[name].in_features), mask)
+    require_own(model, mask.indices)
     model.requires_grad_(False)
     for name, indices in mask.indices.items():
         layer = layers[name]
         with whole(layer.parameters()):
-            require_shape(name, layer.weight, mask)
             indices = indices.to(layer.weight.device)
             values = layer.weight.detach().flatten().index_select(0, indices)
         layer.__class__ = ElementLinear
@@ -91,15 +94,15 @@ def use_elements(model: nn.Module, mask: ElementMask) -> None:
         layer.register_parameter("values", nn.Parameter(values))
 
 
-def require_shape(name: str, weight: Tensor, mask: ElementMask) -> None:
+def require_shape(name: str, shape: Sequence[int], mask: ElementMask) -> None:
     """Refuse the mask of another model.
 
     Raises:
         UserError: names both shapes.
     """
-    if tuple(weight.shape) != mask.shapes[name]:
-        shapes = [" x ".join(map(str, shape)) for shape in (mask.shapes[name], weight.shape)]
-        raise UserError(f"the mask is of another model: {name} is {shapes[0]} there and {shapes[1]} here")
+    if tuple(shape) != mask.shapes[name]:
+        there, here = (" x ".join(map(str, sizes)) for sizes in (mask.shapes[name], shape))
+        raise UserError(f"the mask is of another model: {name} is {there} there and {here} here")
 
 
 def require_plain(name: str, layer: nn.Module) -> None:
@@ -115,6 +118,26 @@ def require_plain(name: str, layer: nn.Module) -> None:
             f"{name} belongs to a {type(layer).__name__}: single weights are trained in ordinary linear layers only, "
             "so load the model without quantisation (--load_in_4bit, --load_in_8bit) and without adapters"
         )
+
+
+def require_own(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse adapters, and weights that are used elsewhere, too, where their elements would not be trained.
+
+    Raises:
+        UserError: says which.
+    """
+    if any(hasattr(module, "peft_config") for module in model.modules()):
+        raise UserError("the model has adapters: train those or single weights (--use_peft, --elements), not both")
+    names_of: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names_of.setdefault(id(parameter), []).append(name)
+    for name in names:
+        if len(shared := names_of[id(parameters[name])]) > 1:
+            raise UserError(
+                f"{' and '.join(shared[:2])} are the same weight: single weights are trained only where layers share "
+                "none, so use another model"
+            )
 
 
 def element_layers(model: nn.Module) -> dict[str, ElementLinear]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from agsel.errors import UserError
+from agsel.errors import UserError, said_of
 
 INDICES, VALUES = ".indices", ".values"
 """What follows the name of a weight in a file of elements."""
@@ -48,6 +49,23 @@ class ElementMask:
             value = zlib.crc32(self.indices[name].numpy().tobytes(), zlib.crc32(name.encode(), value))
         return value
 
+    def require_valid(self) -> None:
+        """Refuse a mask made by hand, or by a damaged file, that no weights can have.
+
+        Raises:
+            UserError: names the weight.
+        """
+        if not self.indices:
+            raise UserError("the mask has no elements: make one with agsel.choose_elements")
+        for name, indices in self.indices.items():
+            numel = math.prod(self.shapes.get(name, (0,)))
+            is_list = indices.dtype is torch.int32 and indices.dim() == 1 and indices.numel() > 0
+            if not (is_list and _ascend(indices) and indices[0] >= 0 and indices[-1] < numel):
+                raise UserError(
+                    f"the mask of {name} is not valid: its indices must be int32, ascending without repetition, and "
+                    f"positions in a weight of {numel:,} elements"
+                )
+
     def save(self, path: Path) -> None:
         """Write it, in the form that `load` reads."""
         write(path, {name + INDICES: indices for name, indices in self.indices.items()}, self.shapes, self.about)
@@ -59,8 +77,14 @@ class ElementMask:
         Raises:
             UserError: the file is none of these, or damaged.
         """
-        tensors, shapes, about = read(path, INDICES)
-        return cls(tensors, shapes, about)
+        mask = cls(*read(path, INDICES))
+        with said_of(str(path)):
+            mask.require_valid()
+        return mask
+
+
+def _ascend(indices: torch.Tensor) -> bool:
+    return bool((indices[1:] > indices[:-1]).all())
 
 
 def write(

@@ -74,7 +74,7 @@ def test_base_and_file_are_the_trained_model(tmp_path: Path, dtype: torch.dtype)
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     assert 0 < changed <= random_mask(tiny_model(), 0.1).numel
-    assert base_of(path) == "some/base"
+    assert base_of(path)["base_model"] == "some/base"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from agsel.blocks import find_blocks
+from agsel.elements import use_elements
 from agsel.planning.memory import Planner, meta_model, spread_evenly
 from agsel.planning.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from agsel.planning.shapes import MODEL_SHAPES
 from agsel.policies import blocks_of_fraction
 from tests.distributed import REPOSITORY, environment
+from tools.bench.chosen_weights import random_mask
 from tools.bench.compared_methods import METHODS
 from tools.bench.starters import with_adapters
 
@@ -28,6 +30,7 @@ PLAN = """
 - {models: llama-3.2-1b, stages: 2, methods: [exploit, explore], shapes: 8x512, liger: loss}
 - {models: qwen2.5-0.5b, stages: 2, shapes: 8x512, liger: loss, methods: [lisa, agsel-badam]}
 - {models: qwen2.5-0.5b, stages: 2, shapes: 8x512, liger: loss, methods: [exploit-lora-256, ist-lora-256]}
+- {models: qwen2.5-0.5b, stages: [2, 3], shapes: 8x512, liger: loss, methods: [elements, exploit-elements]}
 """
 
 
@@ -63,6 +66,8 @@ def predicted(row: dict[str, Any]) -> int:
     method = METHODS[row["method"]]
     if method.lora_rank is not None:
         model = with_adapters(model, method.lora_rank)
+    elif method.reads_density:
+        use_elements(model, random_mask(model, row["density"]))
     policy = method.policy(row["fraction"]) if method.policy else None
     blocks = policy.takes_part if policy else "layers"
     planner = Planner(model, work, blocks=blocks, offload_states=row["offload_states"], policy=policy)
@@ -76,7 +81,7 @@ def test_the_plan_is_within_ten_percent_of_the_measurement(tmp_path: Path) -> No
     command = [sys.executable, "tools/bench.py", "--plan", str(tmp_path / "plan.yaml"), "--output", str(tmp_path)]
     subprocess.run([*command, "--steps", "8", "--warmup", "3"], cwd=REPOSITORY, env=environment(), check=True)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 19
+    assert len(rows) == 23
     assert not [row["error"] for row in rows if row["error"]]
     ratios = {json.dumps(row)[:200]: predicted(row) / row["peak_bytes"] for row in rows}
     assert {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > TOLERANCE} == {}

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from agsel.compilation import compile_layers
 from agsel.errors import one_line
+from agsel.planning.rehearsal.choice import Choosing, ChoosingPartitioned
 from agsel.planning.rehearsal.engines import Partitioned, Rank, Replicated
 from agsel.planning.rehearsal.kernels import gpu_kernels, loss_kernels
 from agsel.planning.rehearsal.ledger import Ledger
-from agsel.planning.rehearsal.scoring import Choosing, ChoosingPartitioned
 from agsel.planning.rehearsal.workload import Step, Workload
 
 

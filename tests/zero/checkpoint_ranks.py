@@ -36,6 +36,13 @@ SCENARIOS = {
     for rule, policy in POLICIES.items()
     if rule not in RULES or stage in STAGES_OF_RULES
 }
+SCENARIOS |= {
+    f"elements-{stage}": replace(
+        SCENARIOS[f"adagradselect-{stage}"], elements=True, policy=partial(POLICIES["adagradselect"], seed=21)
+    )
+    for stage in (1, 2, 3)
+}
+"""Three blocks of single weights; with this seed one has never been selected at the save, either."""
 SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET = 7
 
 

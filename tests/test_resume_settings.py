@@ -240,6 +240,7 @@ def described(method: str, **changed: Any) -> dict[str, Any]:
         selection=SelectionArguments(method=method),
         build_policy=lambda: build_policy(method, chosen),
         taking_part="layers",
+        elements=SimpleNamespace(elements=None),
         zero_stage=2,
         model=SimpleNamespace(dtype="float32"),
     )

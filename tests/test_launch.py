@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
+from agsel.training.elements import FILE
 from tests.distributed import REPOSITORY, environment, free_port, launch
 from tests.tiny import tiny_batch
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
@@ -180,6 +182,26 @@ def test_resuming_on_another_number_of_ranks_goes_on_as_before(
     assert reports[0] == reports[1] | {"epsilon_start": 0.9}
     for name, weight in weights(tmp_path).items():
         torch.testing.assert_close(weight, weights(run)[name], rtol=0, atol=2e-6)
+
+
+@pytest.mark.slow
+def test_elements_go_on_on_another_number_of_ranks(parts: tuple[Path, Path], tmp_path: Path) -> None:
+    """With the mask of the run folder, and where it is chosen again."""
+    elements = {"elements": "gallop", "element_density": 0.1, "element_samples": 16, "gradient_accumulation_steps": 2}
+    runs = {name: tmp_path / name for name in ("two", "kept", "chosen")}
+    result = launch(TRAIN, *twelve_steps(parts, runs["two"], **elements, save_strategy="steps", save_steps=6), ranks=2)
+    assert result.returncode == 0, result.stdout[-6000:]
+    runs["kept"].mkdir()
+    shutil.copy(runs["two"] / FILE, runs["kept"])
+    for name in ("kept", "chosen"):
+        changes = {"per_device_train_batch_size": 1, "resume_from_checkpoint": runs["two"] / "checkpoint-6"}
+        result = launch(TRAIN, *twelve_steps(parts, runs[name], **elements | changes), ranks=4)
+        assert result.returncode == 0, result.stdout[-6000:]
+        assert "changed   ranks was 2 and is 4 now" in result.stdout
+        assert ("elements  as chosen before" in result.stdout) == (name == "kept")
+        assert scalars(runs[name])["train/loss"] == pytest.approx(scalars(runs["two"])["train/loss"][6:], abs=1e-6)
+        for weight, expected in weights(runs["two"]).items():
+            torch.testing.assert_close(weights(runs[name])[weight], expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])

@@ -27,6 +27,10 @@ METHODS: dict[str, dict[str, Any]] = {
         **{"select_fraction": 0.5, "use_peft": True, "lora_target_modules": "all-linear"},
         "gradient_checkpointing": False,
     },
+    "elements": {
+        **{"method": "adagradselect", "select_fraction": 0.5, "explore_steps": 6, "epsilon_end": 0.5},
+        **{"elements": "gallop", "element_density": 0.1, "element_samples": 16},
+    },
 }
 """Their settings. Cuts lie in the middle of a turn, between probing and training, and where IST asks for losses."""
 RUNS = [
@@ -36,6 +40,8 @@ RUNS = [
     (2, "badam"),
     (3, "grass"),
     (2, "ist"),
+    (2, "elements"),
+    (3, "elements"),
 ]
 UPDATES_BEFORE_THE_FIRST_CUT = {"AdaGradSelect": 3 * 2, "Lisa": 3 * (3 + 2), "BAdam": 3, "Grass": 2, "Ist": 3 * 2}
 """Blocks by steps; those of GRASS that only measure update none."""

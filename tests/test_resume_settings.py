@@ -8,13 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 
+from agsel.elements import ElementMask
 from agsel.training.arguments import SelectionArguments
+from agsel.training.elements import FILE
+from agsel.training.export import FILE_OF_ELEMENTS
 from agsel.training.identity import describe_settings, fingerprint_of_rows
 from agsel.training.methods import build_policy
 from tests.distributed import REPOSITORY
 from tests.test_launch import said, scalars, several_runs
+from tests.tiny import random_mask, tiny_model
 from tests.tiny_run import save_model, save_rows, settings
 
 REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
@@ -51,6 +57,14 @@ REFUSED: dict[str, tuple[dict[str, object], list[str]]] = {
         ["seed was 42 and is 7 now", "method was adagradselect and is random now"],
     ),
 }
+ELEMENTS = {"elements": "gallop", "element_density": 0.1, "element_samples": 16}
+OTHER_ELEMENTS: dict[str, tuple[dict[str, object], str]] = {
+    "density": ({"element_density": 0.2}, "gallop with density 0.2 by 16 samples"),
+    "choice": ({"elements": "saft"}, "saft with density 0.1 by 16 samples"),
+    "no elements": (dict.fromkeys(ELEMENTS), "none chosen"),
+}
+MASKS = ("no mask", "damaged mask", "mask of another choice")
+"""In the folder of a run that resumes."""
 SAID: dict[str, tuple[dict[str, object], str]] = {
     "nothing": ({}, ""),
     "fraction": ({"select_fraction": 0.25}, "fraction was 0.5 and is 0.25 now: takes effect after the next step"),
@@ -81,12 +95,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = save_rows(folder / "rows.jsonl", 32).read_text().splitlines(keepends=True)
     (folder / "fewer.jsonl").write_text("".join(rows[:-1]))
     (folder / "other_order.jsonl").write_text("".join(reversed(rows)))
+    for name in MASKS[1:]:
+        (folder / name).mkdir()
+    random_mask(tiny_model(), 0.1).save(folder / "mask of another choice" / FILE)
+    written = (folder / "mask of another choice" / FILE).read_bytes()
+    (folder / "damaged mask" / FILE).write_bytes(written[: len(written) // 2])
     return folder
 
 
 @pytest.fixture(scope="module")
 def outcomes(folder: Path) -> dict[str, Any]:
-    """Every case resumes from step 4 of the run that is the first case, into a run folder of its own."""
+    """Every case resumes from step 4 of the run that is the first case, into a run folder of its own.
+
+    Those about elements resume from another one, which trains some.
+    """
     always = {"max_steps": 6, "logging_steps": 1}
     parts = folder / "model", folder / "rows.jsonl"
     cases = {"saved": settings(*parts, folder / "saved", save_strategy="steps", save_steps=4, **always)}
@@ -96,6 +118,12 @@ def outcomes(folder: Path) -> dict[str, Any]:
         }
         arguments = always | changed | here | {"resume_from_checkpoint": folder / "saved" / "checkpoint-4"}
         cases[name] = settings(*parts, folder / name, **arguments)
+    always |= ELEMENTS
+    cases["elements"] = settings(*parts, folder / "elements", save_strategy="steps", save_steps=4, **always)
+    always |= {"resume_from_checkpoint": folder / "elements" / "checkpoint-4"}
+    for name, changed in {name: case[0] for name, case in OTHER_ELEMENTS.items()}.items():
+        cases[name] = settings(*parts, folder / name, **always | changed)
+    cases |= {name: settings(*parts, folder / name, **always) for name in MASKS}
     return several_runs(folder, cases)
 
 
@@ -113,6 +141,48 @@ def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(
     assert "set it back, or start a new run from the checkpoint's weights" in line
     assert not (folder / case / "config.yaml").exists(), "the settings of the run before stay readable"
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("case", OTHER_ELEMENTS)
+def test_another_choice_of_elements_is_refused(outcomes: dict[str, Any], case: str) -> None:
+    code, output, _ = outcomes[case]
+    assert code == 1
+    (line,) = said(output)
+    assert (
+        f"elements was gallop with density 0.1 by 16 samples and is {OTHER_ELEMENTS[case][1]} now (--elements," in line
+    )
+    assert line.count(" and is ") == 1
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_elements_are_chosen_again_where_the_mask_is_not_that_of_the_run(
+    folder: Path, outcomes: dict[str, Any], case: str
+) -> None:
+    code, output, steps = outcomes[case]
+    assert (code, steps) == (0, 6), output[-6000:]
+    assert "as chosen before" not in output
+    assert ElementMask.load(folder / case / FILE).about == ElementMask.load(folder / "elements" / FILE).about
+    for name in (FILE, FILE_OF_ELEMENTS):
+        tensors, expected = load_file(folder / case / name), load_file(folder / "elements" / name)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+
+
+@pytest.mark.slow
+def test_other_elements_than_those_of_the_checkpoint_are_refused(folder: Path, outcomes: dict[str, Any]) -> None:
+    """If the mask of the run folder only says that it is the same choice."""
+    assert outcomes["elements"][0] == 0
+    saved = ElementMask.load(folder / "elements" / FILE)
+    (folder / "changed").mkdir()
+    moved = {name: torch.arange(len(indices), dtype=torch.int32) for name, indices in saved.indices.items()}
+    ElementMask(moved, saved.shapes, saved.about).save(folder / "changed" / FILE)
+    changed = ELEMENTS | {"resume_from_checkpoint": folder / "elements" / "checkpoint-4"}
+    parts = folder / "model", folder / "rows.jsonl", folder / "changed"
+    code, output, _ = several_runs(folder, {"changed": settings(*parts, **changed)})["changed"]
+    assert code == 1
+    (line,) = said(output)
+    assert "chosen elements was " in line
+    assert "now (mask.safetensors of the run folder; the saved optimizer states belong to them)" in line
 
 
 @pytest.mark.parametrize("case", SAID)
@@ -170,6 +240,7 @@ def described(method: str, **changed: Any) -> dict[str, Any]:
         selection=SelectionArguments(method=method),
         build_policy=lambda: build_policy(method, chosen),
         taking_part="layers",
+        elements=SimpleNamespace(elements=None),
         zero_stage=2,
         model=SimpleNamespace(dtype="float32"),
     )

@@ -66,9 +66,9 @@ def random_mask(model: nn.Module, density: float, without: Sequence[str] = ()) -
     return ElementMask(indices, {name: tuple(chosen[name].shape) for name in indices})
 
 
-def element_model(density: float = 0.1) -> LlamaForCausalLM:
+def element_model(density: float = 0.1, *, intermediate: int = 36) -> LlamaForCausalLM:
     """The tiny model of which some elements are trained, none of layer 1 and of the value projections."""
-    model = tiny_model()
+    model = tiny_model(intermediate=intermediate)
     agsel.use_elements(model, random_mask(model, density, WITHOUT_ELEMENTS))
     return model
 

@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
 from agsel.elements import ElementLinear, element_layers, mask_of
@@ -32,13 +33,18 @@ class WriteThrough:
 
     @torch.no_grad()
     def write_partitions(self, parameters: Iterable[nn.Parameter]) -> None:
-        """The same at stage 3, where a rank writes what belongs into its slice of a weight. Every rank must call it."""
+        """The same at stage 3, where a rank writes what belongs into its slice of a weight. Every rank must call it.
+
+        And into the whole weight where ZeRO-3 keeps it, as nobody gathers it anew after a checkpoint is loaded.
+        """
         values = [parameter for parameter in parameters if parameter in self._layers]
         with deepspeed.zero.GatheredParameters(values):
             for parameter in values:
-                layer = self._layers[parameter]
+                layer: Any = self._layers[parameter]
                 partition, own, start = self._slice(layer)
                 partition.scatter_(0, layer.indices[own] - start, parameter[own])
+                if layer.weight.ds_status is ZeroParamStatus.AVAILABLE:
+                    layer.write()
 
     def _slice(self, layer: ElementLinear) -> tuple[Tensor, slice, int]:
         """This rank's slice of a weight, which of the elements are in it, and where it begins."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 import agsel
 from tests.cases import run_cases
 from tests.zero.exactness_ranks import optimizer_states
@@ -36,6 +38,13 @@ SCENARIOS = {
     for rule, policy in POLICIES.items()
     if rule not in RULES or stage in STAGES_OF_RULES
 }
+SCENARIOS |= {
+    f"elements-{stage}": replace(
+        SCENARIOS[f"adagradselect-{stage}"], elements=True, policy=partial(POLICIES["adagradselect"], seed=21)
+    )
+    for stage in (1, 2, 3)
+}
+"""Three blocks of single weights; with this seed one has never been selected at the save, either."""
 SEED_THAT_BEGINS_WITH_ANOTHER_FROZEN_SET = 7
 
 
@@ -43,12 +52,27 @@ def folder(run: str) -> str:
     return os.path.join(os.environ["AGSEL_TEST_CHECKPOINTS"], run)
 
 
+def blank_padding(engine: Any, selection: Any) -> None:
+    """ZeRO-3 fills each parameter up for the last rank, with whatever is in memory."""
+    selection.residency.synchronize()
+    for partition in selection.residency.partitions:
+        begin = 0
+        for parameter in engine.optimizer.parameters_of_partition(partition.index):
+            size = parameter.partition_numel()
+            filled = parameter.ds_numel - torch.distributed.get_rank() * size
+            partition.master.data[begin + max(0, filled) : begin + size].zero_()
+            begin += size
+
+
 def outcome(engine: Any, selection: Any, record: Any) -> dict[str, Any]:
+    weights = whole_weights(engine)
+    if engine.zero_optimization_stage() == 3:
+        blank_padding(engine, selection)
     return {
         "losses": record.losses[-(STEPS - SAVED_AFTER) :],
         "selected": record.selected[-(STEPS - SAVED_AFTER) :],
         "modes": record.modes[-(STEPS - SAVED_AFTER) :],
-        "weights": whole_weights(engine),
+        "weights": weights,
         "states": optimizer_states(engine, selection),
         "counts": selection.counts,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import agsel
 from tests.cases import message_of, run_cases
-from tests.tiny import tiny_batch
+from tests.tiny import random_mask, tiny_batch, tiny_model
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, run_engine, start_engine, train_step
 
@@ -89,6 +90,18 @@ def different_seeds() -> str | None:
     return message_of(ValueError, lambda: start_engine(scenario))
 
 
+def different_masks(stage: int) -> str | None:
+    """As many elements of each weight, at other places on one rank."""
+    model = tiny_model()
+    mask = random_mask(model, 0.1)
+    if torch.distributed.get_rank() == 1:
+        first = {name: torch.arange(len(indices), dtype=torch.int32) for name, indices in mask.indices.items()}
+        mask = replace(mask, indices=first)
+    agsel.use_elements(model, mask)
+    scenario = Scenario(stage=stage, blocks="layers", elements=True)
+    return message_of(ValueError, lambda: start_engine(scenario, model=model))
+
+
 def checkpointed(stage: int, reentrant: bool | None) -> dict[str, Any]:
     """A run with gradient checkpointing (None: without) and a frozen embedding."""
     scenario = Scenario(stage=stage, blocks="layers", steps=6)
@@ -124,6 +137,7 @@ for stage in (1, 2, 3):
         f"not-reentrant-{stage}": partial(checkpointed, stage, False),
         f"reentrant-{stage}": partial(checkpointed, stage, True),
         f"cut-off-{stage}": partial(cut_off, stage),
+        f"different-masks-{stage}": partial(different_masks, stage),
     }
 
 if __name__ == "__main__":

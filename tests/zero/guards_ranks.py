@@ -53,6 +53,10 @@ def sequential_gather() -> str | None:
     return refused(stage=3, zero={"stage3_allgather_sequential": True})
 
 
+def elements_twice_partitioned() -> str | None:
+    return refused(stage=3, elements=True, blocks="layers", zero={"zero_hpz_partition_size": 2})
+
+
 def round_robin_gradients() -> str | None:
     return refused(stage=2, zero={"round_robin_gradients": True})
 
@@ -200,6 +204,7 @@ CASES: dict[str, Callable[[], str | None]] = {
     "offload_param": offload_param,
     "module granularity": module_granularity,
     "sequential gather": sequential_gather,
+    "elements and hpz": elements_twice_partitioned,
     "round_robin_gradients": round_robin_gradients,
     "layers by keyword": layers_by_keyword,
     "elastic_checkpoint": elastic_checkpoint,

@@ -183,6 +183,13 @@ CASES: dict[str, partial[Any]] = {
 }
 CASES["stage3-checkpointing"] = partial(poisoned_and_kept, 3, MIXED, adapters="lora", checkpointing=True)
 
+CASES |= {
+    f"stage{stage}-elements-mixed": partial(
+        poisoned_and_kept, stage, MIXED, elements=True, intermediate=300_000 if ON_GPU else 36
+    )
+    for stage in (1, 2, 3)
+}
+
 AGAIN = {f"again-{stage}": partial(trained_again, stage) for stage in (1, 2, 3)}
 
 if __name__ == "__main__":

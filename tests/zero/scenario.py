@@ -46,7 +46,7 @@ class Scenario:
 
     def model(self) -> Any:
         if self.elements:
-            return element_model()
+            return element_model(intermediate=self.intermediate)
         if self.adapters:
             return adapted_model(dora=self.adapters == "dora")
         return tiny_model(tied=self.tied, intermediate=self.intermediate)

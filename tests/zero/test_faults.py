@@ -77,6 +77,14 @@ def test_different_seeds_are_refused_by_name(ranks: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_different_elements_are_refused_in_one_line(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        message = rank[f"different-masks-{stage}"]
+        assert message.startswith("the ranks have different settings: trained elements is '")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", ["reentrant", "not-reentrant"])
 def test_gradient_checkpointing_changes_nothing(ranks: list[dict[str, Any]], stage: int, case: str) -> None:
     run, plain = ranks[0][f"{case}-{stage}"], ranks[0][f"plain-{stage}"]

@@ -20,6 +20,10 @@ REFUSED = {
     "offload_param": ("zero_optimization.offload_param is not supported", "remove it"),
     "module granularity": ("stage3_module_granularity_threshold is not supported", "remove it"),
     "sequential gather": ("stage3_allgather_sequential is not supported", "remove it"),
+    "elements and hpz": (
+        "zero_optimization.zero_hpz_partition_size does not work with trained elements",
+        "remove it, or use stage 2",
+    ),
     "round_robin_gradients": ("zero_optimization.round_robin_gradients is not supported", "remove it"),
     "layers by keyword": ("calls its layers by keyword is not supported at zero_optimization.stage 3", "use stage 2"),
     "elastic_checkpoint": ("zero_optimization.elastic_checkpoint is not supported", "remove it"),

@@ -9,32 +9,32 @@ import pytest
 import torch
 
 from tests.cases import launch_cases
-from tests.zero.universal_ranks import SCRAMBLED, STAGES
+from tests.tiny import WITHOUT_ELEMENTS, random_mask, tiny_model
+from tests.zero.universal_ranks import RUNS, SCRAMBLED
 
 SCRIPT = "tests/zero/universal_ranks.py"
 Results = dict[int, list[dict[str, Any]]]
 
-BOTH_FAMILIES = (2, 3)
+BOTH_FAMILIES = [run for run in RUNS if not run.endswith("-1")]
 """Stages 1 and 2 are one class, but for how they keep gradients."""
+MASK = random_mask(tiny_model(), 0.1, WITHOUT_ELEMENTS)
+"""Of `element_model`."""
 CASES = {
     2: (
-        *(f"unbroken-{stage}" for stage in STAGES),
-        *(f"half_precision_saved-{stage}" for stage in BOTH_FAMILIES),
+        *(f"unbroken-{run}" for run in RUNS),
+        *(f"{case}-{run}" for run in BOTH_FAMILIES for case in ("half_precision_saved", "trained_only_saved")),
         "without_agsel",
     ),
     4: (
-        *(f"continued-{stage}" for stage in STAGES),
-        *(
-            f"{case}-{stage}"
-            for stage in BOTH_FAMILIES
-            for case in ("half_precision_loaded", "trained_only", "warm_start")
-        ),
-        "warm_start_same_ranks-3",
+        *(f"continued-{run}" for run in RUNS),
+        *(f"{case}-{run}" for run in BOTH_FAMILIES for case in ("half_precision_loaded", "trained_only", "warm_start")),
+        *(f"warm_start_same_ranks-{run}" for run in RUNS if run.endswith("-3")),
         "warm_start_over_all_blocks",
-        "no_optimizer-2",
+        "no_optimizer-adagradselect-2",
+        "no_optimizer-elements-2",
         "refusals",
     ),
-    1: tuple(f"{case}-{stage}" for stage in STAGES for case in ("continued", "chained")),
+    1: tuple(f"{case}-{run}" for run in RUNS for case in ("continued", "chained")),
 }
 CONTINUED = [(4, "continued"), (1, "continued"), (1, "chained")]
 pytestmark = pytest.mark.slow  # tests/test_launch.py has the way from two ranks to four by default
@@ -60,12 +60,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Results:
         return {ranks: launch_cases(SCRIPT, folder / f"{ranks}-ranks", *CASES[ranks], ranks=ranks) for ranks in CASES}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(("ranks", "case"), CONTINUED)
-def test_continued_equals_unbroken(runs: Results, stage: int, ranks: int, case: str) -> None:
-    unbroken = runs[2][0][f"unbroken-{stage}"]
+def test_continued_equals_unbroken(runs: Results, run: str, ranks: int, case: str) -> None:
+    unbroken = runs[2][0][f"unbroken-{run}"]
     for rank in runs[ranks]:
-        actual = rank[f"{case}-{stage}"]
+        actual = rank[f"{case}-{run}"]
         for step, expected in zip(actual["steps"], unbroken["steps"][-len(actual["steps"]) :], strict=True):
             assert step["loss"] == pytest.approx(expected["loss"], abs=1e-6, rel=0)
             assert {**step, "loss": 0} == {**expected, "loss": 0}  # selections, modes, counts, learning rates
@@ -78,13 +78,13 @@ def test_continued_equals_unbroken(runs: Results, stage: int, ranks: int, case: 
             torch.testing.assert_close(actual["end"]["states"][block][1:], torch.stack(moments), atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize(("ranks", "case"), CONTINUED)
-def test_nothing_is_lost_by_the_conversion(runs: Results, stage: int, ranks: int, case: str) -> None:
+def test_nothing_is_lost_by_the_conversion(runs: Results, run: str, ranks: int, case: str) -> None:
     """Bit for bit, right after the load."""
-    saved = runs[4][0][f"continued-{stage}"] if case == "chained" else runs[2][0][f"unbroken-{stage}"]
+    saved = runs[4][0][f"continued-{run}"] if case == "chained" else runs[2][0][f"unbroken-{run}"]
     for number, rank in enumerate(runs[ranks]):
-        after_load = rank[f"{case}-{stage}"]["after load"]
+        after_load = rank[f"{case}-{run}"]["after load"]
         require_equal(after_load, saved["at save"])
         assert after_load["mine"] == (None if case == "chained" else 42)
         assert not after_load["linked"]
@@ -98,10 +98,10 @@ def test_nothing_is_lost_by_the_conversion(runs: Results, stage: int, ranks: int
             assert folder.is_dir()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_save_was_hard(runs: Results, stage: int) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_the_save_was_hard(runs: Results, run: str) -> None:
     """A block had never been selected, others had different Adam steps and settings and were evicted."""
-    unbroken = runs[2][0][f"unbroken-{stage}"]
+    unbroken = runs[2][0][f"unbroken-{run}"]
     at_save = unbroken["at save"]
     assert 0 in at_save["counts"].values()
     assert len({*at_save["counts"].values()}) > 2
@@ -112,45 +112,46 @@ def test_the_save_was_hard(runs: Results, stage: int) -> None:
     assert {"explore", "exploit"} == {step["mode"] for step in unbroken["steps"]}
 
 
-@pytest.mark.parametrize("stage", BOTH_FAMILIES)
-def test_half_precision(runs: Results, stage: int) -> None:
-    saved = runs[2][0][f"half_precision_saved-{stage}"]
+@pytest.mark.parametrize("run", BOTH_FAMILIES)
+def test_half_precision(runs: Results, run: str) -> None:
+    saved = runs[2][0][f"half_precision_saved-{run}"]
     assert saved["loss scale"] > 2**8
     for rank in runs[4]:
-        require_equal(rank[f"half_precision_loaded-{stage}"], saved)
+        require_equal(rank[f"half_precision_loaded-{run}"], saved)
 
 
-@pytest.mark.parametrize("stage", BOTH_FAMILIES)
-def test_saved_without_frozen_weights(runs: Results, stage: int) -> None:
+@pytest.mark.parametrize("run", BOTH_FAMILIES)
+def test_saved_without_frozen_weights(runs: Results, run: str) -> None:
     """As for PEFT models: this run's own stay."""
-    saved = runs[2][0][f"half_precision_saved-{stage}"]
+    saved = runs[2][0][f"trained_only_saved-{run}"]
     for rank in runs[4]:
-        loaded = rank[f"trained_only-{stage}"]
+        loaded = rank[f"trained_only-{run}"]
         for name, weights in saved["weights"].items():
-            expected = weights if ".layers." in name else torch.full_like(weights, SCRAMBLED)
+            expected = as_loaded(name, weights, run)
             assert torch.equal(loaded["weights"][name], expected), name
         assert loaded["adam steps"] == saved["adam steps"]
 
 
-@pytest.mark.parametrize("stage", BOTH_FAMILIES)
-def test_weights_alone(runs: Results, stage: int) -> None:
-    saved = runs[2][0][f"unbroken-{stage}"]["at save"]
+@pytest.mark.parametrize("run", BOTH_FAMILIES)
+def test_weights_alone(runs: Results, run: str) -> None:
+    saved = runs[2][0][f"unbroken-{run}"]["at save"]
     for rank in runs[4]:
-        warm = rank[f"warm_start-{stage}"]
+        warm = rank[f"warm_start-{run}"]
         require_equal_weights(warm, saved)
         assert set(warm["counts"].values()) == {0}
-        assert list(warm["adam steps"].values()) == [{0}] * 4
+        assert list(warm["adam steps"].values()) == [{0}] * len(saved["states"])
         assert warm["global steps"] == 0
 
 
-def test_weights_alone_on_the_ranks_that_saved_them(runs: Results) -> None:
+@pytest.mark.parametrize("run", [run for run in RUNS if run.endswith("-3")])
+def test_weights_alone_on_the_ranks_that_saved_them(runs: Results, run: str) -> None:
     """DeepSpeed itself loads none at stage 3."""
     for rank in runs[4]:
-        require_equal_weights(rank["warm_start_same_ranks-3"], rank["continued-3"]["at save"])
+        require_equal_weights(rank[f"warm_start_same_ranks-{run}"], rank[f"continued-{run}"]["at save"])
 
 
 def test_weights_that_were_frozen_can_be_trained(runs: Results) -> None:
-    saved = runs[2][0]["unbroken-3"]["at save"]["weights"]
+    saved = runs[2][0]["unbroken-adagradselect-3"]["at save"]["weights"]
     for rank in runs[4]:
         warm = rank["warm_start_over_all_blocks"]
         for name, weights in saved.items():
@@ -158,13 +159,14 @@ def test_weights_that_were_frozen_can_be_trained(runs: Results) -> None:
         assert torch.equal(warm["states"]["head"][0], saved["lm_head.weight"].flatten())
 
 
-def test_no_optimizer_states(runs: Results) -> None:
-    saved = runs[2][0]["unbroken-2"]["at save"]
+@pytest.mark.parametrize("run", [run for run in RUNS if run.endswith("-2")])
+def test_no_optimizer_states(runs: Results, run: str) -> None:
+    saved = runs[2][0][f"unbroken-{run}"]["at save"]
     for rank in runs[4]:
-        loaded = rank["no_optimizer-2"]
+        loaded = rank[f"no_optimizer-{run}"]
         require_equal_weights(loaded, saved)
         assert loaded["counts"] == saved["counts"]
-        assert list(loaded["adam steps"].values()) == [{0}] * 4
+        assert list(loaded["adam steps"].values()) == [{0}] * len(saved["states"])
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -175,6 +177,17 @@ def test_refused_in_one_line_on_every_rank(runs: Results, case: str) -> None:
         assert REFUSED[case] in message
         assert "\n" not in message
         assert rank["refusals"]["left over"] == ""
+
+
+def as_loaded(name: str, saved: torch.Tensor, run: str) -> torch.Tensor:
+    """A weight that was saved, where the checkpoint has none of those that were frozen, but values of elements."""
+    if name.endswith(".values") or (not run.startswith("elements") and ".layers." in name):
+        return saved
+    own = torch.full_like(saved, SCRAMBLED)
+    if run.startswith("elements") and name in MASK.indices:
+        indices = MASK.indices[name].long()
+        own.view(-1)[indices] = saved.view(-1)[indices]
+    return own
 
 
 def require_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:

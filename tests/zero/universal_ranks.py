@@ -20,13 +20,14 @@ from tests.zero.checkpoint_ranks import SAVED_AFTER, SCENARIOS, SEED_THAT_BEGINS
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.scenario import Scenario, start_engine
 
-STAGES = (1, 2, 3)
+RUNS = [f"{kind}-{stage}" for kind in ("adagradselect", "elements") for stage in (1, 2, 3)]
+"""Of whole weights, and of single ones."""
 STEPS = 16
 SAVED_AGAIN_AFTER = 12
 RANKS_OF_BATCH, ROWS_OF_RANK = 2, 2
 """Of the unbroken run; other numbers of ranks divide the same rows."""
 SCRAMBLED = 0.125
-SCHEDULE = {"warmup_min_lr": [1e-3] * 4, "warmup_max_lr": [3e-3, 2e-3, 3e-3, 4e-3], "warmup_num_steps": 20}
+MAXIMAL_RATES = [3e-3, 2e-3, 3e-3, 4e-3]
 FP16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2}
 
 
@@ -40,11 +41,14 @@ def divided(scenario: Scenario, **config: Any) -> Scenario:
     return replace(scenario, config=scenario.config | {"train_micro_batch_size_per_gpu": rows} | config)
 
 
-def scenario_of(stage: int) -> Scenario:
+def scenario_of(run: str) -> Scenario:
     """At stage 3 with sub-groups so small that their number depends on the number of ranks."""
-    zero = {"sub_group_size": 1000} if stage == 3 else {}
-    schedule = {"scheduler": {"type": "WarmupLR", "params": SCHEDULE | {"warmup_type": "linear"}}}
-    return divided(replace(SCENARIOS[stage], zero=zero), **schedule)
+    scenario = SCENARIOS[run]
+    zero = {"sub_group_size": 100 if scenario.elements else 1000} if scenario.stage == 3 else {}
+    rates = MAXIMAL_RATES[: 3 if scenario.elements else 4]
+    warmup = {"warmup_min_lr": [1e-3] * len(rates), "warmup_max_lr": rates, "warmup_num_steps": 20}
+    schedule = {"scheduler": {"type": "WarmupLR", "params": warmup | {"warmup_type": "linear"}}}
+    return divided(replace(scenario, zero=zero), **schedule)
 
 
 def own_rows(step: int, micro_step: int) -> torch.Tensor:
@@ -128,25 +132,25 @@ def scrambled_engine(scenario: Scenario) -> tuple[Any, Any]:
     return engine, selection
 
 
-def unbroken(stage: int) -> dict[str, Any]:
+def unbroken(run: str) -> dict[str, Any]:
     """Save after some steps, and go on."""
-    scenario = scenario_of(stage)
+    scenario = scenario_of(run)
     engine, selection = start_engine(scenario)
     engine.optimizer.optimizer.param_groups[1]["weight_decay"] = 0.4
     train(engine, selection, scenario, 0, SAVED_AFTER)
     at_save = snapshot(engine, selection) | {"resident": selection.resident}
-    engine.save_checkpoint(str(root() / f"stage{stage}"), client_state={"mine": 42})
+    engine.save_checkpoint(str(root() / f"saved-{run}"), client_state={"mine": 42})
     steps = train(engine, selection, scenario, SAVED_AFTER, STEPS)
     return {"at save": at_save, "steps": steps, "end": snapshot(engine, selection)}
 
 
-def continued(stage: int, name: str, first: int) -> dict[str, Any]:
+def continued(run: str, name: str, first: int) -> dict[str, Any]:
     """Load what another number of ranks saved and go on; save again on the way."""
-    scenario = scenario_of(stage)
+    scenario = scenario_of(run)
     engine, selection = scrambled_engine(scenario)
-    folder = root() / f"{name}{stage}"
+    folder = root() / f"{name}-{run}"
     if torch.distributed.get_rank() == 0:
-        leave_fragment_of_a_killed_run(folder, f"global_step{first}")
+        leave_fragment_of_a_killed_run(folder, f"global_step{first}", "values" if scenario.elements else "weight")
     with logged() as messages:
         path, client_state = engine.load_checkpoint(str(folder))
     after_load = snapshot(engine, selection) | {"resident": selection.resident, "messages": messages}
@@ -154,7 +158,7 @@ def continued(stage: int, name: str, first: int) -> dict[str, Any]:
     steps = train(engine, selection, scenario, first, SAVED_AGAIN_AFTER)
     at_save = snapshot(engine, selection)
     if torch.distributed.get_world_size() > RANKS_OF_BATCH:
-        engine.save_checkpoint(str(root() / f"again{stage}"))
+        engine.save_checkpoint(str(root() / f"again-{run}"))
     steps += train(engine, selection, scenario, SAVED_AGAIN_AFTER, STEPS)
     return {"after load": after_load, "at save": at_save, "steps": steps, "end": snapshot(engine, selection)}
 
@@ -164,64 +168,69 @@ def left_over() -> list[str]:
     return [copy.name for copy in root().glob(".universal-*")]
 
 
-def leave_fragment_of_a_killed_run(folder: Path, tag: str) -> None:
+def leave_fragment_of_a_killed_run(folder: Path, tag: str, trained: str) -> None:
     """Of a conversion of more ranks, which a careless conversion would take for a piece of the weight."""
-    weight = root() / f".universal-{folder.name}-{tag}" / tag / "tmp" / "model.layers.0.mlp.up_proj.weight" / "0"
-    weight.mkdir(parents=True)
-    torch.save(torch.zeros(5), weight / "fp32.07")
+    whole = root() / f".universal-{folder.name}-{tag}" / tag / "tmp" / f"model.layers.0.mlp.up_proj.{trained}" / "0"
+    whole.mkdir(parents=True)
+    torch.save(torch.zeros(5), whole / "fp32.07")
 
 
-def half_precision(stage: int) -> Scenario:
-    """fp16 with a loss scale that has grown by the save; at stage 3 some weights stay whole on every rank."""
-    zero = {"stage3_param_persistence_threshold": 100} if stage == 3 else {}
-    return divided(replace(SCENARIOS[stage], dtype="fp16", zero=zero), fp16=FP16)
+def half_precision(run: str, dtype: str) -> Scenario:
+    """In fp16 with a loss scale that has grown by the save; at stage 3 some weights stay whole on every rank.
+
+    Of those with elements the k projections; and all values, which are far fewer.
+    """
+    scenario = SCENARIOS[run]
+    zero = {"stage3_param_persistence_threshold": 400 if scenario.elements else 100} if scenario.stage == 3 else {}
+    return divided(replace(scenario, dtype=dtype, zero=zero), **({"fp16": FP16} if dtype == "fp16" else {}))
 
 
-def half_precision_saved(stage: int) -> dict[str, Any]:
-    scenario = half_precision(stage)
+def half_precision_saved(run: str, dtype: str, **options: Any) -> dict[str, Any]:
+    scenario = half_precision(run, dtype)
     engine, selection = start_engine(scenario)
     train(engine, selection, scenario, 0, 5)
-    engine.save_checkpoint(str(root() / f"half{stage}"))
-    engine.save_checkpoint(str(root() / f"trained_only{stage}"), exclude_frozen_parameters=True)
+    engine.save_checkpoint(str(root() / f"{dtype}-{run}"), **options)
     return snapshot(engine, selection)
 
 
-def half_precision_loaded(stage: int, name: str = "half", **options: Any) -> dict[str, Any]:
-    engine, selection = scrambled_engine(half_precision(stage))
-    engine.load_checkpoint(str(root() / f"{name}{stage}"), **options)
+def half_precision_loaded(run: str, dtype: str, **options: Any) -> dict[str, Any]:
+    engine, selection = scrambled_engine(half_precision(run, dtype))
+    engine.load_checkpoint(str(root() / f"{dtype}-{run}"), **options)
     return snapshot(engine, selection)
 
 
-def warm_start(stage: int, name: str, **options: Any) -> dict[str, Any]:
+def warm_start(run: str, name: str, **options: Any) -> dict[str, Any]:
     """The weights alone."""
-    engine, selection = scrambled_engine(scenario_of(stage))
-    engine.load_checkpoint(str(root() / f"{name}{stage}"), **options)
+    engine, selection = scrambled_engine(scenario_of(run))
+    engine.load_checkpoint(str(root() / f"{name}-{run}"), **options)
     return snapshot(engine, selection)
 
 
 def warm_start_over_all_blocks() -> dict[str, torch.Tensor]:
     """Weights that were frozen in the saved run are trained in this one."""
-    engine, selection = scrambled_engine(replace(scenario_of(3), blocks="all", config=divided(SCENARIOS[3]).config))
-    engine.load_checkpoint(str(root() / "stage3"), load_module_only=True)
+    run = "adagradselect-3"
+    engine, selection = scrambled_engine(replace(scenario_of(run), blocks="all", config=divided(SCENARIOS[run]).config))
+    engine.load_checkpoint(str(root() / f"saved-{run}"), load_module_only=True)
     return snapshot(engine, selection)
 
 
 def without_agsel() -> None:
     """A stock run's checkpoint."""
-    scenario = scenario_of(2)
+    scenario = scenario_of("adagradselect-2")
     engine, _ = start_engine(scenario, attach=False)
     ids = own_rows(0, 0).to(engine.device)
     for _ in range(scenario.accumulation):
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
-    engine.save_checkpoint(str(root() / "stock2"))
+    engine.save_checkpoint(str(root() / "stock"))
 
 
 def refusals() -> dict[str, str | None]:
     """Messages of what cannot be loaded."""
-    engine, _ = start_engine(scenario_of(2))
+    scenario = scenario_of("adagradselect-2")
+    engine, _ = start_engine(scenario)
     if torch.distributed.get_rank() == 0:
-        broken_copies(root() / "stage2")
+        broken_copies(root() / "saved-adagradselect-2")
         (root() / "empty").mkdir()
     torch.distributed.barrier()
 
@@ -231,15 +240,18 @@ def refusals() -> dict[str, str | None]:
     return {
         "no latest": message(FileNotFoundError, "empty"),
         "no folder": message(FileNotFoundError, "nowhere", tag="global_step1"),
-        "other stage": message(FileNotFoundError, "stage3"),
+        "other stage": message(FileNotFoundError, "saved-adagradselect-3"),
         "incomplete": message(ValueError, "incomplete"),
         "truncated": message(RuntimeError, "truncated"),
-        "stock": message(ValueError, "stock2"),
+        "stock": message(ValueError, "stock"),
         "changed converter": changed_converter(engine),
-        "other blocks": loading_into(divided(Scenario(stage=2, blocks="all")), "stage2"),
-        "no optimizer states": loading_into(scenario_of(3), "stage3", load_optimizer_states=False),
+        "other blocks": loading_into(divided(Scenario(stage=2, blocks="all")), "saved-adagradselect-2"),
+        "no optimizer states": loading_into(
+            scenario_of("adagradselect-3"), "saved-adagradselect-3", load_optimizer_states=False
+        ),
         "load_universal": message_of(
-            ValueError, lambda: start_engine(divided(scenario_of(2), checkpoint={"load_universal": True}))
+            ValueError,
+            lambda: start_engine(divided(scenario, checkpoint={"load_universal": True})),
         ),
         "left over": ", ".join(left_over()),
     }
@@ -249,7 +261,7 @@ def changed_converter(engine: Any) -> str | None:
     """A DeepSpeed whose converter is not the tested one."""
     changed = {"deepspeed.checkpoint.ds_to_universal:main": "0"}
     with mock.patch.dict(upstream.table()["checksums"]["agsel.zero.universal"], changed):
-        return message_of(RuntimeError, lambda: engine.load_checkpoint(str(root() / "stage2")))
+        return message_of(RuntimeError, lambda: engine.load_checkpoint(str(root() / "saved-adagradselect-2")))
 
 
 def loading_into(scenario: Scenario, name: str, **options: Any) -> str | None:
@@ -266,23 +278,19 @@ def broken_copies(folder: Path) -> None:
     os.truncate(root() / "truncated" / name, 1000)
 
 
-CASES = {
-    f"{action.__name__}-{stage}": partial(action, stage)
-    for action in (unbroken, half_precision_saved, half_precision_loaded)
-    for stage in STAGES
-}
-for stage in STAGES:
-    CASES[f"continued-{stage}"] = partial(continued, stage, "stage", SAVED_AFTER)
-    CASES[f"chained-{stage}"] = partial(continued, stage, "again", SAVED_AGAIN_AFTER)
-    CASES[f"warm_start-{stage}"] = partial(warm_start, stage, "stage", load_module_only=True)
-    CASES[f"trained_only-{stage}"] = partial(half_precision_loaded, stage, "trained_only", load_module_strict=False)
-    CASES[f"warm_start_same_ranks-{stage}"] = partial(warm_start, stage, "again", load_module_only=True)
-    CASES[f"no_optimizer-{stage}"] = partial(warm_start, stage, "stage", load_optimizer_states=False)
-CASES |= {
-    "warm_start_over_all_blocks": warm_start_over_all_blocks,
-    "without_agsel": without_agsel,
-    "refusals": refusals,
-}
+CASES: dict[str, partial[Any]] = {}
+for run in RUNS:
+    CASES[f"unbroken-{run}"] = partial(unbroken, run)
+    CASES[f"half_precision_saved-{run}"] = partial(half_precision_saved, run, "fp16")
+    CASES[f"half_precision_loaded-{run}"] = partial(half_precision_loaded, run, "fp16")
+    CASES[f"trained_only_saved-{run}"] = partial(half_precision_saved, run, "bf16", exclude_frozen_parameters=True)
+    CASES[f"trained_only-{run}"] = partial(half_precision_loaded, run, "bf16", load_module_strict=False)
+    CASES[f"continued-{run}"] = partial(continued, run, "saved", SAVED_AFTER)
+    CASES[f"chained-{run}"] = partial(continued, run, "again", SAVED_AGAIN_AFTER)
+    CASES[f"warm_start-{run}"] = partial(warm_start, run, "saved", load_module_only=True)
+    CASES[f"warm_start_same_ranks-{run}"] = partial(warm_start, run, "again", load_module_only=True)
+    CASES[f"no_optimizer-{run}"] = partial(warm_start, run, "saved", load_optimizer_states=False)
+CASES |= {action.__name__: partial(action) for action in (warm_start_over_all_blocks, without_agsel, refusals)}
 
 if __name__ == "__main__":
     run_cases(CASES)

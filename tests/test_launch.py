@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-from agsel.training.elements import FILE
+from agsel.training.chosen_elements import FILE
 from tests.distributed import REPOSITORY, environment, free_port, launch
 from tests.tiny import tiny_batch
 from tests.tiny_run import TRAIN, save_model, save_rows, settings

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from agsel.elements import ElementMask
 from agsel.training.arguments import SelectionArguments
-from agsel.training.elements import FILE
+from agsel.training.chosen_elements import FILE
 from agsel.training.export import FILE_OF_ELEMENTS
 from agsel.training.identity import describe_settings, fingerprint_of_rows
 from agsel.training.methods import build_policy

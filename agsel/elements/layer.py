@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -67,14 +68,36 @@ def use_elements(model: nn.Module, mask: ElementMask) -> None:
     """Train the chosen elements of a model's weights and nothing else. Call it before `agsel.block_param_groups`.
 
     Every linear layer with chosen elements becomes an `ElementLinear`, in place. All other parameters are frozen.
+    Every rank must call it.
 
     Args:
         model: on every rank the same, also if ZeRO-3 has partitioned it; not yet in an engine.
-        mask: of this model.
+        mask: of this model, the same on all ranks.
 
     Raises:
-        UserError: the mask is of another model, or not valid, or the weights are quantised, adapted or shared.
+        UserError: the mask is of another model or on other ranks another, or not valid, or the weights are quantised,
+            adapted or shared.
     """
+    require_equal_masks(mask)
+    add_values(model, mask)
+
+
+def require_equal_masks(mask: ElementMask) -> None:
+    """Refuse masks that differ between the ranks: DeepSpeed would fail at their sizes, or not see it at all.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if not dist.is_initialized():
+        return
+    masks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(masks, f"{mask.numel:,} elements ({mask.checksum:08x})")
+    if len({*masks}) > 1:
+        raise UserError(f"the ranks have different masks: {' and '.join(masks)}; give every rank the same one")
+
+
+def add_values(model: nn.Module, mask: ElementMask) -> None:
+    """What `use_elements` does on one rank."""
     mask.require_valid()
     layers = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name in mask.indices:

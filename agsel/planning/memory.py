@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks, taking_part
-from agsel.elements import element_layers, mask_of, use_elements
+from agsel.elements import element_layers, mask_of
+from agsel.elements.layer import add_values
 from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Workload, running_model
 from agsel.policies import BlockInfo, Policy, StepKind
 from agsel.zero.parameters import block_infos, global_numel
@@ -258,5 +259,5 @@ def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:
 
             twin = get_peft_model(twin, copy.deepcopy(adapter)).to(dtype)
     if element_layers(model):
-        use_elements(twin, mask_of(model))
+        add_values(twin, mask_of(model))
     return twin

@@ -75,6 +75,7 @@ def attach(
     blocks, block_indices = _match_blocks(
         engine.module, [selective_class.parameters_of_partition(optimizer, index) for index in range(len(masters))]
     )
+    elements = describe_elements(engine.module)
     settings = {
         "blocks": [block.name for block in blocks],
         "offload_states": offload_states,
@@ -83,7 +84,7 @@ def attach(
         "sanity_checks": sanity_checks,
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
-        **describe_elements(engine.module),
+        "trained elements": elements,
     }
     guards.require_adapters(policy, engine.module, blocks)
     guards.require_plain_partitions(engine)
@@ -103,7 +104,7 @@ def attach(
     if sanity_checks:
         names = [block.name for block in blocks]
         sanity = SanityChecks(sanity_checks, find_blocks(engine.module), residency, names, group)
-    selection = Selection(blocks, policy, residency, group, max_skipped_steps, sanity)
+    selection = Selection(blocks, policy, residency, group, max_skipped_steps, sanity, elements)
     optimizer.__class__ = selective_class
     optimizer.selection = selection
     optimizer.elements = WriteThrough(engine.module)

@@ -64,6 +64,7 @@ class Selection:
         group: Any,
         max_skipped_steps: int,
         sanity: SanityChecks | None = None,
+        elements: str | None = None,
     ) -> None:
         self.blocks = tuple(block.name for block in blocks)
         self.policy = policy
@@ -75,6 +76,7 @@ class Selection:
         self._group = group
         self._max_skipped_steps = max_skipped_steps
         self._skipped_in_a_row = 0
+        self._elements = elements
 
     @property
     def counts(self) -> dict[str, int]:
@@ -88,14 +90,20 @@ class Selection:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the coming selections depend on, as plain Python values; `engine.save_checkpoint` carries it."""
-        return {"blocks": list(self.blocks), "policy": self.policy.state_dict()}
+        state = {"blocks": list(self.blocks), "policy": self.policy.state_dict()}
+        return state | ({"elements": self._elements} if self._elements else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`, and plan the next step from it.
 
         Raises:
-            UserError: the state is of a run over other blocks.
+            UserError: the state is of a run over other blocks, or other elements of their weights.
         """
+        if state.get("elements") != self._elements:
+            raise UserError(
+                f"the saved run trains {state.get('elements') or 'whole weights'} and this one "
+                f"{self._elements or 'whole weights'}, elements by number and checksum: use the mask of the saved run"
+            )
         if tuple(state["blocks"]) != self.blocks:
             raise UserError(
                 f"the saved selection is over {len(state['blocks'])} blocks ({state['blocks'][0]} ...), this run's "

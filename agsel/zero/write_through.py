@@ -38,6 +38,8 @@ class WriteThrough:
         And into the whole weight where ZeRO-3 keeps it, as nobody gathers it anew after a checkpoint is loaded.
         """
         values = [parameter for parameter in parameters if parameter in self._layers]
+        if not values:
+            return
         with deepspeed.zero.GatheredParameters(values):
             for parameter in values:
                 layer: Any = self._layers[parameter]
@@ -57,7 +59,7 @@ class WriteThrough:
         return partition, self._own[layer.values], start
 
 
-def describe_elements(model: nn.Module) -> dict[str, str]:
-    """What must be equal on all ranks of a model with elements, of which DeepSpeed broadcasts the values alone."""
+def describe_elements(model: nn.Module) -> str | None:
+    """What must be equal on all ranks of a model with elements, and in its checkpoints, which hold the values alone."""
     mask = mask_of(model)
-    return {"trained elements": f"{mask.numel:,} ({mask.checksum:08x})"} if mask.numel else {}
+    return f"{mask.numel:,} ({mask.checksum:08x})" if mask.numel else None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import agsel
-from tests.cases import run_cases
+from tests.cases import message_of, run_cases
+from tests.tiny import WITHOUT_ELEMENTS, random_mask, tiny_model
 from tests.zero.exactness_ranks import optimizer_states
 from tests.zero.parity_ranks import whole_weights
 from tests.zero.rules import RULES, STAGES_OF_RULES
@@ -122,6 +123,16 @@ def other_blocks(stage: int) -> str:
     return ""
 
 
+def other_elements(stage: int) -> str:
+    """Load a checkpoint into a run over as many elements at other places."""
+    model = tiny_model()
+    mask = random_mask(model, 0.1, WITHOUT_ELEMENTS)
+    first = {name: torch.arange(len(own), dtype=torch.int32) for name, own in mask.indices.items()}
+    agsel.use_elements(model, replace(mask, indices=first))
+    engine, _ = start_engine(SCENARIOS[f"elements-{stage}"], model=model)
+    return message_of(ValueError, lambda: engine.load_checkpoint(folder(f"elements-{stage}"))) or ""
+
+
 def warm_start(stage: int) -> dict[str, Any]:
     """Counts before and after loading the weights alone, in the middle of a run that checks itself."""
     scenario = SCENARIOS[f"adagradselect-{stage}"]
@@ -139,7 +150,7 @@ AFTER: dict[str, partial[Any]] = {
     **{f"resumed-{run}": partial(resumed, run) for run in SCENARIOS},
     **{
         f"{action.__name__}-{stage}": partial(action, stage)
-        for action in (other_blocks, warm_start)
+        for action in (other_blocks, other_elements, warm_start)
         for stage in (1, 2, 3)
     },
 }

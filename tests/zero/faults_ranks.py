@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import agsel
+from agsel.elements import element_layers
 from tests.cases import message_of, run_cases
 from tests.tiny import random_mask, tiny_batch, tiny_model
 from tests.zero.parity_ranks import whole_weights
@@ -90,15 +91,31 @@ def different_seeds() -> str | None:
     return message_of(ValueError, lambda: start_engine(scenario))
 
 
-def different_masks(stage: int) -> str | None:
-    """As many elements of each weight, at other places on one rank."""
-    model = tiny_model()
-    mask = random_mask(model, 0.1)
-    if torch.distributed.get_rank() == 1:
-        first = {name: torch.arange(len(indices), dtype=torch.int32) for name, indices in mask.indices.items()}
-        mask = replace(mask, indices=first)
-    agsel.use_elements(model, mask)
+def different_masks() -> dict[str, str | None]:
+    """On one rank as many elements of each weight at other places, or fewer, or none of one weight."""
+    mask = random_mask(tiny_model(), 0.1)
+    name, *others = mask.indices
+    masks = {
+        "elsewhere": {name: torch.arange(len(own), dtype=torch.int32) for name, own in mask.indices.items()},
+        "fewer": {**mask.indices, name: mask.indices[name][1:]},
+        "another": {other: mask.indices[other] for other in others},
+    }
+    is_other = torch.distributed.get_rank() == 1
+    return {
+        kind: message_of(
+            ValueError, partial(agsel.use_elements, tiny_model(), replace(mask, indices=own) if is_other else mask)
+        )
+        for kind, own in masks.items()
+    }
+
+
+def changed_mask(stage: int) -> str | None:
+    """One rank has other indices, as many, when its engine is given to agsel."""
     scenario = Scenario(stage=stage, blocks="layers", elements=True)
+    model = scenario.model()
+    if torch.distributed.get_rank() == 1:
+        layer = next(iter(element_layers(model).values()))
+        layer.indices = torch.arange(len(layer.indices), dtype=torch.int32)
     return message_of(ValueError, lambda: start_engine(scenario, model=model))
 
 
@@ -123,7 +140,10 @@ def cut_off(stage: int) -> str | None:
     return message_of(RuntimeError, lambda: run_engine(engine, selection, scenario))
 
 
-CASES: dict[str, partial[Any]] = {"different-seeds": partial(different_seeds)}
+CASES: dict[str, partial[Any]] = {
+    "different-seeds": partial(different_seeds),
+    "different-masks": partial(different_masks),
+}
 for stage in (1, 2, 3):
     CASES |= {
         f"nan-{stage}": partial(non_finite, stage, "fp32", math.nan),
@@ -137,7 +157,7 @@ for stage in (1, 2, 3):
         f"not-reentrant-{stage}": partial(checkpointed, stage, False),
         f"reentrant-{stage}": partial(checkpointed, stage, True),
         f"cut-off-{stage}": partial(cut_off, stage),
-        f"different-masks-{stage}": partial(different_masks, stage),
+        f"changed-mask-{stage}": partial(changed_mask, stage),
     }
 
 if __name__ == "__main__":

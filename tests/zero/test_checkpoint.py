@@ -62,6 +62,12 @@ def test_a_checkpoint_over_other_blocks_is_refused(ranks: list[dict[str, Any]], 
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_other_elements_is_refused(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        assert "elements by number and checksum: use the mask of the saved run" in rank[f"other_elements-{stage}"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_loading_the_weights_alone_leaves_the_selection_as_it_is(ranks: list[dict[str, Any]], stage: int) -> None:
     for rank in ranks:
         run = rank[f"warm_start-{stage}"]

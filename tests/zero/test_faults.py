@@ -76,10 +76,18 @@ def test_different_seeds_are_refused_by_name(ranks: list[dict[str, Any]]) -> Non
         assert "the ranks have different settings: seed is 0 and 1" in rank["different-seeds"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_different_elements_are_refused_in_one_line(ranks: list[dict[str, Any]], stage: int) -> None:
+@pytest.mark.parametrize("kind", ["elsewhere", "fewer", "another"])
+def test_different_masks_are_refused_in_one_line(ranks: list[dict[str, Any]], kind: str) -> None:
     for rank in ranks:
-        message = rank[f"different-masks-{stage}"]
+        message = rank["different-masks"][kind]
+        assert message.startswith("the ranks have different masks: ")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_elements_that_differ_between_engines_are_refused_in_one_line(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        message = rank[f"changed-mask-{stage}"]
         assert message.startswith("the ranks have different settings: trained elements is '")
         assert "\n" not in message
 

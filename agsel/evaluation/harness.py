@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agsel.errors import UserError, complaints_of_libraries, one_line
 from agsel.evaluation.extras import require_extra
+from agsel.evaluation.measures import REPEATABLE
 from agsel.evaluation.options import EvaluationArguments
 from agsel.zero.consensus import gather
 
@@ -50,7 +52,7 @@ def evaluate_with_harness(
     manager = require_tasks(tasks)
     rows_of_tasks = [len(task.eval_docs) for task in manager.load(list(tasks))["tasks"].values()]
     fewest = min([*rows_of_tasks, *filter(None, [arguments.limit])])
-    with complaints_of_libraries():
+    with complaints_of_libraries(), sdpa_kernel([*REPEATABLE]):
         found = simple_evaluate(
             _model_of_harness(model, tokenizer, arguments.batch_size, divided=fewest >= dist.get_world_size()),
             tasks=list(tasks),

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from agsel.evaluation.measures import generate
 from tests.distributed import launch
 from tests.test_evaluate import alone, arguments
 from tools import arithmetic
@@ -21,3 +27,24 @@ def test_two_gpus_find_what_one_finds(tmp_path: Path) -> None:
     assert by_two.returncode == 0, by_two.stdout
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
     assert outputs[0].with_suffix(".jsonl").read_bytes() == outputs[1].with_suffix(".jsonl").read_bytes()
+
+
+class Numbers:
+    """A tokenizer whose texts are the numbers of the tokens."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def batch_decode(self, rows: Tensor, **_: bool) -> list[str]:
+        return [str(row.tolist()) for row in rows]
+
+
+def test_a_batch_in_bf16_gives_the_same_texts_again() -> None:
+    """Near ties are frequent: a random model of the size of SmolLM2-135M, rows of many lengths."""
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    lengths = torch.randint(40, 120, (128,)).tolist()
+    prompts = [torch.randint(5, 49_000, (length,)).tolist() for length in lengths]
+    first, *others = (generate(model.eval(), cast(Any, Numbers()), prompts, 100) for _ in range(4))
+    assert others == [first] * 3

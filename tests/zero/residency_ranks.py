@@ -105,11 +105,15 @@ def equal_reads(engine: Any, selection: Any) -> bool:
 
 
 def refreshed(engine: Any, selection: Any) -> bool:
-    """Whether all masters are bf16 numbers after DeepSpeed copies the weights over them while they are on their way."""
+    """Whether all masters are bf16 numbers after DeepSpeed copies the weights over them while they are on their way.
+
+    The padding of ZeRO-3's partitions, which elements of any number have, is uninitialised: it may be NaN.
+    """
     selection.residency.keep_only(range(len(selection.blocks)))
     engine.optimizer.refresh_fp32_params()
     selection.residency.synchronize()
-    return all(torch.equal(p.master, p.master.bfloat16().float()) for p in selection.residency.partitions)
+    masters = [partition.master.nan_to_num() for partition in selection.residency.partitions]
+    return all(torch.equal(master, master.bfloat16().float()) for master in masters)
 
 
 def poisoned_and_kept(stage: int, policy: partial[agsel.Policy], **changed: Any) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from agsel.blocks import find_blocks, taking_part
+from agsel.elements.choosing import linear_weights
 from agsel.planning.memory import (
     MemoryPlan,
     Planner,
@@ -39,7 +42,7 @@ from agsel.policies import (
     blocks_of_fraction,
     fraction_of_blocks,
 )
-from agsel.training.fit import _local_ranks, _workload, plan_of_run, shortage
+from agsel.training.fit import _local_ranks, _workload, plan_of_run, require_room_for_choosing, shortage
 from tests.distributed import launch
 from tests.policies.running import layers as layers_of
 from tests.tiny import adapted_model, tiny_batch, tiny_model
@@ -402,8 +405,8 @@ class Asking(LlamaForCausalLM):
         return super().forward(input_ids, **options)
 
 
-def plan_of(model: nn.Module, policy: Callable[[], Policy] = TopK) -> tuple[str, str | None]:
-    """Of a run on GPUs of 80 GB."""
+def run_of(model: nn.Module, elements: str | None = None, force: bool = False) -> tuple[Any, Any]:
+    """What is read of configuration and trainer."""
     training = SimpleNamespace(
         bf16=True,
         fp16=False,
@@ -424,13 +427,61 @@ def plan_of(model: nn.Module, policy: Callable[[], Policy] = TopK) -> tuple[str,
     )
     configuration: Any = SimpleNamespace(
         training=training,
-        selection=SimpleNamespace(compile_layers=False, offload_states=True, select_from=0),
+        selection=SimpleNamespace(compile_layers=False, offload_states=True, select_from=0, force=force),
+        elements=SimpleNamespace(elements=elements),
+        blocks_of=lambda model: taking_part(find_blocks(model)),
         taking_part="layers",
     )
-    trainer: Any = SimpleNamespace(model=model, train_dataset=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
-    properties = SimpleNamespace(total_memory=80 * 10**9)
+    return configuration, SimpleNamespace(model=model, train_dataset=Dataset.from_dict({"input_ids": [[1, 2], [3]]}))
+
+
+@contextmanager
+def gpus_of(gigabytes: float) -> Iterator[None]:
+    properties = SimpleNamespace(total_memory=gigabytes * 1e9)
     with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
-        return plan_of_run(configuration, trainer, policy())
+        yield
+
+
+def plan_of(model: nn.Module, policy: Callable[[], Policy] = TopK) -> tuple[str, str | None]:
+    """Of a run on GPUs of 80 GB."""
+    with gpus_of(80):
+        return plan_of_run(*run_of(model), policy())
+
+
+def test_choosing_elements_is_planned_and_refused_in_time() -> None:
+    with gpus_of(80):
+        assert require_room_for_choosing(*run_of(tiny_model())) is None
+        said = require_room_for_choosing(*run_of(tiny_model(), "gallop"))
+        unknown = require_room_for_choosing(*run_of(Asking(tiny_model().config), "gallop"))
+    assert said is not None
+    assert unknown is not None
+    assert said.startswith("memory    choosing elements takes 0.0")
+    assert unknown.startswith("memory    choosing elements cannot be planned for this model: ")
+    with gpus_of(1):
+        with pytest.raises(ValueError, match=r"^choosing elements needs 2\.1 GB on each GPU, .* has 1\.0 GB: use a sm"):
+            require_room_for_choosing(*run_of(tiny_model(), "gem"))
+        require_room_for_choosing(*run_of(tiny_model(), "gem", force=True))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_choosing_elements_keeps_the_sums_of_all_gradients(stage: int, ranks: int) -> None:
+    """In fp32, divided among the ranks. At stage 3 one layer at most is whole beside what is around them."""
+    model = meta_model(MODEL_SHAPES["tiny"]())
+    groups = [list(layer.values()) for layer in linear_weights(model, None)]
+    scored = sum(weight.numel() for group in groups for weight in group)
+    every, nothing = frozenset(range(LAYERS)), frozenset[int]()
+    step = Step(groups=groups, trainable=every, updated=nothing, resident=nothing, choosing=True)
+    work = Workload(zero=ZeroSettings(stage=stage), ranks=ranks, micro_batch=1, sequence=4)
+    parts = Rehearsal(model, work).run(step).parts
+    assert parts["gradients"] == pytest.approx(4 * scored / ranks, rel=0.1)
+    layer = sum(p.nbytes for p in model.model.layers[0].parameters())
+    whole = sum(p.nbytes for p in model.parameters())
+    if stage == 2:
+        assert parts["weights"] == pytest.approx(whole, rel=0.1)
+    else:
+        least = whole / ranks + whole - LAYERS * layer
+        assert 0.95 * least <= parts["weights"] <= 1.05 * (least + layer)
 
 
 def test_a_model_that_cannot_be_rehearsed_may_train() -> None:
@@ -476,6 +527,16 @@ def test_the_command_advises_a_fraction_only_where_it_is_read(capsys: pytest.Cap
         printed = capsys.readouterr().out
         assert f"fits      {gpu_gb} GB: {words}" in printed
         assert "--fraction" not in printed
+
+
+def test_the_tool_plans_single_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--model", "qwen2.5-0.5b", "--gpus", "1", "--method", "full"]
+    plan_memory.main([*command, "--element_density", "0.01"])
+    shown = capsys.readouterr().out
+    assert "full fine-tuning" not in shown
+    assert "0.04 GB per rank" in shown, "12 bytes for each of 3.58 million values"
+    with pytest.raises(SystemExit, match=r"at most 1, got 2 \(--element_density\)"):
+        plan_memory.main([*command, "--element_density", "2"])
 
 
 def test_a_run_prints_its_plan_and_stops_if_it_does_not_fit(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import json
 import sys
 
 from agsel import shipped
+from agsel.elements import require_density
 from agsel.errors import AgselError, UserError, one_line
 from agsel.planning.description import describe_memory
-from agsel.planning.memory import Planner, meta_model, planned_steps
+from agsel.planning.memory import Planner, meta_model, planned_steps, train_elements
 from agsel.planning.rehearsal import Workload, ZeroSettings
 from agsel.planning.shapes import MODEL_SHAPES, model_config
 from agsel.policies import METHODS, Policy, flags_of, fraction_of_blocks, reads_fraction
@@ -54,9 +55,12 @@ def describe(options: argparse.Namespace) -> str:
             f"no model {options.model!r} (--model): neither {', '.join(MODEL_SHAPES)} nor a folder here, and from the "
             f"hub: {error}"
         ) from error
-    policy = policy_of(options)
+    policy, model = policy_of(options), meta_model(config)
+    if options.element_density is not None:
+        require_density(options.element_density)
+        train_elements(model, options.element_density)
     planner = Planner(
-        meta_model(config),
+        model,
         workload(options),
         blocks=options.blocks or ("layers" if options.select_from else policy.takes_part),
         select_from=options.select_from,
@@ -68,9 +72,8 @@ def describe(options: argparse.Namespace) -> str:
     most = planner.most_blocks(options.gpu_gb * 1e9, kinds)
     count = policy.started(planner.infos).blocks_per_step
     fitting = describe_fitting(policy, most, planner.number_of_blocks, count)
-    return "\n".join(
-        [describe_memory(planner.plan(count, (*kinds, "full"))), f"fits      {options.gpu_gb:g} GB: {fitting}"]
-    )
+    shown = kinds if options.element_density else (*kinds, "full")
+    return "\n".join([describe_memory(planner.plan(count, shown)), f"fits      {options.gpu_gb:g} GB: {fitting}"])
 
 
 def policy_of(options: argparse.Namespace) -> Policy:
@@ -117,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
     parser.add_argument("--method", choices=OVER_WEIGHTS, default="adagradselect", help="as in launch/train.py")
     parser.add_argument("--fraction", type=float, default=0.3, help="share of the blocks updated per step")
+    parser.add_argument("--element_density", type=float, help="train this share of single weights, as with --elements")
     parser.add_argument("--select_from", type=float, default=0, help="lowest layer that takes part, or a share below 1")
     parser.add_argument("--blocks", choices=("layers", "all"), help="blocks that take part; default: the method's")
     parser.add_argument("--micro_batch", type=int, default=8, help="rows per forward and GPU")

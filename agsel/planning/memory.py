@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from agsel.blocks import Block, find_blocks, taking_part
-from agsel.elements import element_layers, mask_of
+from agsel.elements import ElementMask, element_layers, mask_of
+from agsel.elements.choosing import linear_weights
 from agsel.elements.layer import add_values
 from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Workload, running_model
 from agsel.policies import BlockInfo, Policy, StepKind
@@ -237,6 +238,14 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) ->
     """A model without weights from its configuration."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def train_elements(model: nn.Module, density: float) -> None:
+    """Train a share of the single weights of a model without weights; which ones makes no difference to memory."""
+    weights = {name: weight for layer in linear_weights(model, None) for name, weight in layer.items()}
+    counts = {name: max(1, round(density * weight.numel())) for name, weight in weights.items()}
+    first = {name: torch.arange(count, dtype=torch.int32) for name, count in counts.items()}
+    add_values(model, ElementMask(first, {name: tuple(weight.shape) for name, weight in weights.items()}))
 
 
 def meta_copy(model: Any, dtype: torch.dtype) -> nn.Module:

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from agsel.blocks import find_blocks
-from agsel.elements import use_elements
-from agsel.planning.memory import Planner, meta_model, spread_evenly
+from agsel.planning.memory import Planner, meta_model, spread_evenly, train_elements
 from agsel.planning.rehearsal import Rehearsal, Step, Workload, ZeroSettings
 from agsel.planning.shapes import MODEL_SHAPES
 from agsel.policies import blocks_of_fraction
 from tests.distributed import REPOSITORY, environment
-from tools.bench.chosen_weights import random_mask
 from tools.bench.compared_methods import METHODS
 from tools.bench.starters import with_adapters
 
@@ -67,7 +65,7 @@ def predicted(row: dict[str, Any]) -> int:
     if method.lora_rank is not None:
         model = with_adapters(model, method.lora_rank)
     elif method.reads_density:
-        use_elements(model, random_mask(model, row["density"]))
+        train_elements(model, row["density"])
     policy = method.policy(row["fraction"]) if method.policy else None
     blocks = policy.takes_part if policy else "layers"
     planner = Planner(model, work, blocks=blocks, offload_states=row["offload_states"], policy=policy)

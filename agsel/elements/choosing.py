@@ -108,12 +108,13 @@ def choose_elements(
         remedy = "choose another method" if chosen.modules else "use another model"
         raise UserError(f"{method} (--elements) chooses among {sought}, and the decoder layers have none: {remedy}")
     budget = max(1, round(density * sum(shape.numel() for shape in shapes.values())))
+    scored = sum(shapes[name].numel() for layer in layers for name in layer)
+    _require_room(f"all that {method} scores", budget, scored)
     scores = _scores(model, batches, loss or (lambda batch: model(**batch).loss), layers, shapes, chosen, group)
     if chosen.by_matrix:
         budgets = _budgets(scores.shares, budget, shapes, group)
         places = {name: _largest({name: scores.shares[name]}, own, group)[name] for name, own in budgets.items() if own}
     else:
-        _require_room("the scored matrices", budget, sum(shapes[name].numel() for name in scores.shares))
         places = _largest(scores.shares, budget, group)
     indices = _on_all_ranks({name: own + scores.offset(name) for name, own in places.items()}, group)
     return ElementMask(
@@ -274,7 +275,7 @@ def _budgets(scores: Mapping[str, Tensor], budget: int, shapes: Mapping[str, tor
 def _require_room(where: str, budget: int, numel: int) -> None:
     if budget > numel:
         raise UserError(
-            f"element_density asks for {budget:,} elements of {where}, which has {numel:,}: lower it "
+            f"element_density asks for {budget:,} of the {numel:,} elements of {where}: lower it "
             "(--element_density), or use another method (--elements)"
         )
 

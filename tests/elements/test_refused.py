@@ -148,7 +148,10 @@ def test_other_models_are_fine(build: Callable[[], PreTrainedModel]) -> None:
 
 def test_a_budget_that_a_matrix_has_no_room_for() -> None:
     message = one_line(UserError, lambda: agsel.choose_elements(tiny_model(), ROWS, method="gem", density=0.5))
-    assert "v_proj.weight, which has 392: lower it (--element_density)" in message
+    assert "of the 4,704 elements of all that gem scores: lower it (--element_density)" in message
+    message = one_line(UserError, lambda: agsel.choose_elements(tiny_model(), ROWS, method="gem", density=0.07))
+    assert "of the 392 elements of model.layers." in message
+    assert "v_proj.weight: lower it (--element_density)" in message
 
 
 def test_a_loss_without_gradient() -> None:

@@ -103,17 +103,17 @@ def choose_elements(
     all_layers = linear_weights(model, blocks)
     layers = [candidates(layer, method) for layer in all_layers]
     shapes = {name: shape for layer in all_layers for name, shape in _shapes(layer).items()}
+    sought = " and ".join(chosen.modules) if chosen.modules else "linear layers"
     if not any(layers):
-        sought = " and ".join(chosen.modules) if chosen.modules else "linear layers"
         remedy = "choose another method" if chosen.modules else "use another model"
         raise UserError(f"{method} (--elements) chooses among {sought}, and the decoder layers have none: {remedy}")
     budget = max(1, round(density * sum(shape.numel() for shape in shapes.values())))
+    _require_room(sought, budget, sum(shapes[name].numel() for layer in layers for name in layer))
     scores = _scores(model, batches, loss or (lambda batch: model(**batch).loss), layers, shapes, chosen, group)
     if chosen.by_matrix:
         budgets = _budgets(scores.shares, budget, shapes, group)
         places = {name: _largest({name: scores.shares[name]}, own, group)[name] for name, own in budgets.items() if own}
     else:
-        _require_room("the scored matrices", budget, sum(shapes[name].numel() for name in scores.shares))
         places = _largest(scores.shares, budget, group)
     indices = _on_all_ranks({name: own + scores.offset(name) for name, own in places.items()}, group)
     return ElementMask(
@@ -274,8 +274,8 @@ def _budgets(scores: Mapping[str, Tensor], budget: int, shapes: Mapping[str, tor
 def _require_room(where: str, budget: int, numel: int) -> None:
     if budget > numel:
         raise UserError(
-            f"element_density asks for {budget:,} elements of {where}, which has {numel:,}: lower it "
-            "(--element_density), or use another method (--elements)"
+            f"element_density asks for {budget:,} of the {numel:,} elements of {where}: lower it (--element_density), or "
+            "use another method (--elements)"
         )
 
 

@@ -274,8 +274,8 @@ def _budgets(scores: Mapping[str, Tensor], budget: int, shapes: Mapping[str, tor
 def _require_room(where: str, budget: int, numel: int) -> None:
     if budget > numel:
         raise UserError(
-            f"element_density asks for {budget:,} of the {numel:,} elements of {where}: lower it (--element_density), or "
-            "use another method (--elements)"
+            f"element_density asks for {budget:,} of the {numel:,} elements of {where}: lower it "
+            "(--element_density), or use another method (--elements)"
         )
 
 

@@ -22,14 +22,17 @@ def export_elements(model: nn.Module, weights: Mapping[str, Tensor], path: Path,
         model: with elements.
         weights: its whole weights by name, as at the end of training.
         path: of the file, complete or absent.
-        about: where it comes from; `base_model` is what `load_elements` belongs to.
+        about: where it comes from; `base_model` is what `load_elements` belongs to. `dtype`, in which the base must be
+            loaded for it, is that of the weights.
     """
     layers = element_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[name + INDICES] = layer.indices.cpu()
         tensors[name + VALUES] = weights[name].detach().cpu().flatten().index_select(0, layer.indices.cpu())
-    write(path, tensors, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, about)
+    dtype = str(weights[next(iter(layers))].dtype).removeprefix("torch.")
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    write(path, tensors, shapes, {**about, "dtype": dtype})
 
 
 @torch.no_grad()

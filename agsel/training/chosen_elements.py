@@ -65,7 +65,6 @@ def describe_elements(configuration: Configuration) -> dict[str, Any]:
     return {
         "base_model": str(Path(base).resolve()) if Path(base).is_dir() else base,
         "revision": configuration.model.model_revision,
-        "dtype": configuration.model.dtype,
         "method": settings.elements,
         "density": settings.element_density,
     }

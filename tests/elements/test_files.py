@@ -69,7 +69,7 @@ def test_base_and_file_are_the_trained_model(tmp_path: Path, dtype: torch.dtype)
     weights = trained(dtype, path)
     model = tiny_model(dtype=dtype)
     changed = sum(int((value != weights[name]).sum()) for name, value in model.state_dict().items())
-    assert load_elements(model, path) == ABOUT
+    assert load_elements(model, path) == {**ABOUT, "dtype": str(dtype).removeprefix("torch.")}
     state = model.state_dict()
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[name], value) for name, value in weights.items())

@@ -73,9 +73,11 @@ def base_of(path: Path) -> dict[str, str]:
     """The base model of a file of elements: `base_model`, and if it tells them `revision` and the `dtype` of training.
 
     Raises:
-        UserError: it is no such file, or names none.
+        UserError: it is no such file, has no values, or names none.
     """
-    *_, about = read(path, INDICES)
+    values, _, about = read(path, VALUES)
+    if not values:
+        raise UserError(f"{path} has no trained values: use the elements.safetensors that a run writes at its end")
     if not isinstance(about.get("base_model"), str):
         raise UserError(f"{path} names no base model: load that yourself and call agsel.load_elements(model, {path})")
     return {name: value for name in ("base_model", "revision", "dtype") if isinstance(value := about.get(name), str)}

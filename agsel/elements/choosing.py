@@ -103,13 +103,12 @@ def choose_elements(
     all_layers = linear_weights(model, blocks)
     layers = [candidates(layer, method) for layer in all_layers]
     shapes = {name: shape for layer in all_layers for name, shape in _shapes(layer).items()}
+    sought = " and ".join(chosen.modules) if chosen.modules else "linear layers"
     if not any(layers):
-        sought = " and ".join(chosen.modules) if chosen.modules else "linear layers"
         remedy = "choose another method" if chosen.modules else "use another model"
         raise UserError(f"{method} (--elements) chooses among {sought}, and the decoder layers have none: {remedy}")
     budget = max(1, round(density * sum(shape.numel() for shape in shapes.values())))
-    scored = sum(shapes[name].numel() for layer in layers for name in layer)
-    _require_room(f"all that {method} scores", budget, scored)
+    _require_room(sought, budget, sum(shapes[name].numel() for layer in layers for name in layer))
     scores = _scores(model, batches, loss or (lambda batch: model(**batch).loss), layers, shapes, chosen, group)
     if chosen.by_matrix:
         budgets = _budgets(scores.shares, budget, shapes, group)

@@ -22,14 +22,17 @@ def export_elements(model: nn.Module, weights: Mapping[str, Tensor], path: Path,
         model: with elements.
         weights: its whole weights by name, as at the end of training.
         path: of the file, complete or absent.
-        about: where it comes from; `base_model` is what `load_elements` belongs to.
+        about: where it comes from; `base_model` is what `load_elements` belongs to. `dtype`, in which the base must be
+            loaded for it, is that of the weights.
     """
     layers = element_layers(model)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors[name + INDICES] = layer.indices.cpu()
         tensors[name + VALUES] = weights[name].detach().cpu().flatten().index_select(0, layer.indices.cpu())
-    write(path, tensors, {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, about)
+    dtype = str(weights[next(iter(layers))].dtype).removeprefix("torch.")
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    write(path, tensors, shapes, {**about, "dtype": dtype})
 
 
 @torch.no_grad()
@@ -70,9 +73,11 @@ def base_of(path: Path) -> dict[str, str]:
     """The base model of a file of elements: `base_model`, and if it tells them `revision` and the `dtype` of training.
 
     Raises:
-        UserError: it is no such file, or names none.
+        UserError: it is no such file, has no values, or names none.
     """
-    *_, about = read(path, INDICES)
+    values, _, about = read(path, VALUES)
+    if not values:
+        raise UserError(f"{path} has no trained values: use the elements.safetensors that a run writes at its end")
     if not isinstance(about.get("base_model"), str):
         raise UserError(f"{path} names no base model: load that yourself and call agsel.load_elements(model, {path})")
     return {name: value for name in ("base_model", "revision", "dtype") if isinstance(value := about.get(name), str)}

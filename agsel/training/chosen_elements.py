@@ -65,7 +65,6 @@ def describe_elements(configuration: Configuration) -> dict[str, Any]:
     return {
         "base_model": str(Path(base).resolve()) if Path(base).is_dir() else base,
         "revision": configuration.model.model_revision,
-        "dtype": configuration.model.dtype,
         "method": settings.elements,
         "density": settings.element_density,
     }
@@ -136,12 +135,13 @@ def _batches(trainer: RowTrainer, rows: Sequence[int], size: int) -> list[list[i
 
 def _describe(trainer: RowTrainer, configuration: Configuration) -> dict[str, Any]:
     """All that the choice depends on, but for the rounding of sums."""
-    settings = configuration.elements
+    settings, training = configuration.elements, configuration.training
     return {
         "method": settings.elements,
         "density": settings.element_density,
         "samples": min(settings.element_samples, len(trainer.train_dataset)),
-        "seed": configuration.training.seed,
+        "seed": training.seed,
+        "loss": f"{training.loss_type}, label smoothing {training.label_smoothing_factor:g}",
         "rows": fingerprint_of_rows(trainer.train_dataset),
         "blocks": [block.name for block in configuration.blocks_of(trainer.model)],
         "weights": _fingerprint_of_weights(trainer.model),

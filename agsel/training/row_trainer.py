@@ -76,11 +76,17 @@ class RowTrainer(ResumableTrainer):
         Rows count by what is learnt of them, whatever others are in their batch.
         """
         metrics, tokens = deepcopy(self._metrics), self._total_train_tokens
-        batch = {name: value.to(self.args.device) for name, value in self.data_collator(rows).items()}
+        batch = {n: v.to(self.args.device) if torch.is_tensor(v) else v for n, v in self.data_collator(rows).items()}
         unit = torch.tensor(TOKENS_OF_UNIT, device=self.args.device)
+        learnt = (batch["labels"][:, 1:] != -100).sum() * self._scale_of_loss()
+        self.current_gradient_accumulation_steps = unit / learnt  # TRL divides experts' balance by it
         loss = self.compute_loss(self.model, batch, num_items_in_batch=unit)
         self._metrics, self._total_train_tokens = metrics, tokens
         return loss
+
+    def _scale_of_loss(self) -> int:
+        """By which TRL multiplies a loss that is divided by a number of tokens."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def evaluate(self, *arguments: Any, **options: Any) -> dict[str, float]:
         """The metrics of the Trainer, and those of the tasks."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
-def trained(dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
+def trained(dtype: torch.dtype, path: Path, about: Mapping[str, Any] = ABOUT) -> dict[str, Tensor]:
     """Weights after something like a training, whose elements are in the file."""
     model = tiny_model(dtype=dtype)
     use_elements(model, random_mask(model, 0.1))
@@ -32,7 +33,7 @@ def trained(dtype: torch.dtype, path: Path) -> dict[str, Tensor]:
         torch.nn.init.normal_(layer.values)
         layer.write()
     weights = {name: weight for name, weight in model.state_dict().items() if not name.endswith(".values")}
-    export_elements(model, weights, path, ABOUT)
+    export_elements(model, weights, path, about)
     return weights
 
 
@@ -69,7 +70,7 @@ def test_base_and_file_are_the_trained_model(tmp_path: Path, dtype: torch.dtype)
     weights = trained(dtype, path)
     model = tiny_model(dtype=dtype)
     changed = sum(int((value != weights[name]).sum()) for name, value in model.state_dict().items())
-    assert load_elements(model, path) == ABOUT
+    assert load_elements(model, path) == {**ABOUT, "dtype": str(dtype).removeprefix("torch.")}
     state = model.state_dict()
     assert state.keys() == weights.keys()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
@@ -197,10 +198,12 @@ def test_a_mask_alone_has_no_values(tmp_path: Path) -> None:
     random_mask(tiny_model(), 0.1).save(path)
     with pytest.raises(UserError, match="use a file of trained elements"):
         load_elements(tiny_model(), path)
+    with pytest.raises(UserError, match=r"use the elements.safetensors"):
+        base_of(path)
 
 
 def test_a_file_without_a_base_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "mask.safetensors"
-    random_mask(tiny_model(), 0.1).save(path)
+    path = tmp_path / "elements.safetensors"
+    trained(torch.float32, path, about={})
     with pytest.raises(UserError, match="names no base model"):
         base_of(path)

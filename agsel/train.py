@@ -30,6 +30,7 @@ from agsel.runs.preemption import SignalWatch, StopRequests, host_group
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
+from agsel.training.attachment import require_supported_trainer
 from agsel.training.chosen_elements import describe_elements, train_elements
 from agsel.training.configuration import Configuration, configure, write_configuration
 from agsel.training.cost import CostCallback, write_result
@@ -179,6 +180,7 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
     # The Trainer estimates its arithmetic at every step, and counts all parameters anew for it.
     trainer.model.num_parameters = cache(trainer.model.num_parameters)
     if configuration.elements.elements is not None:
+        require_supported_trainer(trainer)  # choosing takes long
         said = first_rank_does(partial(require_room_for_choosing, configuration, trainer), group)
         if said is not None:
             on_first_rank(said)

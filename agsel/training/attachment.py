@@ -96,7 +96,7 @@ def train_blocks(
             torch, or gradient checkpointing is reentrant.
         RunError: this transformers differs from the tested one where it makes the engine.
     """
-    _require_supported_trainer(trainer)
+    require_supported_trainer(trainer)
     upstream.require_tested(__name__)
     trainer.args.gradient_checkpointing_kwargs = (trainer.args.gradient_checkpointing_kwargs or {}) | {
         "use_reentrant": False
@@ -141,7 +141,12 @@ def _when_engine_is_made(trainer: Trainer, action: Callable[[Any], None]) -> Non
     accelerator.prepare = prepare_and_act
 
 
-def _require_supported_trainer(trainer: Trainer) -> None:
+def require_supported_trainer(trainer: Trainer) -> None:
+    """Refuse what `train_blocks` cannot train.
+
+    Raises:
+        UserError: names the setting.
+    """
     if any(isinstance(callback, SelectionCallback) for callback in trainer.callback_handler.callbacks):
         raise UserError("add_selection was called twice on one trainer: keep the callback it returned the first time")
     if not trainer.is_deepspeed_enabled:

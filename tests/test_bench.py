@@ -39,7 +39,8 @@ PLAN = """
 - {models: tiny, stages: 3, methods: [full-layers, bound, exploit], shapes: 2x16}
 - {models: tiny, stages: 2, methods: badam, shapes: 2x16, checkpointing: on}
 - {models: tiny, stages: 1, methods: full, shapes: 2x16, ranks: 1}
-- {models: tiny, stages: [2, 3], methods: [elements, exploit-elements], densities: 0.1, shapes: 2x16, ranks: 1}
+- {models: tiny, stages: 2, methods: exploit-elements, densities: 0.1, shapes: 2x16, ranks: 1}
+- {models: tiny, stages: 3, methods: elements, densities: 0.1, shapes: 2x16, ranks: 1}
 - {models: tiny, stages: 2, methods: [supertuning, shira], densities: 0.1, shapes: 2x16, ranks: 1}
 """
 SCORING = "tools/bench_scoring.py"
@@ -84,7 +85,7 @@ def rows(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_every_configuration_is_measured(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert len(rows) == 18
+    assert len(rows) == 16
     for row in rows.values():
         if row["method"] != "badam":
             assert row["error"] is None
@@ -309,6 +310,7 @@ def test_a_plan_that_is_none_is_refused(plan: str, tmp_path: Path) -> None:
         expand(read_plan(tmp_path / "plan.yaml"))
 
 
+@pytest.mark.slow
 def test_scoring_is_measured_in_turns_with_training(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 5)

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 REPEATABLE = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """Kernels of attention that compute the same bits each time. cuDNN's, which torch prefers on an H200, does not with a
-mask: of greedy texts in bf16 one in forty takes another turn."""
+mask: then some greedy texts in bf16 take another turn."""
 
 
 @sdpa_kernel([*REPEATABLE])

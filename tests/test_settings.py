@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,7 @@ DEFAULTS = {"deepspeed": "zero2", "use_cpu": True, "dtype": None}
 Read = Callable[..., Settings]
 
 
-@pytest.fixture(autouse=True)
-def untouched_environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("untouched_environment")
 
 
 @pytest.fixture

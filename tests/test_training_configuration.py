@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -23,12 +21,7 @@ RECIPES = sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml"))
 DEFAULTS = {"deepspeed": "zero2", "use_cpu": True, "dtype": None}
 
 
-@pytest.fixture(autouse=True)
-def untouched_environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("untouched_environment")
 
 
 @pytest.fixture

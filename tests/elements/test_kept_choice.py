@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +16,7 @@ from agsel.training.settings import read_settings
 from tests.tiny import random_mask, tiny_model
 from tests.tiny_run import settings
 
-
-@pytest.fixture(autouse=True)
-def untouched_environment() -> Iterator[None]:
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+pytestmark = pytest.mark.usefixtures("untouched_environment")
 
 
 def describe(folder: Path, **changed: object) -> dict[str, Any]:

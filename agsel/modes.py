@@ -1,12 +1,15 @@
-"""Modules' training mode, which decides about dropout."""
+"""Modules' training mode, which decides about dropout, and with Liger about logits."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
+
+SKIP_LOGITS = "skip_logits"
 
 
 @contextmanager
@@ -28,6 +31,16 @@ def evaluating(model: nn.Module, *, recomputing: bool = False) -> Iterator[None]
             if module.training and isinstance(module, GradientCheckpointingLayer):
                 stack.enter_context(_recompute_in_evaluation(module))
         yield
+
+
+def without_logits(model: nn.Module) -> dict[str, bool]:
+    """Options of a forward by which Liger's, which computes the loss without logits in training, makes none either."""
+    takes = (inspect.signature(module.forward).parameters for module in model.modules() if _has_head(module))
+    return {SKIP_LOGITS: True} if any(SKIP_LOGITS in parameters for parameters in takes) else {}
+
+
+def _has_head(module: nn.Module) -> bool:
+    return getattr(module, "get_output_embeddings", None) is not None
 
 
 def _train(modules: Iterable[nn.Module]) -> None:

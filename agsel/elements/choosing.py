@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from agsel.blocks import Block, decoder_layers
+from agsel.elements.collectives import gathered, reduced
 from agsel.elements.gradients import GradientShares
 from agsel.elements.largest import largest
 from agsel.elements.layer import require_own, require_plain
 from agsel.elements.mask import ElementMask
 from agsel.elements.whole_weights import whole, whole_layer_by_layer
 from agsel.errors import RunError, UserError
-from agsel.modes import evaluating
+from agsel.modes import evaluating, without_logits
 
 NOTHING_TO_CHOOSE_BY = (
     "the gradients are zero at the initial weights: there is nothing to choose elements by, look at the data"
@@ -109,7 +111,7 @@ def choose_elements(
         raise UserError(f"{method} (--elements) chooses among {sought}, and the decoder layers have none: {remedy}")
     budget = max(1, round(density * sum(shape.numel() for shape in shapes.values())))
     _require_room(sought, budget, sum(shapes[name].numel() for layer in layers for name in layer))
-    scores = _scores(model, batches, loss or (lambda batch: model(**batch).loss), layers, shapes, chosen, group)
+    scores = _scores(model, batches, loss or partial(_own_loss, model), layers, shapes, chosen, group)
     if chosen.by_matrix:
         budgets = _budgets(scores.shares, budget, shapes, group)
         places = {name: _largest({name: scores.shares[name]}, own, group)[name] for name, own in budgets.items() if own}
@@ -121,6 +123,10 @@ def choose_elements(
         {name: tuple(shapes[name]) for name, own in indices.items() if own.numel()},
         {"method": method, "density": density},
     )
+
+
+def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    return model(**batch, **without_logits(model)).loss
 
 
 def require_method(method: str) -> None:
@@ -221,9 +227,7 @@ def _most_batches(batches: Sequence[Any], device: torch.device, group: Any) -> i
         UserError: on every rank; one has none.
     """
     counts = torch.tensor([len(batches), -len(batches)], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(counts, dist.ReduceOp.MAX, group=group)
-    most, fewest = counts.tolist()
+    most, fewest = reduced(counts, group, dist.ReduceOp.MAX).tolist()
     if fewest == 0:
         raise UserError("a rank has no samples to choose elements by: give it more rows (--element_samples)")
     return most
@@ -232,9 +236,7 @@ def _most_batches(batches: Sequence[Any], device: torch.device, group: Any) -> i
 def _require_sound(shares: Mapping[str, Tensor], device: torch.device, group: Any) -> None:
     wrong = [not bool(share.isfinite().all()) for share in shares.values()]
     seen = torch.tensor([*wrong, any(bool(share.any()) for share in shares.values())], device=device).int()
-    if dist.is_initialized():
-        dist.all_reduce(seen, group=group)
-    *not_finite, not_zero = seen.tolist()
+    *not_finite, not_zero = reduced(seen, group).tolist()
     for name, count in zip(shares, not_finite, strict=True):
         if count:
             raise RunError(
@@ -281,10 +283,7 @@ def _require_room(where: str, budget: int, numel: int) -> None:
 
 def _summed(numbers: Sequence[Tensor], group: Any) -> list[float]:
     """Over the ranks, of fp64 numbers."""
-    together = torch.stack(list(numbers))
-    if dist.is_initialized():
-        dist.all_reduce(together, group=group)
-    return together.tolist()
+    return reduced(torch.stack(list(numbers)), group).tolist()
 
 
 def _largest(scores: Mapping[str, Tensor], budget: int, group: Any) -> dict[str, Tensor]:
@@ -295,20 +294,10 @@ def _on_all_ranks(indices: Mapping[str, Tensor], group: Any) -> dict[str, Tensor
     """int32 on the CPU: those of all ranks, whose shares follow one another, by weight."""
     counts = torch.tensor([own.numel() for own in indices.values()], device=next(iter(indices.values())).device)
     flat = torch.cat(list(indices.values())).int()
-    if not dist.is_initialized():
-        by_rank = [(counts.tolist(), flat.cpu())]
-    else:
-        all_counts = _all_gathered(counts, group)
-        longest = max(int(own.sum()) for own in all_counts)
-        padded = torch.cat([flat, flat.new_zeros(longest - flat.numel())])
-        by_rank = [
-            (own.tolist(), those.cpu()) for own, those in zip(all_counts, _all_gathered(padded, group), strict=True)
-        ]
-    pieces = [flat[: sum(counts)].split(counts) for counts, flat in by_rank]
+    all_counts = [own.tolist() for own in gathered(counts, group)]
+    longest = max(map(sum, all_counts))
+    padded = torch.cat([flat, flat.new_zeros(longest - flat.numel())])
+    pieces = [
+        of_rank.cpu()[: sum(own)].split(own) for own, of_rank in zip(all_counts, gathered(padded, group), strict=True)
+    ]
     return {name: torch.cat(own) for name, own in zip(indices, zip(*pieces, strict=True), strict=True)}
-
-
-def _all_gathered(tensor: Tensor, group: Any) -> list[Tensor]:
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, tensor, group=group)
-    return gathered

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from agsel.elements.collectives import place
 from agsel.errors import RunError
 
 
@@ -42,8 +43,7 @@ class GradientShares:
         self._shapes = shapes
         self._device = device
         self._group = group
-        self._ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-        self._rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self._rank, self._ranks = place(group)
         self.shares = {
             name: torch.zeros(self._own(name).stop - self._own(name).start, device=device)
             for layer in layers

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from agsel.elements.collectives import gathered, place, reduced
 
 LOW_BITS = 15
 """The bits of a non-negative fp32 number, read as an integer, are in its order; the upper 16 are looked at first."""
@@ -37,8 +38,9 @@ def largest(shares: Sequence[Tensor], budget: int, group: Any = None) -> list[Te
     lower, needed = _limit(_counts(lowers, 1 << LOW_BITS, device, group), needed)
     limit = (upper << LOW_BITS) + lower
     ties = torch.stack([(_bits(share) == limit).sum() for share in shares])
-    taken = _shared_out(_by_rank(ties, group), needed)
-    return [_chosen(_bits(share), limit, count) for share, count in zip(shares, taken[_rank(group)], strict=True)]
+    taken = _shared_out([counts.tolist() for counts in gathered(ties, group)], needed)
+    rank, _ = place(group)
+    return [_chosen(_bits(share), limit, count) for share, count in zip(shares, taken[rank], strict=True)]
 
 
 def _chosen(bits: Tensor, limit: int, ties: int) -> Tensor:
@@ -61,9 +63,7 @@ def _counts(values: Iterable[Tensor], kinds: int, device: torch.device, group: A
     counts = torch.zeros(kinds, dtype=torch.int64, device=device)
     for chunk in values:
         counts += torch.bincount(chunk, minlength=kinds)
-    if dist.is_initialized():
-        dist.all_reduce(counts, group=group)
-    return counts
+    return reduced(counts, group)
 
 
 def _limit(counts: Tensor, budget: int) -> tuple[int, int]:
@@ -74,24 +74,11 @@ def _limit(counts: Tensor, budget: int) -> tuple[int, int]:
     return len(counts) - 1 - place, budget - above
 
 
-def _by_rank(ties: Tensor, group: Any) -> list[list[int]]:
-    """How many numbers are at the limit, by rank and vector."""
-    if not dist.is_initialized():
-        return [ties.tolist()]
-    gathered = [torch.empty_like(ties) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, ties, group=group)
-    return [counts.tolist() for counts in gathered]
-
-
 def _shared_out(ties: list[list[int]], needed: int) -> list[list[int]]:
-    """How many of them are taken."""
+    """How many numbers at the limit are taken, of those that there are by rank and vector."""
     taken = [[0] * len(counts) for counts in ties]
     for vector in range(len(ties[0])):
         for rank, counts in enumerate(ties):
             taken[rank][vector] = min(needed, counts[vector])
             needed -= taken[rank][vector]
     return taken
-
-
-def _rank(group: Any) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0

@@ -6,7 +6,6 @@ stays fused: TRL's because it is asked for in the forward's options, Liger's bec
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +16,11 @@ from torch import nn
 from agsel.adapters import scaled_adapters
 from agsel.blocks import decoder_layers
 from agsel.errors import UserError
-from agsel.modes import evaluating
+from agsel.modes import evaluating, without_logits
 from agsel.policies import Probe
 
 ITEMS = "num_items_in_batch"
 """What Trainers add so that the model returns something else than the mean loss of the rows."""
-SKIP_LOGITS = "skip_logits"
 
 
 @torch.no_grad()
@@ -50,7 +48,7 @@ def losses_of(
         UserError: the model returns no loss, or a block that is suppressed has no adapters.
     """
     losses = []
-    options = options | _without_logits(model)
+    options = options | without_logits(model)
     with evaluating(model):
         for probe in probes:
             rows = max(1, probe.rows // dist.get_world_size(group))
@@ -63,16 +61,6 @@ def losses_of(
     means = torch.stack(losses)
     dist.all_reduce(means, group=group)
     return (means / dist.get_world_size(group)).tolist()
-
-
-def _without_logits(model: nn.Module) -> dict[str, bool]:
-    """What keeps Liger's forward, which computes the loss without logits in training, from making them here."""
-    takes = (inspect.signature(module.forward).parameters for module in model.modules() if _has_head(module))
-    return {SKIP_LOGITS: True} if any(SKIP_LOGITS in parameters for parameters in takes) else {}
-
-
-def _has_head(module: nn.Module) -> bool:
-    return getattr(module, "get_output_embeddings", None) is not None
 
 
 def first_rows(value: Any, rows: int) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
-from agsel.elements import ElementLinear, ElementMask, use_elements
+from agsel.elements import ElementLinear, ElementMask, choose_elements, use_elements
+from tests.tiny import tiny_batch, tiny_model
 
 INDICES = torch.tensor([0, 3, 7, 8, 22, 34], dtype=torch.int32)
 SHAPE = (7, 5)
@@ -163,3 +165,21 @@ class Stand:
 
     def __init__(self, weight: Tensor, bias: Tensor, values: Tensor, indices: Tensor) -> None:
         self.weight, self.bias, self.values, self.indices = weight, bias, values, indices
+
+
+class LikeLiger(LlamaForCausalLM):
+    """Its forward leaves the logits out in training only, unless it is told to."""
+
+    told: list[bool | None]
+
+    def forward(self, skip_logits: bool | None = None, **options: Any) -> Any:
+        self.told.append(skip_logits)
+        return super().forward(**options)
+
+
+def test_choosing_makes_no_logits_where_the_model_can_do_without() -> None:
+    model = LikeLiger(tiny_model().config)
+    model.told = []
+    ids = tiny_batch(0, 0, 0)
+    choose_elements(model, [{"input_ids": ids, "labels": ids}])
+    assert model.told == [True]

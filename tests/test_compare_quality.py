@@ -37,7 +37,7 @@ from tools.comparison.plan import Run, words_of
 from tools.comparison.plan_file import read_plan
 from tools.comparison.records import Records, new_record
 from tools.comparison.refusals import require_sound
-from tools.comparison.runs import Task
+from tools.comparison.runs import Task, file_bytes
 from tools.comparison.schedule import CONTEXT_BYTES, Schedule
 
 RECIPE: dict[str, Any] = {
@@ -424,6 +424,15 @@ def test_a_reason_is_the_last_line_that_says_one() -> None:
     assert reason(["agsel: error: no such model"], 1) == "no such model"
     assert reason(["step 3/4"], -9) == "killed by signal 9"
     assert reason([], 3) == "exit code 3"
+
+
+def test_the_file_of_a_run_is_what_it_has_trained(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name, size in {"config.json": 1, "model-1.safetensors": 20, "model-2.safetensors": 300}.items():
+        (tmp_path / "model" / name).write_bytes(bytes(size))
+    assert file_bytes(tmp_path) == 320
+    (tmp_path / "elements.safetensors").write_bytes(bytes(4000))
+    assert file_bytes(tmp_path) == 4000
 
 
 def test_stopped_children_end_and_no_others_start(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agsel.errors import RunError
+from agsel.training.export import FILE_OF_ELEMENTS
 from tools.comparison.children import Children
 from tools.comparison.places import Place
 from tools.comparison.plan import Part, Plan, Run, words_of
@@ -74,8 +75,7 @@ class Runner:
             self._children.run(command, folder / "train.log", self._environment(place, slot))
         if not result.is_file():
             raise RunError(f"was told to stop before its end (see {folder / 'train.log'})")
-        weights = (folder / "model").glob("*.safetensors")
-        return {"result": json.loads(result.read_text()), "file_bytes": sum(path.stat().st_size for path in weights)}
+        return {"result": json.loads(result.read_text()), "file_bytes": file_bytes(folder)}
 
     def _measured(self, task: Task, place: Place, slot: int) -> dict[str, Any]:
         folder = task.run.folder(self._plan.output)
@@ -120,3 +120,10 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def file_bytes(folder: Path) -> int:
+    """Of what a run has trained: the single weights, else the adapter or the model."""
+    elements = folder / FILE_OF_ELEMENTS
+    weights = [elements] if elements.is_file() else (folder / "model").glob("*.safetensors")
+    return sum(path.stat().st_size for path in weights)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
@@ -35,6 +36,7 @@ from agsel.training.chosen_elements import describe_elements, train_elements
 from agsel.training.configuration import Configuration, configure, write_configuration
 from agsel.training.cost import CostCallback, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
+from agsel.training.environment import describe_environment, write_environment
 from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
 from agsel.training.fit import plan_of_run, require_room_for_choosing
 from agsel.training.generation import require_generation_config
@@ -44,8 +46,9 @@ from agsel.training.judging import TaskJudge
 from agsel.training.lora import require_taking_part, settle_targets
 from agsel.training.merging import merge_adapter
 from agsel.training.model import init_kwargs, require_model
-from agsel.training.output import direct_output, on_first_rank
+from agsel.training.output import curves_of, on_first_rank
 from agsel.training.packages import require_packages
+from agsel.training.record import Record
 from agsel.training.room import require_room_for_run
 from agsel.training.row_trainer import RowTrainer, choose_learning
 from agsel.training.settings import read_settings
@@ -96,7 +99,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     refuse_other_run(configuration, data, checkpoint)
 
     trainer = build_trainer(configuration, data, group)
-    policy = plan_run(trainer, configuration)
+    policy, plan = plan_run(trainer, configuration)
 
     def attach(engine: Any) -> agsel.Selection:
         return agsel.attach(
@@ -108,11 +111,17 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
             sanity_checks=configuration.safety.sanity_checks,
         )
 
-    train_blocks(trainer, attach, blocks=configuration.taking_part, select_from=configuration.selection.select_from)
+    callback = train_blocks(
+        trainer, attach, blocks=configuration.taking_part, select_from=configuration.selection.select_from
+    )
+    callback.record = Record(run_folder, checkpoint)
+    environment = describe_environment(trainer.args.world_size)
+    show_in_tensorboard(trainer, configuration, plan, environment)
     cost = CostCallback(trainer, configuration)
     trainer.add_callback(cost)
     run = prepare_resume(configuration, data, trainer, checkpoint)
     first_rank_does(partial(write_configuration, configuration), group)
+    first_rank_does(partial(write_environment, environment, run_folder), group)
     beginning.is_over(group)
     requests = StopRequests(run_folder, beginning.signals, group)
     trainer.make_resumable(requests, run, group)
@@ -188,7 +197,6 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
     if configuration.selection.compile_layers:
         agsel.compile_layers(trainer.model)
     require_taking_part(trainer.model, configuration.blocks_of(trainer.model))
-    direct_output(trainer)
     return trainer
 
 
@@ -232,19 +240,19 @@ def prepare_resume(
     return run
 
 
-def plan_run(trainer: RowTrainer, configuration: Configuration) -> agsel.Policy:
-    """The policy of the run, after saying what will happen and refusing what cannot fit."""
+def plan_run(trainer: RowTrainer, configuration: Configuration) -> tuple[agsel.Policy, str]:
+    """The policy of the run and its plan, after saying what will happen and refusing what cannot fit."""
     steps = count_steps(trainer)
     require_step(trainer, steps)
     policy = configuration.build_policy()
     policy.complete(steps.per_epoch, steps.total)
-    on_first_rank(describe_run(configuration, trainer, policy, steps))
+    description = describe_run(configuration, trainer, policy, steps)
+    on_first_rank(description)
     first_rank_does(partial(require_room_for_run, configuration, trainer, steps), None)
-    check_memory(trainer, configuration, policy)
-    return policy
+    return policy, f"{description}\n{check_memory(trainer, configuration, policy)}"
 
 
-def check_memory(trainer: RowTrainer, configuration: Configuration, policy: agsel.Policy) -> None:
+def check_memory(trainer: RowTrainer, configuration: Configuration, policy: agsel.Policy) -> str:
     """Say what memory the run needs, and refuse what cannot fit, on all ranks."""
     text, lacking = first_rank_does(partial(plan_of_run, configuration, trainer, policy), None)
     on_first_rank(text)
@@ -252,6 +260,23 @@ def check_memory(trainer: RowTrainer, configuration: Configuration, policy: agse
         raise UserError(f"{lacking}; --force true starts all the same")
     if lacking:
         on_first_rank(f"warning   {lacking}")
+    return text
+
+
+def show_in_tensorboard(
+    trainer: RowTrainer, configuration: Configuration, plan: str, environment: dict[str, Any]
+) -> None:
+    """The run's curves go into its folder, unless TENSORBOARD_LOGGING_DIR is set, with its settings beside them."""
+    curves = curves_of(trainer)
+    if curves is None:
+        return
+    curves.logging_dir = curves.logging_dir or str(Path(configuration.training.output_dir, "tensorboard"))
+    curves.settings = configuration.compared_settings()
+    curves.texts = {
+        "plan": plan,
+        "configuration": yaml.safe_dump(configuration.resolved, sort_keys=False),
+        "environment": yaml.safe_dump(environment, sort_keys=False),
+    }
 
 
 def say_ignored(configuration: Configuration) -> None:

@@ -18,6 +18,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from agsel.planning.flops import flops_per_token
 from agsel.planning.shapes import MODEL_SHAPES
 from tests.distributed import REPOSITORY, environment, kill_session
 from tests.tiny import tiny_model
@@ -31,7 +32,7 @@ from tools.bench.plans import expand, read_plan
 from tools.bench.rows import configuration_of, median_row, read_rows
 from tools.bench.series import Series, strong_scaling, weak_scaling
 from tools.bench.starters import add_shira, add_supertuning, expected_set
-from tools.bench.stopwatch import Settings, Stopwatch, flops_per_token
+from tools.bench.stopwatch import Settings, Stopwatch
 from tools.bench.table import COLUMNS
 
 PLAN = """

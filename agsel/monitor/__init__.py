@@ -1,6 +1,21 @@
-"""What a run shows of itself: TensorBoard scalars of the selection, and the status line."""
+"""What a run shows of itself: the status line, numbers of the selection, its history, pictures of it."""
 
-from agsel.monitor.status import block_ranges, has_results_of_tasks, status_line
-from agsel.monitor.tensorboard import normalised_entropy, selection_scalars
+from agsel.monitor.history import METRICS, SELECTION, SelectionHistory, StepLines
+from agsel.monitor.status import block_ranges, count_levels, duration, has_results_of_tasks, status_line
+from agsel.monitor.tensorboard import LAYOUT, normalised_entropy, selection_scalars, tag_of
 
-__all__ = ["block_ranges", "has_results_of_tasks", "normalised_entropy", "selection_scalars", "status_line"]
+__all__ = [
+    "LAYOUT",
+    "METRICS",
+    "SELECTION",
+    "SelectionHistory",
+    "StepLines",
+    "block_ranges",
+    "count_levels",
+    "duration",
+    "has_results_of_tasks",
+    "normalised_entropy",
+    "selection_scalars",
+    "status_line",
+    "tag_of",
+]

@@ -38,6 +38,8 @@ class AdaGradSelect(FractionPolicy):
     method = "adagradselect"
     rule = "largest gradient norms while exploring, then Dirichlet draws over how often each block was chosen"
 
+    spread_by = "raise --select_fraction, or spread the draws by --dirichlet_draw sample --dirichlet_delta 20"
+
     explore_steps: int | None = setting(
         None,
         help="Length of the exploration phase in optimizer steps. Default: those of the first epoch, as in the paper; "

@@ -32,6 +32,7 @@ class BAdam(Policy):
     method = "badam"
     rule = "one layer for many steps, from zero moments, then the next"
     keeps_moments = False
+    spread_by = "lower --select_every, or train for more steps"
 
     every: int | None = setting(
         None,

@@ -38,6 +38,7 @@ class Grass(FractionPolicy):
 
     method = "grass"
     rule = "drawn by the size of the gradients, which a few steps that update nothing measure"
+    spread_by = "lower --select_every, or raise --select_fraction"
 
     every: int = setting(25, flag="select_every", help="Steps for which a set of blocks is kept.")
     probe_steps: int = setting(5, help="Steps that only measure gradients and update nothing, before blocks are drawn.")

@@ -24,6 +24,7 @@ class Lisa(RandomBlocks):
     method = "lisa"
     rule = "embedding, final norm and head always, and layers drawn uniformly"
     takes_part = "all"
+    spread_by = "lower --select_every, or raise --select_fraction"
 
     every: int = setting(20, flag="select_every", help="Steps for which a set of blocks is kept.")
 

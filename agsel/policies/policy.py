@@ -163,6 +163,7 @@ class Policy(ABC):
         takes_part: which blocks it selects from by default, the decoder layers or all.
         keeps_moments: whether a block's Adam moments outlive the steps that update it; else they are dropped.
         needs_adapters: whether the blocks must be adapters, because it scales them.
+        spread_by: what gives more blocks a turn, where some were never updated.
         blocks: that take part, in forward order; set by `start`.
         counts: how often each was updated.
         step: optimizer steps applied.
@@ -173,6 +174,7 @@ class Policy(ABC):
     takes_part: ClassVar[Literal["layers", "all"]] = "layers"
     keeps_moments: ClassVar[bool] = True
     needs_adapters: ClassVar[bool] = False
+    spread_by: ClassVar[str] = "train for more steps"
     seed: int = 0
 
     def complete(self, epoch_steps: int, run_steps: int) -> None:  # noqa: B027 - most rules leave nothing open
@@ -374,6 +376,8 @@ class FractionPolicy(Policy):
         fraction: share of the blocks to update, in (0, 1].
         seed: of the run's one generator.
     """
+
+    spread_by = "raise --select_fraction"
 
     fraction: float = setting(
         0.3,

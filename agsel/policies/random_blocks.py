@@ -20,6 +20,7 @@ class RandomBlocks(FractionPolicy):
 
     method = "random"
     rule = "drawn uniformly"
+    spread_by = "lower --select_every, or raise --select_fraction"
 
     every: int = setting(1, flag="select_every", help="Steps for which a set of blocks is kept.")
 

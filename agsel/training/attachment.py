@@ -19,6 +19,7 @@ from agsel import upstream
 from agsel.errors import UserError
 from agsel.policies import Policy
 from agsel.training.callback import SelectionCallback
+from agsel.training.output import direct_output
 from agsel.zero import Selection
 from agsel.zero.guards import require_policy
 
@@ -119,7 +120,7 @@ def train_blocks(
     if trainer.args.gradient_checkpointing:  # TRL does the same for adapters, but the Trainer loses its handle
         trainer.model.disable_input_require_grads()
     _when_engine_is_made(trainer, on_engine)
-    trainer.add_callback(callback)
+    direct_output(trainer, callback)
     return callback
 
 

@@ -1,37 +1,82 @@
-"""What a run shows while it trains: the status line, TensorBoard scalars, and `selection.json` at its end."""
+"""What a run shows while it trains: the status line, numbers for every logger, and `selection.json` at its end."""
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 
-from agsel.monitor import block_ranges, has_results_of_tasks, selection_scalars, status_line
+from agsel.monitor import (
+    SelectionHistory,
+    block_ranges,
+    count_levels,
+    duration,
+    has_results_of_tasks,
+    selection_scalars,
+    status_line,
+)
+from agsel.planning.flops import flops_per_token
+from agsel.training.gauges import Gauges
+from agsel.training.record import Record
 from agsel.zero import Selection, StepReport
+
+NORM = "block_norm/"
+"""Numbers that are logged, but not kept in the Trainer's state: there are too many."""
 
 
 class SelectionCallback(TrainerCallback):
-    """Prints the status line, reports to TensorBoard, writes `selection.json`.
+    """Prints the status line, adds numbers to what the Trainer logs, writes `selection.json`.
 
-    TensorBoard scalars go where the Trainer's own go, if it has a `TensorBoardCallback`.
+    It must be the first callback of its Trainer: those after it, as TensorBoard's, are given its numbers too.
 
     Attributes:
         selection: of the run, once agsel is attached to its engine.
+        history: of the selection, on the first rank.
+        record: of the run, if it keeps one.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.selection: Selection | None = None
+        self.record: Record | None = None
+        self.history = SelectionHistory(())
         self._trainer = trainer
-        self._modes: list[str] = []
-        self._clock = _TokenClock()
+        self._gauges: Gauges | None = None  # while the Trainer trains, on the first rank
+        self._losses: dict[str, list[float]] = {"loss": [], "eval_loss": []}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The clocks start."""
+        if not state.is_world_process_zero:
+            return
+        assert self.selection is not None
+        blocks = self.selection.blocks
+        self.history = self.record.begin(blocks, state.global_step) if self.record else SelectionHistory(blocks)
+        self._reported = len(self.history.modes)
+        self._first_step, self._began = state.global_step, time.perf_counter()
+        sequence = getattr(args, "max_length", None) or 0
+        self._gauges = Gauges(self.selection, args, flops_per_token(self._trainer.model, sequence))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The rows of the step are there."""
+        if self._gauges is not None:
+            self._gauges.step_begins()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember how the step chose its blocks."""
-        if state.is_world_process_zero:
-            self._modes.append(self._last_step().mode)
+        """Remember what the step did; the first and the last one are logged whatever `logging_steps` is."""
+        if self._gauges is not None:
+            self._gauges.step_ends()
+            last = self._last_step()
+            self.history.add(state.global_step, last.mode, last.selected, last.norms)
+            if self.record:
+                self.record.step(self.history)
+        if state.global_step in (1, state.max_steps):
+            control.should_log = True
 
     def on_log(
         self,
@@ -41,33 +86,75 @@ class SelectionCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print the status line, and after training steps write the scalars."""
-        numbers = dict(logs or {})
-        is_shown = numbers.keys() & {"loss", "eval_loss"} or has_results_of_tasks(numbers)
+        """Add the numbers of a training step to what is logged, and print the status line."""
+        numbers = {} if logs is None else logs
+        is_shown = self._losses.keys() & numbers.keys() or has_results_of_tasks(numbers)
         if not state.is_world_process_zero or not is_shown:
             return
-        if "loss" not in numbers:
-            tqdm.write(status_line(state.global_step, state.max_steps, numbers))
-            return
-        numbers |= self._clock.tokens_per_second(numbers.get("num_tokens"))
-        tqdm.write(status_line(state.global_step, state.max_steps, numbers, self._choice()))
-        self._write_scalars(state.global_step)
-        self._modes.clear()
+        for name, losses in self._losses.items():
+            losses += [numbers[name]] if name in numbers else []
+        choice, times = "", None
+        if self._gauges is not None and "loss" in numbers:
+            numbers |= self._gauges.read(numbers.get("num_tokens")) | self._scalars()
+            choice, times = self._choice(), self._times(state)
+        kept = {name: value for name, value in numbers.items() if not name.startswith(NORM)}
+        state.log_history[-1] |= kept
+        if self._gauges is not None and self.record:
+            self.record.log(state.global_step, kept)
+        tqdm.write(status_line(state.global_step, state.max_steps, numbers, choice, times))
+        self._pause_ends()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """An evaluation is no step."""
+        self._pause_ends()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Nor is a checkpoint."""
+        self._pause_ends()
+        if self._gauges is not None and self.record:
+            self.record.synchronise()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write how often each block was trained to `<output_dir>/selection.json`; say what sanity checks cost."""
-        if state.is_world_process_zero and self.selection is not None:
-            policy = self.selection.policy
-            report = policy.settings() | {
-                "steps": policy.step,
-                "blocks": list(self.selection.blocks),
-                "counts": self.selection.counts,
-            }
-            Path(args.output_dir, "selection.json").write_text(json.dumps(report, indent=2) + "\n")
-            if self.selection.sanity is not None:
-                tqdm.write(str(self.selection.sanity))
+        """Write how often each block was trained to `<output_dir>/selection.json`, and say it; say what checks cost."""
+        if self._gauges is None or self.selection is None:
+            return
+        policy = self.selection.policy
+        report = policy.settings() | {
+            "steps": policy.step,
+            "blocks": list(self.selection.blocks),
+            "counts": self.selection.counts,
+        }
+        Path(args.output_dir, "selection.json").write_text(json.dumps(report, indent=2) + "\n")
+        if self.record:
+            self.record.end()
+        tqdm.write(f"trained   {self._summary(state, self._gauges)}")
+        tqdm.write(f"blocks    {count_levels(self.selection.counts)}")
+        if (warning := warning_of(self.selection.counts, policy.spread_by)) is not None:
+            tqdm.write(f"warning   {warning}")
+        if self.selection.sanity is not None:
+            tqdm.write(str(self.selection.sanity))
+        self._gauges = None
+
+    def _pause_ends(self) -> None:
+        if self._gauges is not None:
+            self._gauges.pause_ends()
+
+    def _summary(self, state: TrainerState, gauges: Gauges) -> str:
+        """For example `200 steps in 0:06:42, loss 2.3101 -> 1.4321, eval loss 1.5102, peak 18.7 GB`."""
+        parts = [f"{state.global_step - self._first_step:,} steps in {duration(time.perf_counter() - self._began)}"]
+        for name, losses in self._losses.items():
+            if losses:
+                before = f"{losses[0]:.4f} -> " if len(losses) > 1 else ""
+                parts.append(f"{name.replace('_', ' ')} {before}{losses[-1]:.4f}")
+        peak = gauges.peak_gigabytes()
+        return ", ".join([*parts, *([f"peak {peak:.1f} GB"] if peak else [])])
+
+    def _times(self, state: TrainerState) -> tuple[float, float]:
+        """Seconds since the first step of this process, and those that are left at its speed."""
+        passed, done = time.perf_counter() - self._began, state.global_step - self._first_step
+        return passed, passed * (state.max_steps - state.global_step) / max(1, done)
 
     def _last_step(self) -> StepReport:
         assert self.selection is not None
@@ -80,39 +167,25 @@ class SelectionCallback(TrainerCallback):
         mode = last.mode if epsilon is None else f"{last.mode} ε {epsilon:.2f}"
         return f"{mode}  {block_ranges(last.selected)}"
 
-    def _write_scalars(self, step: int) -> None:
-        writer = self._tensorboard_writer()
-        if writer is None or self.selection is None:
-            return
-        last = self._last_step()
-        scalars = selection_scalars(
+    def _scalars(self) -> dict[str, float]:
+        assert self.selection is not None
+        last, modes = self._last_step(), self.history.modes[self._reported :]
+        self._reported = len(self.history.modes)
+        return selection_scalars(
             counts=self.selection.counts,
             selected=last.selected,
             norms=last.norms,
-            explored=self._modes.count("explore") / max(1, len(self._modes)),
+            explored=modes.count("explore") / max(1, len(modes)),
+            skipped=self.history.modes.count("skipped"),
             epsilon=self.selection.policy.epsilon,
         )
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, step)
-
-    def _tensorboard_writer(self) -> Any:
-        """The writer of the Trainer's own scalars: a second one in the same folder would hide one of the two."""
-        callbacks = self._trainer.callback_handler.callbacks
-        return next((item.tb_writer for item in callbacks if isinstance(item, TensorBoardCallback)), None)
 
 
-class _TokenClock:
-    """Tokens per second between status lines, pauses for evaluation included, from the running total that TRL logs."""
-
-    def __init__(self) -> None:
-        self._time = 0.0
-        self._tokens = 0.0
-
-    def tokens_per_second(self, tokens: float | None) -> dict[str, float]:
-        """Empty on the first call and for trainers that do not count tokens."""
-        if tokens is None:
-            return {}
-        now = time.perf_counter()
-        seconds, new_tokens, first = now - self._time, tokens - self._tokens, self._tokens == 0
-        self._time, self._tokens = now, tokens
-        return {} if first else {"tokens_per_second": new_tokens / seconds}
+def warning_of(counts: Mapping[str, int], spread_by: str) -> str | None:
+    """What a user should know of a selection that left blocks out, with the setting to change."""
+    idle = [name for name, count in counts.items() if not count]
+    if not idle or len(idle) == len(counts):
+        return None
+    if len(idle) == len(counts) - 1:
+        return f"{block_ranges(counts.keys() - set(idle))} took every step of {len(counts)} blocks: {spread_by}"
+    return f"never trained: {block_ranges(idle)}, {len(idle)} of {len(counts)} blocks: {spread_by}"

@@ -32,6 +32,24 @@ from agsel.training.model import agree_on_settings
 from agsel.training.settings import Settings
 
 STEPS_TRIED = 1000
+COMPARED = (
+    "model_name_or_path",
+    "dataset_name",
+    "learning_rate",
+    "lr_scheduler_type",
+    "weight_decay",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "select_from",
+    "use_peft",
+    "lora_r",
+    "elements",
+    "element_density",
+)
+"""Besides the method, its settings and the ZeRO stage."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,11 @@ class Configuration:
     def build_policy(self) -> Policy:
         """The policy that the settings describe."""
         return build_policy(self.selection.method, self.resolved)
+
+    def compared_settings(self) -> dict[str, Any]:
+        """Those by which people compare runs, as far as this run has them."""
+        chosen = {name: self.resolved[name] for name in COMPARED if self.resolved.get(name) is not None}
+        return chosen | self.build_policy().settings() | {"method": self.selection.method, "stage": self.zero_stage}
 
 
 def configure(settings: Settings) -> Configuration:

@@ -1,12 +1,14 @@
 """Where the lines and curves of a run go."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.integrations import TensorBoardCallback
+
+from agsel.training.callback import SelectionCallback
+from agsel.training.curves import Curves
 
 
 def on_first_rank(text: str) -> None:
@@ -23,11 +25,22 @@ class ProgressBar(ProgressCallback):
         """Write nothing."""
 
 
-def direct_output(trainer: Trainer) -> None:
-    """Status line, progress bar on a terminal, TensorBoard in the run folder unless TENSORBOARD_LOGGING_DIR is set."""
-    trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
-    if sys.stderr.isatty() and not trainer.args.disable_tqdm:
+def direct_output(trainer: Trainer, callback: SelectionCallback) -> None:
+    """Numbers go through agsel's callback first; the Trainer's bar stays, on a terminal, but not its lines of numbers.
+
+    Its TensorBoard callback, if it has one, becomes agsel's, which writes to the same place.
+    """
+    trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None and sys.stderr.isatty():
         trainer.add_callback(ProgressBar)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(Path(trainer.args.output_dir, "tensorboard"))
+    theirs = trainer.pop_callback(TensorBoardCallback)
+    if theirs is not None:
+        curves = Curves(lambda: callback.history)
+        curves.logging_dir, curves.tb_writer = theirs.logging_dir, theirs.tb_writer
+        trainer.add_callback(curves)
+    trainer.callback_handler.callbacks.insert(0, callback)
+
+
+def curves_of(trainer: Trainer) -> Curves | None:
+    """What the Trainer writes for TensorBoard, if it does."""
+    return next((item for item in trainer.callback_handler.callbacks if isinstance(item, Curves)), None)

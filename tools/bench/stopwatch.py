@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 
 import agsel
 from agsel.errors import UserError
-from agsel.zero.parameters import global_shape
+from agsel.planning.flops import flops_per_token
 from tools.bench.configurations import Configuration
 from tools.bench.device import allocated, device, elapsed, moment, peak, pinned, reset_peak, synchronize
 
@@ -226,17 +226,3 @@ class Stopwatch:
         with (self._settings.folder / f"profile-{name}.txt").open("w") as file:
             for order in ("cumulative", "tottime"):
                 pstats.Stats(self._profiler, stream=file).sort_stats(order).print_stats(40)
-
-
-def flops_per_token(model: nn.Module, sequence: int) -> float:
-    """Arithmetic of forward and backward with every weight trained, without recomputation.
-
-    6 per weight of a matrix product (a tied head counts), and 6 * layers * heads * head size * sequence for attention:
-    two products of 2 * heads * head size * sequence each, forward and twice that backward, causal half. LoRA's own
-    matrices are left out, so that all methods are measured against the same arithmetic.
-    """
-    config: Any = model.config
-    linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
-    weights = sum(global_shape(module.weight).numel() for module in linear)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6.0 * (weights + config.num_hidden_layers * config.num_attention_heads * head_size * sequence)

@@ -1,0 +1,92 @@
+"""A run in TensorBoard: curves in groups, pictures of the selection, settings beside results, and texts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.utils.tensorboard.summary import hparams
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from agsel.monitor import LAYOUT, SelectionHistory, pictures, tag_of
+
+SECONDS_BETWEEN_PICTURES = 60.0
+PICTURES = {
+    "selection/trained_blocks": pictures.selection_map,
+    "selection/gradient_norms": pictures.norm_map,
+    "selection/counts": pictures.count_bars,
+}
+FINAL = ("train/loss", "eval/loss", "speed/tokens_per_second", "speed/ms_per_step", "memory/peak_gb")
+"""What TensorBoard shows beside the settings of runs."""
+
+
+class Curves(TensorBoardCallback):
+    """In place of the Trainer's own callback: a second writer in the same folder would hide one of the two.
+
+    Args:
+        history: gives the history of the selection.
+        settings: numbers and words by which runs are compared.
+        texts: to read there, by title.
+    """
+
+    def __init__(self, history: Callable[[], SelectionHistory]) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {}
+        self.texts: dict[str, str] = {}
+        self._history = history
+        self._drawn = time.monotonic()
+        self._last: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the file, and write what is known before the first step."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.tb_writer is None:
+            return
+        self.tb_writer.add_custom_scalars(LAYOUT)
+        for title, text in self.texts.items():
+            self.tb_writer.add_text(title, f"```\n{text}\n```")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the numbers, and now and then the pictures."""
+        if self.tb_writer is None:
+            return
+        numbers = {tag_of(name): value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        for tag, value in numbers.items():
+            self.tb_writer.add_scalar(tag, value, state.global_step)
+        self._last |= numbers
+        if time.monotonic() - self._drawn >= SECONDS_BETWEEN_PICTURES:
+            self._draw(state.global_step)
+        self.tb_writer.flush()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the last pictures, and the results beside the settings."""
+        if self.tb_writer is None:
+            return
+        self._draw(state.global_step)
+        found = {tag: self._last[tag] for tag in FINAL if tag in self._last}
+        settings = {
+            name: value if isinstance(value, int | float) else str(value) for name, value in self.settings.items()
+        }
+        for summary in hparams(settings, found):
+            self.tb_writer.file_writer.add_summary(summary)
+        super().on_train_end(args, state, control, **kwargs)
+
+    def _draw(self, step: int) -> None:
+        history = self._history()
+        if history.steps:
+            for tag, picture in PICTURES.items():
+                self.tb_writer.add_figure(tag, picture(history), step, close=False)
+        self._drawn = time.monotonic()

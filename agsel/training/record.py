@@ -1,0 +1,56 @@
+"""The files in which a run says what it has done: `metrics.jsonl` and `selection.jsonl`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from agsel.monitor import METRICS, SELECTION, SelectionHistory, StepLines
+from agsel.monitor.history import read_lines
+
+
+class Record:
+    """Written by the first rank.
+
+    Args:
+        folder: of the run.
+        checkpoint: from which the run goes on; what the run that wrote it has recorded until then is taken over.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Path | None) -> None:
+        self._folder = folder
+        self._origin = checkpoint and checkpoint.parent
+
+    def begin(self, blocks: Sequence[str], step: int) -> SelectionHistory:
+        """Open the files after so many steps. Returns the history of these steps, as far as it is known."""
+        self._metrics, self._selection = self._open(METRICS, step), self._open(SELECTION, step)
+        known = read_lines(self._folder / METRICS)
+        self._began = time.perf_counter() - (known[-1]["seconds"] if known else 0)
+        if read_lines(self._folder / SELECTION):
+            return SelectionHistory.read(self._folder / SELECTION)
+        history = SelectionHistory(tuple(blocks))
+        self._selection.append(history.heading)
+        return history
+
+    def step(self, history: SelectionHistory) -> None:
+        """Write the last step of the history."""
+        self._selection.append(history.last_line)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write numbers of a step, with the seconds that the run has trained until now, without interruptions."""
+        seconds = round(time.perf_counter() - self._began, 3)
+        self._metrics.append({"step": step, "seconds": seconds, **numbers})
+
+    def synchronise(self) -> None:
+        """What is written outlives the host, as the checkpoint does that is saved now."""
+        for lines in (self._metrics, self._selection):
+            lines.synchronise()
+
+    def end(self) -> None:
+        """Close the files."""
+        for lines in (self._metrics, self._selection):
+            lines.close()
+
+    def _open(self, name: str, step: int) -> StepLines:
+        return StepLines(self._folder / name, step, self._origin and self._origin / name)

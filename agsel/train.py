@@ -32,9 +32,10 @@ from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_o
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
 from agsel.training.attachment import require_supported_trainer
+from agsel.training.card import Run, write_card, write_guide
 from agsel.training.chosen_elements import describe_elements, train_elements
 from agsel.training.configuration import Configuration, configure, write_configuration
-from agsel.training.cost import CostCallback, write_result
+from agsel.training.cost import CostCallback, describe_result, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
 from agsel.training.environment import describe_environment, write_environment
 from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
@@ -116,7 +117,8 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     )
     callback.record = Record(run_folder, checkpoint)
     environment = describe_environment(trainer.args.world_size)
-    show_in_tensorboard(trainer, configuration, plan, environment)
+    compared = configuration.compared_settings(policy)
+    show_in_tensorboard(trainer, configuration, compared, plan, environment)
     cost = CostCallback(trainer, configuration)
     trainer.add_callback(cost)
     run = prepare_resume(configuration, data, trainer, checkpoint)
@@ -133,7 +135,11 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         if configuration.output.merge_adapter:
             base = configuration.model.model_name_or_path
             merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
-        write_result(trainer, cost, run_folder / "result.json", group)
+        result = describe_result(trainer, cost, group)
+        about = Run(configuration.resolved, compared, result, callback.history, environment)
+        first_rank_does(partial(write_card, run_folder / "model", about), group)
+        first_rank_does(partial(write_guide, run_folder), group)
+        first_rank_does(partial(write_result, result, run_folder / "result.json"), group)
         say_done(configuration)
     return trainer
 
@@ -264,14 +270,18 @@ def check_memory(trainer: RowTrainer, configuration: Configuration, policy: agse
 
 
 def show_in_tensorboard(
-    trainer: RowTrainer, configuration: Configuration, plan: str, environment: dict[str, Any]
+    trainer: RowTrainer,
+    configuration: Configuration,
+    compared: dict[str, Any],
+    plan: str,
+    environment: dict[str, Any],
 ) -> None:
     """The run's curves go into its folder, unless TENSORBOARD_LOGGING_DIR is set, with its settings beside them."""
     curves = curves_of(trainer)
     if curves is None:
         return
     curves.logging_dir = curves.logging_dir or str(Path(configuration.training.output_dir, "tensorboard"))
-    curves.settings = configuration.compared_settings()
+    curves.settings = compared
     curves.texts = {
         "plan": plan,
         "configuration": yaml.safe_dump(configuration.resolved, sort_keys=False),

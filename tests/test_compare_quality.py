@@ -555,7 +555,7 @@ def test_a_killed_comparison_goes_on_and_ends_as_an_unbroken_one(parts: Path, tm
 
 
 def _first_loss(log: Path) -> str:
-    found = re.search(r"step +1/\d+  loss (\S+)", log.read_text())
+    found = re.search(r"step +1/\d+  epoch \S+  loss (\S+)", log.read_text())
     assert found is not None
     return found[1]
 

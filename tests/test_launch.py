@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
+from agsel.monitor import METRICS, SELECTION, SelectionHistory
+from agsel.monitor.history import read_lines
 from agsel.training.chosen_elements import FILE
+from agsel.training.curves import PICTURES
 from tests.distributed import REPOSITORY, environment, free_port, launch
 from tests.tiny import tiny_batch
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
@@ -35,6 +42,8 @@ BAD_INPUT = (
     *("no template", "no prefix", "unread", "no module", "no policy"),
 )
 LAYERS = [f"layers.{index}" for index in range(4)]
+TEXTS = ("plan", "configuration", "environment")
+HPARAMS_OF_EXPERIMENT = "_hparams_/experiment"
 
 
 def alone(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -98,21 +107,24 @@ def test_two_ranks_with_accumulation_equal_one_rank_with_the_whole_batch(
     assert result.returncode == 0, result.stderr[-6000:]
     one, two = scalars(tmp_path), scalars(two_ranks[0])
     assert one["train/loss"] == pytest.approx(two["train/loss"], abs=2e-6)
-    for layer in LAYERS:
-        assert one[f"block_count/{layer}"] == two[f"block_count/{layer}"]
+    counted = [SelectionHistory.read(folder / SELECTION).counts() for folder in (tmp_path, two_ranks[0])]
+    assert counted[0] == counted[1]
     for name, weight in weights(tmp_path).items():
         torch.testing.assert_close(weight, weights(two_ranks[0])[name], rtol=0, atol=2e-6)
 
 
 def test_the_arithmetic_is_printed_before_training(two_ranks: tuple[Path, str]) -> None:
     output = two_ranks[1]
-    arithmetic, _, training = output.partition("step  1/12")
+    arithmetic, _, training = output.partition("step  1/12  epoch 0.25  loss ")
     assert "2 examples x 2 accumulation x 2 ranks = 8 examples" in arithmetic
     assert "4 per epoch of 32 sequences, 12 in all" in arithmetic
     assert "4: layers 0-3, 5,432 parameters each; 2 trained per step" in arithmetic
     assert "explore_steps 4," in arithmetic, "as long as epoch 1"
     assert "GB per host for optimizer states\n" in arithmetic, "on the CPU there is no GPU to plan for"
-    assert "step 12/12  loss " in training
+    assert re.search(
+        r"step 12/12  epoch 3.00  loss \d.*  exploit ε 0.00  layers .*  0:00:\d\d, 0:00:00 left\n", training
+    )
+    assert re.search(r"trained   12 steps in 0:0\d:\d\d, loss [\d.]+ -> [\d.]+\n", training)
 
 
 def test_tensorboard_shows_training_and_selection_in_one_file(two_ranks: tuple[Path, str]) -> None:
@@ -126,8 +138,68 @@ def test_tensorboard_shows_training_and_selection_in_one_file(two_ranks: tuple[P
     assert logged["selection/explored"][4:] == [0] * 8
     assert min(logged["selection/epsilon"][:3]) > 0
     assert logged["selection/epsilon"][3:] == [0] * 9, "exploring ends with the four steps of epoch 1"
-    assert len(logged["block_norm/layers.0"]) >= logged["block_count/layers.0"][-1]
-    assert sum(logged[f"block_count/{layer}"][-1] for layer in LAYERS) == 2 * 12
+    for tag in ("speed/ms_per_step", "speed/data_ms", "memory/host_gb", "memory/moved_gb_per_step"):
+        assert len(logged[tag]) == 12, tag
+        assert min(logged[tag]) >= 0
+    assert len(logged["speed/tokens_per_second"]) == 11, "the first step tells no speed"
+    assert not any(tag.startswith("block_count") for tag in logged)
+
+
+def test_tensorboard_shows_pictures_settings_and_texts(two_ranks: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(two_ranks[0] / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == set(PICTURES)
+    image = events.Images("selection/trained_blocks")[-1]
+    assert (image.step, image.width > 400) == (12, True)
+    texts = {name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode() for name in TEXTS}
+    assert "per epoch of 32 sequences" in texts["plan"]
+    assert "learning_rate: 0.001" in texts["configuration"]
+    assert version("torch") in texts["environment"]
+    plugins = [
+        events.SummaryMetadata(tag).plugin_data for tag in ("_hparams_/session_start_info", HPARAMS_OF_EXPERIMENT)
+    ]
+    assert {plugin.plugin_name for plugin in plugins} == {"hparams"}
+    started = HParamsPluginData.FromString(plugins[0].content).session_start_info.hparams
+    assert started["method"].string_value == "adagradselect"
+    assert started["fraction"].number_value == 0.5
+    assert started["explore_steps"].number_value == 4
+
+
+def test_every_step_and_every_log_is_a_line_of_its_file(two_ranks: tuple[Path, str]) -> None:
+    run = two_ranks[0]
+    lines, logged = read_lines(run / METRICS), scalars(run)
+    assert [line["step"] for line in lines] == [*range(1, 13)]
+    assert [line["loss"] for line in lines] == pytest.approx(logged["train/loss"])
+    assert [line["selection/epsilon"] for line in lines] == pytest.approx(logged["selection/epsilon"])
+    seconds = [line["seconds"] for line in lines]
+    assert seconds == sorted(seconds)
+    history = SelectionHistory.read(run / SELECTION)
+    assert history.steps == [*range(1, 13)]
+    assert history.modes[0] == "explore"
+    assert history.modes[4:] == ["exploit"] * 8
+    assert history.counts() == json.loads((run / "selection.json").read_text())["counts"]
+    for layer, norms in zip(history.blocks, history.measured(), strict=True):
+        measured = [norm for norm in norms.tolist() if norm == norm]
+        assert measured == pytest.approx(logged[f"block_norm/{layer}"], rel=1e-3)
+
+
+def test_the_model_has_a_card_and_the_run_folder_a_guide(two_ranks: tuple[Path, str]) -> None:
+    run = two_ranks[0]
+    card = ModelCard.load(run / "model" / "README.md")
+    assert card.data.tags == ["agsel", "adagradselect", "sft"]
+    assert card.data.base_model is None, "a folder here is nothing on the hub"
+    assert "None" not in card.content
+    assert "| explore_steps | 4 |" in card.text
+    assert f"torch {version('torch')}" in card.text
+    assert (run / "model" / "selection.png").read_bytes().startswith(b"\x89PNG")
+    guide = (run / "README.md").read_text()
+    for path in run.iterdir():
+        named = re.sub(r"checkpoint-\d+", "checkpoint-*", path.name)
+        assert f"`{named}`" in guide, "every file is explained"
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["ranks"] == 2
+    assert environment["packages"]["deepspeed"] == version("deepspeed")
 
 
 def test_the_run_folder_tells_which_blocks_were_trained(parts: tuple[Path, Path], two_ranks: tuple[Path, str]) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import pytest
 
-from agsel.monitor import block_ranges, normalised_entropy, selection_scalars, status_line
+from agsel.monitor import block_ranges, count_levels, normalised_entropy, selection_scalars, status_line, tag_of
+from agsel.policies import METHODS
+from agsel.training.callback import warning_of
 
 
 @pytest.mark.parametrize(
@@ -29,7 +33,10 @@ def test_the_status_line_is_aligned_and_leaves_out_what_is_unknown() -> None:
         == "step    5/1200  loss 1.4321  lr 4.00e-04  exploit  layers 3"
     )
     assert status_line(5, 9, {"eval_loss": 2.0}) == "step 5/9  eval loss 2.0000"
-    of_task = {"eval_gsm8k_nll": 0.5, "eval_gsm8k_accuracy": 0.125, "epoch": 1.0}
+    costs = {"speed/mfu": 0.431, "memory/peak_gb": 18.66, "speed/tokens_per_second": 12345.6, "epoch": 0.5}
+    line = "step 5/9  epoch 0.50  12,346 tok/s  MFU 43%  peak 18.7 GB  0:01:05, 1:00:00 left"
+    assert status_line(5, 9, costs, times=(65.2, 3600)) == line
+    of_task = {"eval_gsm8k_nll": 0.5, "eval_gsm8k_accuracy": 0.125, "eval_mean_token_accuracy": 0.5}
     assert status_line(5, 9, of_task) == "step 5/9  gsm8k nll 0.5000  gsm8k accuracy 12.5%"
 
 
@@ -46,6 +53,7 @@ def test_scalars_tell_who_was_chosen_how_and_by_which_norm() -> None:
         selected=["layers.1", "layers.0"],
         norms={"layers.0": 0.5, "layers.1": math.nan},
         explored=0.25,
+        skipped=3,
         epsilon=0.5,
     )
     assert scalars == {
@@ -54,14 +62,43 @@ def test_scalars_tell_who_was_chosen_how_and_by_which_norm() -> None:
         "selection/epsilon": 0.5,
         "selection/entropy": pytest.approx(math.log(2) / math.log(3)),
         "selection/lowest_block": 1,
-        "block_count/embed": 0,
-        "block_count/layers.0": 2,
-        "block_count/layers.1": 2,
+        "selection/skipped_steps": 3,
         "block_norm/layers.0": 0.5,
     }
 
 
 def test_a_skipped_step_has_no_lowest_block_and_a_policy_without_epsilon_shows_none() -> None:
-    scalars = selection_scalars(counts={"layers.0": 0}, selected=[], norms={}, explored=0)
+    scalars = selection_scalars(counts={"layers.0": 0}, selected=[], norms={}, explored=0, skipped=0)
     assert "selection/lowest_block" not in scalars
     assert "selection/epsilon" not in scalars
+
+
+def test_counts_are_bars() -> None:
+    assert count_levels({"embed": 0, "layers.0": 1, "layers.1": 50, "layers.2": 100}) == (
+        "embed layers 0-2 ▁▂▅█, 0 to 100 times each"
+    )
+    assert count_levels({"layers.0": 0}) == "layers 0 ▁, 0 to 0 times each"
+
+
+def test_blocks_that_were_left_out_are_named_with_the_setting_to_change() -> None:
+    spread_by = METHODS["adagradselect"].spread_by
+    assert "--dirichlet_delta" in spread_by
+    counts = dict.fromkeys(["layers.0", "layers.1", "layers.2"], 5)
+    assert warning_of(counts, spread_by) is None
+    idle = warning_of(counts | {"layers.1": 0}, spread_by)
+    assert idle == f"never trained: layers 1, 1 of 3 blocks: {spread_by}"
+    single = warning_of(counts | {"layers.0": 0, "layers.2": 0}, spread_by)
+    assert single == f"layers 1 took every step of 3 blocks: {spread_by}"
+    assert warning_of(dict.fromkeys(counts, 0), spread_by) is None, "nothing was trained, as every step was skipped"
+
+
+def test_what_a_remedy_names_is_a_setting_of_its_method() -> None:
+    for name, policy in METHODS.items():
+        flags = {field.metadata.get("flag") or field.name for field in dataclasses.fields(policy)}
+        named = set(re.findall(r"--(\w+)", policy.spread_by))
+        assert named <= flags, name
+
+
+def test_tags_are_grouped() -> None:
+    tags = {"loss": "train/loss", "eval_loss": "eval/loss", "speed/mfu": "speed/mfu", "eval_a_nll": "eval/a_nll"}
+    assert {name: tag_of(name) for name in tags} == tags

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agsel.monitor.history import METRICS, SELECTION, SelectionHistory, read_lines
 from agsel.runs.checkpoints import STAGING, checkpoints_in, missing_part
 from agsel.runs.outliving import outliving_output
 from agsel.runs.preemption import MARKER, SIGNALS, STOP_FILE, SignalWatch
@@ -69,13 +70,17 @@ def require_goes_on_as(unbroken: dict[str, torch.Tensor], run: Path, arguments: 
     """Resumed, the run comes to its end with the weights of the unbroken one, bit for bit."""
     result = launch(TRAIN, *arguments, "--resume_from_checkpoint", "auto")
     assert result.returncode == 0, result.stdout[-6000:]
-    assert [int(step) for step in re.findall(r"^step +(\d+)/10  loss ", result.stdout, re.M)] == [*range(after + 1, 11)]
+    assert [int(step) for step in re.findall(r"^step +(\d+)/10  epoch \S+  loss ", result.stdout, re.M)] == [
+        *range(after + 1, 11)
+    ]
     assert f"checkpoint-{after}, every file verified" in result.stdout
     assert not (run / MARKER).exists()
     trained = load_file(run / "model" / "model.safetensors")
     assert trained.keys() == unbroken.keys()
     for name, weight in unbroken.items():
         assert torch.equal(trained[name], weight), name
+    assert [line["step"] for line in read_lines(run / METRICS) if "loss" in line] == [*range(1, 11)]
+    assert SelectionHistory.read(run / SELECTION).steps == [*range(1, 11)]
 
 
 @pytest.mark.slow

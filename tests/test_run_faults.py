@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agsel.monitor.history import METRICS, SELECTION, read_lines
 from agsel.runs import checkpoints
 from agsel.runs.checkpoints import Manifest
 from tests.distributed import REPOSITORY, environment, free_port, kill_session, launch, remove_shared_memory
@@ -162,11 +163,17 @@ def newest_step(run: Path) -> int:
     return max(steps_of(run), default=0)
 
 
+def learnt(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_lines(run / METRICS)]
+
+
 def require_equal_results(one: Path, other: Path) -> None:
     assert weights(one).keys() == weights(other).keys()
     for name, weight in weights(one).items():
         assert torch.equal(weight, weights(other)[name]), name
-    assert (one / "selection.json").read_text() == (other / "selection.json").read_text()
+    for name in ("selection.json", SELECTION):
+        assert (one / name).read_text() == (other / name).read_text(), name
+    assert learnt(one) == learnt(other)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def test_a_plain_trainer_trains_the_selected_blocks_with_its_own_settings(worker
     assert result["adam"] == {"betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1, "fused": True}
     assert result["hooks"] == 0, "nothing drags the backward below the lowest selected block"
     assert json.loads((folder / "selection.json").read_text())["steps"] == 6
-    assert "step 6/6  loss " in output
+    assert len(re.findall(r"^step 6/6  epoch \S+  loss ", output, re.M)) == 1
+    assert "'loss'" not in output, "the Trainer's own line is not printed beside it"
 
 
 def test_checkpointing_changes_nothing_in_trl_trainer_with_adapters_at_zero_3(worker: tuple[Path, str]) -> None:

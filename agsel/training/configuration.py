@@ -99,10 +99,21 @@ class Configuration:
         """The policy that the settings describe."""
         return build_policy(self.selection.method, self.resolved)
 
-    def compared_settings(self) -> dict[str, Any]:
-        """Those by which people compare runs, as far as this run has them."""
-        chosen = {name: self.resolved[name] for name in COMPARED if self.resolved.get(name) is not None}
-        return chosen | self.build_policy().settings() | {"method": self.selection.method, "stage": self.zero_stage}
+    def compared_settings(self, policy: Policy) -> dict[str, Any]:
+        """Those by which people compare runs, as far as they say something of this run.
+
+        Args:
+            policy: of the run, with nothing left open.
+        """
+        without = {
+            "num_train_epochs": self.training.max_steps > 0,
+            "max_steps": self.training.max_steps <= 0,
+            "lora_r": not self.model.use_peft,
+            "element_density": self.elements.elements is None,
+        }
+        names = [name for name in COMPARED if not without.get(name) and self.resolved.get(name) is not None]
+        method = {"method": self.selection.method, "stage": self.zero_stage}
+        return {name: self.resolved[name] for name in names} | policy.settings() | method
 
 
 def configure(settings: Settings) -> Configuration:

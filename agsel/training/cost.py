@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from agsel.training.configuration import Configuration
@@ -60,23 +59,25 @@ class CostCallback(TrainerCallback):
         }
 
 
-def write_result(trainer: Trainer, cost: CostCallback, path: Path, group: Any) -> None:
-    """Write what the run cost and its last losses, complete or not at all. Every rank must call it.
+def describe_result(trainer: Trainer, cost: CostCallback, group: Any) -> dict[str, Any]:
+    """What the run cost, and its last losses. Every rank must call it.
 
     Args:
         trainer: that has trained.
         cost: its callback.
-        path: the file.
         group: process group of all ranks, on the host.
     """
     peaks = gather(peak_bytes(trainer.args), group)
-    if dist.get_rank() != 0:
-        return
     result = cost.describe(trainer.state)
     for name in ("peak_bytes", "peak_reserved_bytes"):
         result[name] = max((peak[name] for peak in peaks if peak), default=None)
     for name in ("loss", "eval_loss"):
         result[name] = next((entry[name] for entry in reversed(trainer.state.log_history) if name in entry), None)
+    return result
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write it complete or not at all."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(unfinished, path)

@@ -84,6 +84,9 @@ class RowTrainer(ResumableTrainer):
         self._metrics, self._total_train_tokens = metrics, tokens
         return loss
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing with a checkpoint: the card belongs to the trained model, and TRL's knows little of the run."""
+
     def _scale_of_loss(self) -> int:
         """By which TRL multiplies a loss that is divided by a number of tokens."""
         return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1

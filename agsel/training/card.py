@@ -1,0 +1,169 @@
+"""The model card of a trained model, and the guide to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from agsel.monitor import METRICS, SELECTION, SelectionHistory, block_ranges, count_levels, duration, pictures
+from agsel.training.environment import FILE as ENVIRONMENT
+
+CARD = "README.md"
+PICTURE = "selection.png"
+SHOWN_SETTINGS = ("model_name_or_path", "dataset_name", "use_peft", "elements")
+"""Settings that the card tells elsewhere, in words."""
+FILES = {
+    "README.md": "this page",
+    "report.html": "the run in pictures and tables, for any browser",
+    "model": "the trained model, or adapter, with its card",
+    "merged": "the model with the adapter added to its weights",
+    "elements.safetensors": "the single weights that were trained: their positions and values",
+    "mask.safetensors": "which single weights are trained, and by what they were chosen",
+    "config.yaml": "every setting of the run, for `--config`",
+    ENVIRONMENT: "versions, devices, commit and command",
+    METRICS: "a line of numbers for every logged step and every evaluation",
+    SELECTION: "for every step how its blocks were chosen, which, and the gradient norms that were measured",
+    "selection.json": "how often each block was trained",
+    "result.json": "what the run cost and reached; written last",
+    "tensorboard": "the curves, for `tensorboard --logdir`",
+    "logs": "what each rank has printed",
+    "checkpoint-*": "to go on from, each with a manifest of its files",
+}
+"""Of a run folder, in the order in which people look at them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What there is to say of a run that has ended.
+
+    Attributes:
+        settings: all.
+        compared: those by which people compare runs.
+        result: as in `result.json`.
+        history: of the selection.
+        environment: as in `environment.json`.
+    """
+
+    settings: Mapping[str, Any]
+    compared: Mapping[str, Any]
+    result: Mapping[str, Any]
+    history: SelectionHistory
+    environment: Mapping[str, Any]
+
+
+def write_card(folder: Path, run: Run) -> None:
+    """Write README.md and its picture beside a model."""
+    if run.history.steps:
+        (folder / PICTURE).write_bytes(pictures.png(pictures.selection_map(run.history)))
+    text = "\n\n".join(_sections(folder, run))
+    ModelCard(f"---\n{card_data(run.settings).to_yaml()}\n---\n\n{text}\n").save(folder / CARD)
+
+
+def card_data(settings: Mapping[str, Any]) -> ModelCardData:
+    """What the hub reads of the card; nothing that is unknown."""
+    base = settings["model_name_or_path"]
+    datasets = [name for name in _datasets(settings) if _is_on_hub(name)]
+    return ModelCardData(
+        base_model=base if _is_on_hub(base) else None,
+        datasets=datasets or None,
+        library_name="peft" if settings.get("use_peft") else "transformers",
+        license=_licence(base),
+        pipeline_tag="text-generation",
+        tags=["agsel", settings["method"].split(":")[-1], "sft"],
+    )
+
+
+def write_guide(folder: Path) -> None:
+    """Write README.md of a run folder: a line for each of its files."""
+    lines = [
+        f"- `{name}`: {what}" for name, what in FILES.items() if name in (CARD, "result.json") or any(folder.glob(name))
+    ]
+    (folder / CARD).write_text("# A run of agsel\n\n" + "\n".join(lines) + "\n")
+
+
+def _sections(folder: Path, run: Run) -> Iterator[str]:
+    settings = run.settings
+    base, data = settings["model_name_or_path"], ", ".join(map(_called, _datasets(settings)))
+    kind = "Adapter for" if settings.get("use_peft") else "Fine-tuned from"
+    yield f"# {folder.resolve().parent.name}"
+    yield (
+        f"{kind} {_called(base)} on {data} with agsel, method {settings['method']}: the method says which blocks of "
+        "the model are trained at each step."
+    )
+    yield "## Use\n\n```python\n" + _use(settings) + "\n```"
+    rows = [(name, value) for name, value in run.compared.items() if name not in SHOWN_SETTINGS and value is not None]
+    yield "## Training\n\n" + _table(rows)
+    counts = run.history.counts()
+    if sum(counts.values()):
+        image = f"\n\n![Blocks trained at each step, by depth: {block_ranges(counts)}]({PICTURE})"
+        yield f"## Blocks trained\n\n{count_levels(counts)}{image}"
+    yield "## Results\n\n" + _table(_results(run.result))
+    packages = [*run.environment["packages"].items(), ("Python", run.environment["python"])]
+    yield "## Versions\n\n" + ", ".join(f"{name} {found}" for name, found in packages)
+
+
+def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    texts = {
+        "loss": ("training loss at the end", "{:.4f}".format),
+        "eval_loss": ("evaluation loss", "{:.4f}".format),
+        "steps": ("optimizer steps", "{:,}".format),
+        "train_seconds": ("time", duration),
+        "parameters": ("parameters", "{:,}".format),
+        "trainable_parameters": ("of these in blocks that take part", "{:,}".format),
+        "peak_bytes": ("peak GPU memory", lambda number: f"{number / 1e9:.1f} GB"),
+    }
+    return [(text, show(result[name])) for name, (text, show) in texts.items() if result.get(name) is not None]
+
+
+def _use(settings: Mapping[str, Any]) -> str:
+    if settings.get("use_peft"):
+        kind, imports = (
+            "AutoPeftModelForCausalLM",
+            "from peft import AutoPeftModelForCausalLM\nfrom transformers import ",
+        )
+    else:
+        kind, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, "
+    return (
+        f'{imports}AutoTokenizer\n\nfolder = "..."  # where this file is\nmodel = {kind}.from_pretrained(folder)\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)"
+    )
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _datasets(settings: Mapping[str, Any]) -> list[str]:
+    mixed = settings.get("datasets") or []
+    return [str(part["path"]) for part in mixed] or [str(settings["dataset_name"])]
+
+
+def _called(name: str) -> str:
+    """A link to the hub, or the last part of a path: the rest is nobody's business."""
+    return f"[{name}](https://huggingface.co/{name})" if _is_on_hub(name) else f"`{Path(name).name}`"
+
+
+def _is_on_hub(name: str) -> bool:
+    """As far as a name tells: there is no such file here, and it could be a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def _licence(base: str) -> str | None:
+    """Of the base model, from the card beside it or in the cache of the hub."""
+    beside = Path(base, CARD)
+    card = beside if beside.is_file() else try_to_load_from_cache(base, CARD) if _is_on_hub(base) else None
+    if not isinstance(card, str | Path):
+        return None
+    licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    return licence if isinstance(licence, str) else None

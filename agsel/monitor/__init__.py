@@ -1,6 +1,6 @@
 """What a run shows of itself: the status line, numbers of the selection, its history, pictures of it."""
 
-from agsel.monitor.history import METRICS, SELECTION, SelectionHistory, StepLines
+from agsel.monitor.history import METRICS, SELECTION, STARTS, SelectionHistory, StepLines
 from agsel.monitor.status import block_ranges, count_levels, duration, has_results_of_tasks, status_line
 from agsel.monitor.tensorboard import LAYOUT, normalised_entropy, selection_scalars, tag_of
 
@@ -8,6 +8,7 @@ __all__ = [
     "LAYOUT",
     "METRICS",
     "SELECTION",
+    "STARTS",
     "SelectionHistory",
     "StepLines",
     "block_ranges",

@@ -1,4 +1,4 @@
-"""What a run has done, in files of JSON lines that outlive kills: `metrics.jsonl` and `selection.jsonl`.
+"""What a run has done, in files of JSON lines that outlive kills: `metrics.jsonl`, `selection.jsonl`, `starts.jsonl`.
 
 A run that goes on from a checkpoint does the steps after it again, so what the files say of these is cut off.
 """
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-METRICS, SELECTION = "metrics.jsonl", "selection.jsonl"
+METRICS, SELECTION, STARTS = "metrics.jsonl", "selection.jsonl", "starts.jsonl"
+"""The last one has a line for every time that the run was started, and is never cut off."""
 DIGITS = 4
 """Of the norms in `selection.jsonl`."""
 

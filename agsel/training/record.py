@@ -1,12 +1,14 @@
-"""The files in which a run says what it has done: `metrics.jsonl` and `selection.jsonl`."""
+"""The files in which a run says what it has done: `metrics.jsonl`, `selection.jsonl` and `starts.jsonl`."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from agsel.monitor import METRICS, SELECTION, SelectionHistory, StepLines
+from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory, StepLines
 from agsel.monitor.history import read_lines
 
 
@@ -24,6 +26,7 @@ class Record:
 
     def begin(self, blocks: Sequence[str], step: int) -> SelectionHistory:
         """Open the files after so many steps. Returns the history of these steps, as far as it is known."""
+        self._note_start(step)
         self._metrics, self._selection = self._open(METRICS, step), self._open(SELECTION, step)
         known = read_lines(self._folder / METRICS)
         self._began = time.perf_counter() - (known[-1]["seconds"] if known else 0)
@@ -52,5 +55,18 @@ class Record:
         for lines in (self._metrics, self._selection):
             lines.close()
 
+    def _note_start(self, step: int) -> None:
+        """When, and after which step; and how far the process before had come, whose later steps are done again."""
+        selection = self._folder / SELECTION
+        known = read_lines(selection)
+        reached = {"reached": known[-1]["step"], "stopped": _moment(selection.stat().st_mtime)} if known else {}
+        starts = StepLines(self._folder / STARTS, sys.maxsize)
+        starts.append({"step": step, "time": _moment(time.time())} | reached)
+        starts.close()
+
     def _open(self, name: str, step: int) -> StepLines:
         return StepLines(self._folder / name, step, self._origin and self._origin / name)
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +55,14 @@ def norm_map(history: SelectionHistory, paper: Paper = LIGHT) -> Figure:
 
 def count_bars(history: SelectionHistory, paper: Paper = LIGHT) -> Figure:
     """How many steps have trained each block, by depth."""
-    counts = list(history.counts().values())
+    return bars_of(history.counts(), paper)
+
+
+def bars_of(counts: Mapping[str, int], paper: Paper = LIGHT) -> Figure:
+    """The same of counts that are known without the history."""
     figure, axes = canvas(paper, height=0.9 + 0.16 * min(len(counts), 40))
-    axes.barh(range(len(counts)), counts, color=SERIES[0])
-    _name_blocks(axes, history.blocks)
+    axes.barh(range(len(counts)), list(counts.values()), color=SERIES[0])
+    _name_blocks(axes, tuple(counts))
     axes.set_ylim(-0.5, len(counts) - 0.5)
     axes.set_xlabel("steps in which the block was trained")
     axes.grid(axis="x", color=paper.grid)
@@ -85,10 +89,10 @@ def norm_levels(history: SelectionHistory) -> np.ndarray[Any, np.dtype[Any]]:
         return np.exp(np.stack(sums, axis=1) / np.stack(numbers, axis=1))
 
 
-def png(figure: Figure) -> bytes:
-    """The picture as a file."""
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The picture as a file, with so many pixels per inch."""
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, facecolor=figure.get_facecolor())
+    figure.savefig(file, format="png", dpi=dpi, facecolor=figure.get_facecolor())
     return file.getvalue()
 
 
@@ -115,7 +119,9 @@ def ink_axes(axes: Axes, paper: Paper) -> None:
 def _map(
     history: SelectionHistory, values: Any, name: str, paper: Paper, *, norm: Any = None, limits: Any = None
 ) -> Any:
-    figure, axes = canvas(paper, height=1.4 + 0.12 * min(len(history.blocks), 40))
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = canvas(paper, height=1.6 + 0.12 * min(len(history.blocks), 40))
     first, last = (history.steps[0], history.steps[-1]) if history.steps else (0, 1)
     axes.set_facecolor(paper.missing)
     extent = (first - 0.5, last + 0.5, -0.5, len(history.blocks) - 0.5)
@@ -126,7 +132,9 @@ def _map(
     )  # fmt: skip
     _name_blocks(axes, history.blocks)
     axes.set_xlabel("optimizer step")
-    bar = figure.colorbar(image, ax=axes, pad=0.01)
+    scale: Any = {"ticks": LogLocator(subs=(1, 2, 5)), "format": "%g"} if norm else {}
+    bar = figure.colorbar(image, ax=axes, location="top", pad=0.02, aspect=50, **scale)
+    bar.minorticks_off()
     ink_axes(bar.ax, paper)
     bar.set_label(name, color=paper.ink, fontsize="small")
     return figure

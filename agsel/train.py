@@ -3,7 +3,7 @@
 deepspeed --num_gpus 4 --module agsel.train --config qwen2.5-0.5b-gsm8k --method adagradselect
 
 Settings: defaults, then the YAML file, then the command line (`--help`). The run folder `--output_dir` receives
-`config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json`, the trained `model/` and `result.json`.
+`config.yaml`, `checkpoint-N/`, `tensorboard/`, `selection.json`, the trained `model/`, `result.json` and `report.html`.
 """
 
 import agsel.commands  # before what it looks for
@@ -22,7 +22,8 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 import agsel
 from agsel.data.fields import Fields
-from agsel.errors import UserError, complaints_of_libraries, said_of
+from agsel.errors import UserError, complaints_of_libraries, one_line, said_of
+from agsel.report import REPORT, write_report
 from agsel.runs import checkpoints, folder, resume
 from agsel.runs.beginning import Beginning
 from agsel.runs.claim import claimed
@@ -138,8 +139,10 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         result = describe_result(trainer, cost, group)
         about = Run(configuration.resolved, compared, result, callback.history, environment)
         first_rank_does(partial(write_card, run_folder / "model", about), group)
-        first_rank_does(partial(write_guide, run_folder), group)
+        first_rank_does(partial(write_guide, run_folder, configuration.output.report), group)
         first_rank_does(partial(write_result, result, run_folder / "result.json"), group)
+        if configuration.output.report:
+            make_report(run_folder)
         say_done(configuration)
     return trainer
 
@@ -306,9 +309,20 @@ def say_goodbye(trainer: RowTrainer, requests: StopRequests) -> None:
     )
 
 
+def make_report(run_folder: Path) -> None:
+    """On the first rank. The run is complete without it: whatever goes wrong is said, and ends nothing."""
+    if dist.get_rank() != 0:
+        return
+    try:
+        write_report([run_folder], run_folder / REPORT)
+    except Exception as error:
+        on_first_rank(f"warning   {REPORT} is not made: {type(error).__name__}: {one_line(error)}")
+
+
 def say_done(configuration: Configuration) -> None:
     """Name what the run folder holds now."""
     shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
+    shown += [REPORT] if Path(configuration.training.output_dir, REPORT).is_file() else []
     models = ["model/", "merged/"] if configuration.output.merge_adapter else ["model/"]
     elements = [FILE_OF_ELEMENTS] if configuration.elements.elements else []
     written = ", ".join([*models, *elements, *shown, "selection.json", "result.json", "config.yaml"])

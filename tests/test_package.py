@@ -69,6 +69,7 @@ FLOORS = {
     "agsel/monitor": {"torch", "tensorboard", "matplotlib", "numpy", "tqdm"},
     "agsel/planning": BELOW | {"torch", "transformers", "peft"},
     "agsel/runs": {*BELOW, "agsel.monitor", "agsel.planning", "mpi4py", "psutil", *TRAINERS},
+    "agsel/report": {"agsel.errors", "agsel.monitor", "agsel.runs", "jinja2", "matplotlib", "numpy", "yaml"},
     "agsel/evaluation": {
         "agsel.data",
         "agsel.elements",
@@ -87,7 +88,7 @@ FLOORS = {
     | {"agsel.evaluation"}
     | {"huggingface_hub", "peft", "pyarrow", "pydantic", "safetensors"},
     "agsel/evaluate.py": ALL_BELOW | {"agsel.evaluation"},
-    "agsel/train.py": ALL_BELOW | {"agsel.training"},
+    "agsel/train.py": ALL_BELOW | {"agsel.report", "agsel.training"},
 }
 """From the ground up: what each room may import besides the standard library and itself."""
 

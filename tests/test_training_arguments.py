@@ -57,7 +57,7 @@ def test_the_command_line_is_frozen() -> None:
         "completion_template": None,
     }
     assert defaults(TaskArguments) == {"eval_tasks": None, "eval_task_rows": 200, "eval_max_new_tokens": 256}
-    assert defaults(OutputArguments) == {"merge_adapter": False}
+    assert defaults(OutputArguments) == {"merge_adapter": False, "report": True}
     assert defaults(SafetyArguments) == {"rank_timeout": 600, "max_skipped_steps": 50, "sanity_checks": 0}
 
 

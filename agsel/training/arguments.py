@@ -200,6 +200,13 @@ class OutputArguments:
             "`merged/` in the run folder. The first rank's host must hold it once more."
         },
     )
+    report: bool = field(
+        default=True,
+        metadata={
+            "help": "At the end, draw the run into `report.html` in the run folder, a page that needs no network. "
+            "`python tools/report.py RUN` makes it again, also of a run that goes on or was stopped."
+        },
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from agsel.monitor import METRICS, SELECTION, SelectionHistory, block_ranges, count_levels, duration, pictures
+from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory, block_ranges, count_levels, duration, pictures
 from agsel.training.environment import FILE as ENVIRONMENT
 
 CARD = "README.md"
@@ -29,8 +29,9 @@ FILES = {
     ENVIRONMENT: "versions, devices, commit and command",
     METRICS: "a line of numbers for every logged step and every evaluation",
     SELECTION: "for every step how its blocks were chosen, which, and the gradient norms that were measured",
+    STARTS: "when the run was started, after which step, and how far the process before had come",
     "selection.json": "how often each block was trained",
-    "result.json": "what the run cost and reached; written last",
+    "result.json": "what the run cost and reached; written last but for the report",
     "tensorboard": "the curves, for `tensorboard --logdir`",
     "logs": "what each rank has printed",
     "checkpoint-*": "to go on from, each with a manifest of its files",
@@ -79,11 +80,10 @@ def card_data(settings: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def write_guide(folder: Path) -> None:
-    """Write README.md of a run folder: a line for each of its files."""
-    lines = [
-        f"- `{name}`: {what}" for name, what in FILES.items() if name in (CARD, "result.json") or any(folder.glob(name))
-    ]
+def write_guide(folder: Path, has_report: bool) -> None:
+    """Write README.md of a run folder: a line for each of its files, also for those that are written after it."""
+    coming = (CARD, "result.json", *(["report.html"] if has_report else []))
+    lines = [f"- `{name}`: {what}" for name, what in FILES.items() if name in coming or any(folder.glob(name))]
     (folder / CARD).write_text("# A run of agsel\n\n" + "\n".join(lines) + "\n")
 
 

@@ -1,0 +1,33 @@
+"""One page that tells what a run has done, or how several compare: pictures, tables, settings; it needs no network.
+
+python tools/report.py RUN [RUN ...] --output report.html
+
+RUN is the `--output_dir` of a run of `launch/train.py`, also one that goes on or was killed; at its end a run makes its
+page itself. Several runs are compared to the first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from agsel.errors import AgselError, one_line
+from agsel.report import REPORT, write_report
+
+
+def main(arguments: list[str]) -> None:
+    """Write the page, and say where it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
+    parser.add_argument("--output", type=Path, default=Path(REPORT), help="file to write (%(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        write_report(options.runs, options.output)
+    except AgselError as error:
+        sys.exit(f"agsel: error: {one_line(error)}")
+    print(f"report    {options.output}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

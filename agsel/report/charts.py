@@ -172,7 +172,7 @@ def draw_lines(lines: Sequence[Line], subject: Subject, axis: str, paper: Paper 
         if line.x.size:
             _draw_line(axes, line, index, line.x / scale)
     if subject.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(float(np.nanmax(line.high)) for line in lines if line.x.size) or 1)
     _finish(figure, axes, paper, axis, subject.unit, has_legend=rows > 0)
     return figure
 
@@ -191,6 +191,7 @@ def draw_trade(trade: Trade, paper: Paper = LIGHT) -> Figure:
             colour, mark = SERIES[index % len(SERIES)], MARKS[index % len(MARKS)]
             axes.plot(point.cost, point.result, mark, color=colour, markersize=7, label=_short(point.name))
     axes.margins(0.15)
+    axes.locator_params(nbins=5)
     _finish(figure, axes, paper, trade.cost, trade.result, has_legend=True)
     return figure
 

@@ -109,7 +109,7 @@ def _curves_of_runs(runs: Sequence[Run]) -> Iterator[Picture]:
     axes = {"step": ("steps", STEPS, 1.0), "seconds": ("training time", f"training time, {unit}", scale)}
     for subject in charts.subjects_of(runs):
         for called in subject.compared:
-            title = f"{subject.title}, {called}" if len(subject.names) > 1 else subject.title
+            title = f"{subject.title}, {called}" if len(subject.compared) > 1 else subject.title
             for over, (word, axis, divisor) in axes.items():
                 lines = charts.lines_of_runs(runs, subject.names[called], over)
                 if any(line.x.size for line in lines):

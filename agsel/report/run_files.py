@@ -131,13 +131,13 @@ def _read_run(folder: Path, label: str) -> Run:
     return Run(
         folder,
         label,
-        metrics=files.read(METRICS, read_lines, []) or _logged_in_checkpoint(files),
+        metrics=files.read(METRICS, _step_lines, []) or _logged_in_checkpoint(files),
         history=history if history and history.steps else None,
         counts=history.counts() if history and history.steps else counts,
         configuration=files.mapping(CONFIGURATION, _yaml),
         environment=files.mapping(ENVIRONMENT, _json),
         result=files.mapping(RESULT, _json),
-        starts=files.read(STARTS, read_lines, []),
+        starts=files.read(STARTS, _step_lines, []),
         stopped=files.mapping(MARKER, _json),
         saved=list(_saved(folder)),
         unreadable=files.unreadable,
@@ -157,7 +157,7 @@ class _Files:
             return absent
         try:
             return reader(path)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, yaml.YAMLError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
             self.unreadable.append(f"{name}: {type(error).__name__}: {error}")
             return absent
 
@@ -172,6 +172,13 @@ def _json(path: Path) -> Any:
 
 def _yaml(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
+
+
+def _step_lines(path: Path) -> list[dict[str, Any]]:
+    lines = read_lines(path)
+    if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in lines):
+        raise ValueError("a line has no step")
+    return lines
 
 
 def _logged_in_checkpoint(files: _Files) -> list[dict[str, Any]]:

@@ -125,11 +125,11 @@ def _shown(value: Any) -> str:
 
 
 def _start(start: Mapping[str, Any]) -> str:
-    text = f"{_moment(start['time'])}: went on after step {start['step']:,}"
+    text = f"{_moment(start.get('time'))}: went on after step {start['step']:,}"
     again = start.get("reached", 0) - start["step"]
     if again > 0:
         text += f", {again:,} steps were done again"
-    if "stopped" in start:
+    if "stopped" in start and "time" in start:
         stood = datetime.fromisoformat(start["time"]) - datetime.fromisoformat(start["stopped"])
         text += f"; the last step before was {duration(stood.total_seconds())} earlier"
     return text

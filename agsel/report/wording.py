@@ -31,7 +31,9 @@ def share(value: float) -> str:
 
 
 def gigabytes(value: float) -> str:
-    """Of 10^9 bytes, for example `18.7 GB`."""
+    """Of 10^9 bytes, for example `18.7 GB`, or `669 MB`."""
+    if value < 1:
+        return f"{1000 * value:.3g} MB"
     return f"{value:.1f} GB" if value >= 10 else f"{value:.3g} GB"
 
 
@@ -61,4 +63,6 @@ def moment(time: datetime | str) -> str:
 
 def change(value: float, base: float) -> str:
     """By how much of the base a value lies above it: `+3.2 %`."""
-    return f"{100 * (value - base) / abs(base):+.1f} %".replace("-", MINUS, 1)
+    percent = 100 * (value - base) / abs(base)
+    text = f"{percent:+,.1f} %" if abs(percent) >= 0.05 else f"{percent:+.1g} %"
+    return MINUS + text[1:] if value < base else text

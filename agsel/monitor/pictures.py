@@ -91,8 +91,11 @@ def norm_levels(history: SelectionHistory) -> np.ndarray[Any, np.dtype[Any]]:
 
 def png(figure: Figure, dpi: int = 110) -> bytes:
     """The picture as a file, with so many pixels per inch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=dpi, facecolor=figure.get_facecolor())
+    figure.set_dpi(dpi)
+    FigureCanvasAgg(figure).print_png(file)  # savefig draws twice, the first time to lay the parts out
     return file.getvalue()
 
 

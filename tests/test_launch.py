@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-from agsel.monitor import METRICS, SELECTION, SelectionHistory
+from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory
 from agsel.monitor.history import read_lines
 from agsel.training.chosen_elements import FILE
 from agsel.training.curves import PICTURES
@@ -197,6 +197,8 @@ def test_the_model_has_a_card_and_the_run_folder_a_guide(two_ranks: tuple[Path, 
     for path in run.iterdir():
         named = re.sub(r"checkpoint-\d+", "checkpoint-*", path.name)
         assert f"`{named}`" in guide, "every file is explained"
+    assert "finished, 12 steps" in (run / "report.html").read_text()
+    assert [line["step"] for line in read_lines(run / STARTS)] == [0]
     environment = json.loads((run / "environment.json").read_text())
     assert environment["ranks"] == 2
     assert environment["packages"]["deepspeed"] == version("deepspeed")

@@ -1,4 +1,4 @@
-"""Predicted against measured ms/step, from rows of `tools/bench.py`, from any folder: starts `tools/bench/predicted.py`."""
+"""Predicted against measured step times, from rows of `tools/bench.py`: starts `tools/bench/predicted.py`."""
 
 import os
 import sys

@@ -7,6 +7,8 @@ nothing hides.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from agsel.planning.rehearsal.trace import Collective, Phase, Trace
@@ -48,6 +50,11 @@ class Speeds:
     network: float = 45e9
     host: float = 22e9
     slowness: float = 1.0
+
+
+def host_speed(ranks_per_host: int) -> float:
+    """Bytes per second each way between each GPU and host memory, if so many do it at once: measured on H200 hosts."""
+    return next(speed for ranks, speed in ((1, 51e9), (2, 37e9), (math.inf, 22e9)) if ranks_per_host <= ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +121,8 @@ def step_time(
         moved: bytes of optimizer states that a GPU fetches, while as many leave it.
         explores: which ones is known in the backward only.
     """
-    forward, backward = (
-        _micro_batches(trace, phase, cluster, speeds, accumulation) for phase in ("forward", "backward")
-    )
+    forward = _micro_batches(trace, "forward", cluster, speeds, accumulation)
+    backward = _micro_batches(trace, "backward", cluster, speeds, accumulation)
     moving = moved / speeds.host
     beside = LATE * backward.total / accumulation if explores else forward.total + backward.total
     return StepTime(
@@ -157,7 +163,7 @@ def _total(trace: Trace, cluster: Cluster, speeds: Speeds, accumulation: int) ->
 
 
 def _micro_batches(trace: Trace, phase: Phase, cluster: Cluster, speeds: Speeds, accumulation: int) -> PhaseTime:
-    kernels = trace.kernels.get(phase, {})
+    kernels = trace.kernels.get(phase, Counter())
     gpu = sum(count * max(flops / speeds.flops, nbytes / speeds.memory) for (flops, nbytes), count in kernels.items())
     collectives = {one: count for one, count in trace.collectives.items() if one.phase == phase}
     python = sum(kernels.values()) / MOST_KERNELS_PER_SECOND + COLLECTIVE * sum(collectives.values())

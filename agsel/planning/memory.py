@@ -156,6 +156,11 @@ class Planner:
         return kept * (1 - kept) * everything
 
     @property
+    def ranks(self) -> int:
+        """Data-parallel ranks."""
+        return self._workload.ranks
+
+    @property
     def states(self) -> int:
         """Bytes of the optimizer states of all blocks that take part, on one rank."""
         return self._states(self._everything)

@@ -3,8 +3,8 @@
 python tools/bench.py --plan tools/bench_predicted.yaml --steps 8 --warmup 3 --output runs/predicted
 python tools/bench_predicted.py runs/predicted        # writes predicted.md there
 
-The only number that is fitted is how slow GPU and Python are on that machine: one for each model, so that its row of full
-fine-tuning on the fewest GPUs, at the lowest ZeRO stage, is predicted as measured. Rows of one machine only may be compared.
+One number is fitted for each model: how slow GPU and Python are on that machine, so that its row of full fine-tuning on
+the fewest GPUs, at the lowest ZeRO stage, is predicted as measured. Compare rows of one machine only.
 """
 
 from __future__ import annotations
@@ -71,6 +71,15 @@ def table(rows: Sequence[Row]) -> list[str]:
         lines.append(f"| {model} | | | | slowness {speeds.slowness:.2f} |")
     within = sum(0.8 <= ratio <= 1.2 for ratio in ratios)
     return [*lines, "", f"{within} of {len(ratios)} rows within 20 %."]
+
+
+def slowness_of_model(folder: Path, model: str) -> float:
+    """How slow GPU and Python were when the rows of a folder were measured, by a row of full fine-tuning.
+
+    Raises:
+        UserError: there are no rows, or none of the model.
+    """
+    return speeds_of(reference_row(measured_rows(folder), model)).slowness
 
 
 def reference_row(rows: Sequence[Row], model: str) -> Row:

@@ -32,7 +32,6 @@ class Rank:
         self._ranks, self._accumulates = workload.ranks, workload.accumulation > 1
         self._parameters: list[nn.Parameter] = list(model.parameters())
         self._buffers = list(model.buffers())
-        self._itemsize = self._parameters[0].itemsize
         self._numels = {parameter: parameter.numel() for parameter in self._parameters}
         self._group_of = {parameter: index for index, group in enumerate(step.groups) for parameter in group}
         self._triggers = {group[0] for group in late(step.groups)}
@@ -65,7 +64,7 @@ class Rank:
 
     def update(self) -> None:
         """The optimizer step: the fp32 gradient of one group at a time, beside it stock DeepSpeed's flattened one."""
-        self._exchange("all-reduce", len(self._step.groups) + 2, NORM_BYTES)
+        self._exchange("all-reduce", NORM_BYTES * (len(self._step.groups) + 2))
         self._fetch_states(self._step.updated)
         for index in self._step.trainable - self._step.updated:
             self._gradients.pop(index, None)
@@ -93,13 +92,13 @@ class Rank:
         for index in set(groups) - self._states.keys():
             self._states[index] = self._ledger.allocate("states", 3 * self._partition(index), torch.float32)
 
-    def _exchange(
-        self, operation: Operation, elements: float, itemsize: int, *, every_micro_batch: bool = True
-    ) -> None:
-        """Note a collective of so many elements, which one rank alone does not need."""
+    def _exchange(self, operation: Operation, nbytes: int, *, every_micro_batch: bool = True) -> None:
+        """Note a collective, which one rank alone does not need."""
         if self._ranks > 1:
-            phase = self._ledger.phase
-            self._ledger.trace.exchange(Collective(operation, int(elements) * itemsize, phase, every_micro_batch))
+            self._ledger.trace.exchange(Collective(operation, nbytes, self._ledger.phase, every_micro_batch))
+
+    def _nbytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        return sum(self._numels[parameter] * parameter.itemsize for parameter in parameters)
 
     def _allocate(self, kind: Kind, elements: float) -> torch.Tensor:
         return self._ledger.allocate(kind, int(elements), self._parameters[0].dtype)
@@ -156,12 +155,10 @@ class Replicated(Rank):
         """And every rank sends the weights that it has updated to all."""
         super().update()
         for index in self._step.updated:
-            self._exchange("all-gather", self._elements(self._step.groups[index]), self._itemsize)
+            self._exchange("all-gather", self._nbytes(self._step.groups[index]))
 
     def _reduce(self) -> None:
-        of_window = self._zero.stage == 1
-        elements = self._elements(self._waiting)
-        self._exchange("all-reduce", elements, self._itemsize, every_micro_batch=not of_window)
+        self._exchange("all-reduce", self._nbytes(self._waiting), every_micro_batch=self._zero.stage == 2)
         if self._step.stock:
             self._reduce_as_stock()
         else:
@@ -283,10 +280,10 @@ class Partitioned(Rank):
         """And the small weights, which every rank has whole, are gathered again."""
         super().update()
         small = set(self._parameters) - set(self._large(self._parameters))
-        self._exchange("all-gather", self._elements(small), self._itemsize)
+        self._exchange("all-gather", self._nbytes(small))
 
     def _reduce(self) -> None:
-        self._exchange("reduce-scatter", self._elements(self._waiting), self._itemsize)
+        self._exchange("reduce-scatter", self._nbytes(self._waiting))
         if len(self._waiting) > 1:
             self._allocate("buffers", self._elements(self._waiting))  # sorted by rank
         for parameter in self._waiting:
@@ -333,7 +330,7 @@ class Partitioned(Rank):
 
     def _obtain_together(self, parameters: Iterable[nn.Parameter]) -> None:
         missing = [parameter for parameter in parameters if parameter not in self._gathered]
-        self._exchange("all-gather", self._elements(missing), self._itemsize)
+        self._exchange("all-gather", self._nbytes(missing))
         for parameter in missing:
             with self._ledger.counting("weights"):
                 parameter.data = torch.empty(self._shapes[parameter], dtype=parameter.dtype, device="meta")

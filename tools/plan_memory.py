@@ -3,9 +3,9 @@
 python tools/plan_memory.py --model qwen2.5-0.5b --gpus 2 --stage 2 --fraction 0.3 --micro_batch 8 --sequence 512
 python tools/plan_memory.py --model llama-3.1-70b --gpus 1024 --gpus_per_host 8 --stage 3 --checkpointing --liger
 
-MODEL is a built-in shape, a folder or a hub name; only its config.json is read. `launch/train.py` prints the same memory
-plan. Traffic and time are predictions for H100 or H200: full fine-tuning by stock DeepSpeed against the method's steps,
-with blocks drawn anew at every step. GB are 10^9 bytes. tools/bench/README.md says how near they come.
+MODEL is a built-in shape, a folder or a hub name; only its config.json is read. `launch/train.py` prints the same plan
+of memory. Traffic and time are predicted for H100 or H200, with blocks drawn anew at every step; GB are 10^9 bytes, and
+ms of traffic those of the bytes alone. tools/bench/README.md says how near predictions come.
 """
 
 from __future__ import annotations
@@ -94,9 +94,7 @@ def describe(options: argparse.Namespace) -> str:
         forecast = Forecast(planner, count, timed, speeds, options.accumulation)
         text.append(describe_forecast(forecast, timed, cluster, speeds, options.gpu_gb))
     if options.liger and not options.compile and not is_liger_installed():
-        text.append(
-            "assumed   Liger and Triton are not installed: what its kernels keep is described after Liger 0.8.5"
-        )
+        text.append("assumed   what Liger's kernels keep, after Liger 0.8.5: liger-kernel or triton is not installed")
     return "\n".join(text)
 
 
@@ -107,7 +105,7 @@ def speeds_of(options: argparse.Namespace) -> Speeds:
     if options.calibrate:
         if options.tflops:
             raise UserError("the measured row says how fast the GPU is: use --tflops or --calibrate")
-        from tools.bench.predicted import slowness_of_model  # needs DeepSpeed, which a plan does not
+        from tools.bench.predicted import slowness_of_model  # found once `tools` is, see below
 
         return replace(speeds, slowness=slowness_of_model(options.calibrate, options.model))
     return replace(speeds, flops=options.tflops * 1e12) if options.tflops else speeds
@@ -177,13 +175,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-offload", dest="offload", action="store_false", help="all optimizer states on the GPU")
     parser.add_argument("--gpu_gb", type=float, default=139, help="memory of one GPU, in 10^9 bytes")
     parser.add_argument(
-        "--tflops", type=float, help="10^12 operations per second of large matrix products; default: 494.5"
+        "--tflops", type=float, help="10^12 operations per second in large matrix products; default 494.5"
     )
     parser.add_argument(
         "--calibrate",
         type=Path,
         metavar="FOLDER",
-        help="take the speed of GPU and Python from the row of full fine-tuning of this model, --output of tools/bench.py",
+        help="--output of tools/bench.py: GPU and Python are as fast as in its row of full fine-tuning of the model",
     )
     parser.add_argument(
         "--link_gbs", type=float, default=360, help="GB/s each way and GPU over NVLink; 360: four fifths of 450"
@@ -194,11 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host_gbs",
         type=float,
-        help="GB/s each way between a GPU and host memory; default, as measured: 51 if it is alone on its host, 37 each "
-        "of two, 22 each of more",
+        help="GB/s each way between a GPU and host memory; default, as measured: 51 if it is the only one of its host, "
+        "37 each of two, 22 each of more",
     )
     return parser
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     main(sys.argv[1:])

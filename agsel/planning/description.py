@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from agsel.planning.duration import Speeds
-from agsel.planning.forecast import LEAST_SAVING, MOST_RANKS, Forecast
+from agsel.planning.forecast import LEAST_SHARE, MOST_RANKS, Forecast
 from agsel.planning.memory import MemoryPlan, PlannedStep
 from agsel.planning.traffic import Cluster
 
@@ -64,9 +64,9 @@ def _row(label: str, name: str, *cells: str) -> str:
 
 def _describe_hiding() -> list[str]:
     return [
-        "hides     gathers and reductions behind what GPU and Python do in forward and backward, but for one of each;",
-        "          optimizer states behind forward and backward (exploring: its last two thirds of the backward);",
-        "          nothing behind the optimizer step: norms, updated weights at ZeRO-1 and 2; exposed, states: waited for",
+        "hides     sending behind what GPU and Python do in forward and backward, but for one collective in each;",
+        "          states behind forward and backward, exploring behind two thirds of the backward; nothing behind the",
+        "          optimizer (norms, at ZeRO-1 and 2 updated weights). exposed, states: ms that the GPU waits for them",
     ]
 
 
@@ -74,11 +74,10 @@ def _describe_reach(forecast: Forecast, cluster: Cluster, gpu_gb: float) -> list
     if cluster.ranks == 1:
         return []
     most = forecast.pays_up_to(cluster.ranks_per_host)
-    saving = f"saves {forecast.saving(cluster):.0%} of full fine-tuning's time here, and at least {LEAST_SAVING:.0%}"
+    saving = f"{forecast.saving(cluster):.0%} of the time of full fine-tuning here, at least {LEAST_SHARE:.0%}"
     reach = f"at every number of GPUs to {MOST_RANKS}" if most is None else f"up to {most} GPUs"
     small = forecast.states_small_from(1e9 * gpu_gb)
     return [
-        f"pays      {saving} {reach}, with the batch of each GPU as it is",
-        f"states    of all blocks take less than {LEAST_SAVING:.0%} of a GPU from {small} GPUs on: there --no-offload costs "
-        "little",
+        f"saves     {saving} {reach} (batch of each GPU as here)",
+        f"states    of all blocks take less than {LEAST_SHARE:.0%} of each of {small} or more GPUs: --no-offload there",
     ]

@@ -27,8 +27,10 @@ STOCK_STEP_GRADIENT, STEP = 0.13e-3, 5e-3
 """In the optimizer step: stock DeepSpeed's seconds for each weight, agsel's for all."""
 COLLECTIVE = 0.3e-3
 """Seconds of Python for each collective of forward and backward."""
-HOOK, HOOK_ALONE = 0.5e-3, 0.2e-3
-"""Seconds of Python when ZeRO-3 enters or leaves a module, on several ranks and on one."""
+HOOK, HOOK_ALONE = 0.4e-3, 0.25e-3
+"""Seconds of Python when a module is entered and left at ZeRO-3, on several ranks and on one."""
+PROVIDED, PROVIDED_ALONE = 0.3e-3, 0.25e-3
+"""And for each of its weights that is made available and given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +169,8 @@ def _micro_batches(trace: Trace, phase: Phase, cluster: Cluster, speeds: Speeds,
     gpu = sum(count * max(flops / speeds.flops, nbytes / speeds.memory) for (flops, nbytes), count in kernels.items())
     collectives = {one: count for one, count in trace.collectives.items() if one.phase == phase}
     python = sum(kernels.values()) / MOST_KERNELS_PER_SECOND + COLLECTIVE * sum(collectives.values())
-    python += trace.hooked / 2 * (HOOK if cluster.ranks > 1 else HOOK_ALONE)
+    hook, provided = (HOOK, PROVIDED) if cluster.ranks > 1 else (HOOK_ALONE, PROVIDED_ALONE)
+    python += (trace.hooked * hook + trace.provided * provided) / 2
     if phase == "backward":
         python += trace.gradients * (STOCK_GRADIENT if trace.stock else GRADIENT)
     gpu, python = (accumulation * speeds.slowness * seconds for seconds in (gpu, python))

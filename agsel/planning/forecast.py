@@ -10,9 +10,9 @@ from agsel.planning.memory import PlannedStep, Planner
 from agsel.planning.rehearsal import Trace
 from agsel.planning.traffic import Cluster, Sent
 
-LEAST_SAVING = 0.05
-"""Of the time of full fine-tuning: what a step of the method must save to pay; and of a GPU's memory: what all optimizer
-states must take for it to matter where they are."""
+LEAST_SHARE = 0.05
+"""What a step must save of the time of full fine-tuning to pay. And what the optimizer states of all blocks must take
+of a GPU's memory for it to matter where they are."""
 MOST_RANKS = 2**17
 
 
@@ -78,14 +78,14 @@ class Forecast:
         return 1 - self.step(last, cluster).time.total / self.step("full", cluster).time.total
 
     def pays_up_to(self, ranks_per_host: int) -> int | None:
-        """The most GPUs, in doublings from one host's, at which it saves enough; None if it does at all numbers tried."""
+        """The most GPUs, doubled from one host's on, up to which it saves enough; None if it does at all tried."""
         ranks = ranks_per_host
         while ranks <= MOST_RANKS:
-            if self.saving(Cluster(ranks=ranks, ranks_per_host=ranks_per_host)) < LEAST_SAVING:
+            if self.saving(Cluster(ranks=ranks, ranks_per_host=ranks_per_host)) < LEAST_SHARE:
                 return ranks // 2 if ranks > ranks_per_host else 0
             ranks *= 2
         return None
 
     def states_small_from(self, gpu_bytes: float) -> int:
         """The number of GPUs from which on the optimizer states of all blocks take little of each."""
-        return -int(-self._states // (LEAST_SAVING * gpu_bytes))
+        return -int(-self._states // (LEAST_SHARE * gpu_bytes))

@@ -31,7 +31,7 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.ranks % self.ranks_per_host:
             raise UserError(
-                f"{self.ranks} GPUs do not fill hosts of {self.ranks_per_host}: make --gpus a multiple of --gpus_per_host"
+                f"gpus must be a multiple of gpus_per_host, {self.ranks_per_host}, got {self.ranks} (--gpus)"
             )
 
     @property

@@ -13,12 +13,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from agsel import shipped
 from agsel.errors import AgselError, UserError, one_line
-from agsel.planning.duration import Speeds, StepTime, calibrated, step_time
+from agsel.planning.duration import Speeds, StepTime, calibrated, host_speed, step_time
 from agsel.planning.memory import PlannedStep, Planner, meta_model
 from agsel.planning.rehearsal import Trace, Workload, ZeroSettings
 from agsel.planning.shapes import model_config
@@ -107,7 +108,7 @@ def predicted(configuration: Configuration, speeds: Speeds) -> StepTime:
     return step_time(
         trace,
         cluster_of(configuration),
-        speeds,
+        replace(speeds, host=host_speed(configuration.ranks)),
         accumulation=configuration.accumulation,
         moved=moved if configuration.method == "exploit" else 0,
         explores=configuration.method == "explore",

@@ -218,11 +218,13 @@ class Partitioned(Rank):
         bucket = self._zero.stage3_prefetch_bucket_size
         self._prefetched = bucket and max(bucket, largest)
         self._order = [module for module, own in self._own.items() if own]
-        below = list(
+        below = set(
             itertools.takewhile(lambda module: not any(weight.requires_grad for weight in weights[module]), weights)
         )
         self._lowest = sum(1 for module in below if self._own[module])
-        self._hooked = 2 * len(weights) - len(below)
+        passes = [*weights, *(module for module in weights if module not in below)]
+        self._hooked = len(passes)
+        self._provided = sum(1 for module in passes for weight in weights[module] if self._is_large(weight))
         self._gathered: set[nn.Parameter] = set()
 
     @contextmanager
@@ -259,7 +261,7 @@ class Partitioned(Rank):
         ]
 
     def _load_weights(self) -> None:
-        self._ledger.trace.hooked = self._hooked
+        self._ledger.trace.hooked, self._ledger.trace.provided = self._hooked, self._provided
         if self._ranks > 1:
             self._slices = self._allocate("weights", sum(math.ceil(n / self._ranks) for n in self._numels.values()))
         self._bucket = self._allocate("buffers", self._zero.reduce_bucket_size)
@@ -297,8 +299,10 @@ class Partitioned(Rank):
 
     def _large(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """Those that are gathered; a single rank uses its slices as they are."""
-        limit = self._zero.stage3_param_persistence_threshold if self._ranks > 1 else math.inf
-        return [parameter for parameter in parameters if self._numels[parameter] > limit]
+        return [parameter for parameter in parameters if self._ranks > 1 and self._is_large(parameter)]
+
+    def _is_large(self, parameter: nn.Parameter) -> bool:
+        return self._numels[parameter] > self._zero.stage3_param_persistence_threshold
 
     def _gather(self, module: nn.Module, coming: Sequence[nn.Module]) -> None:
         self._obtain_together(self._own[module])

@@ -37,6 +37,7 @@ class Trace:
         updated: parameters that the optimizer steps, on all ranks together.
         gradients: that DeepSpeed's hooks receive in a backward.
         hooked: how often ZeRO-3's hooks see a module entered and left, by forward or backward.
+        provided: how often a weight of these is made available and given up.
         stock: DeepSpeed without agsel.
     """
 
@@ -45,6 +46,7 @@ class Trace:
     updated: int = 0
     gradients: int = 0
     hooked: int = 0
+    provided: int = 0
     stock: bool = False
 
     def compute(self, phase: Phase, flops: int, nbytes: int) -> None:

@@ -42,12 +42,12 @@ def describe_forecast(
 ) -> str:
     """What the steps send and how long they take, and where more GPUs stop paying; GB are 10^9 bytes."""
     steps = {NAMES.get(kind, kind): forecast.step(kind, cluster) for kind in kinds}
-    lines = [_row("traffic", "GB sent by each GPU per step", "NVLink", "ms", "network", "ms", "host link", "ms")]
+    lines = [_row("traffic", "GB per step from each GPU", "NVLink", "ms", "network", "ms", "host", "ms")]
     for name, step in steps.items():
         pairs = ((step.sent.link, speeds.link), (step.sent.network, speeds.network), (step.moved, speeds.host))
         numbers = [number for nbytes, speed in pairs for number in (nbytes / 1e9, 1000 * nbytes / speed)]
         lines.append(_row("", name, *(f"{number:.2f}" for number in numbers)))
-    head = ("all", "forward", "backward", "optimizer", "GPU", "Python", "sending", "exposed", "states")
+    head = ("all", "forward", "backward", "update", "GPU", "Python", "sending", "exposed", "states")
     lines.append(_row("time", "predicted ms per step", *head))
     for name, step in steps.items():
         time = step.time
@@ -59,14 +59,14 @@ def describe_forecast(
 
 
 def _row(label: str, name: str, *cells: str) -> str:
-    return f"{label:9} {name:28}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"{label:9} {name:25}" + "".join(f"{cell:>9}" for cell in cells)
 
 
 def _describe_hiding() -> list[str]:
     return [
-        "hides     sending behind what GPU and Python do in forward and backward, but for one collective in each;",
-        "          states behind forward and backward, exploring behind two thirds of the backward; nothing behind the",
-        "          optimizer (norms, at ZeRO-1 and 2 updated weights). exposed, states: ms that the GPU waits for them",
+        "hides     sending: behind GPU and Python in forward and backward, but for one collective of each",
+        "          states from the host and to it: behind forward and backward; exploring, behind 2/3 of the backward",
+        "          in the update nothing. exposed, states: ms of waiting for the one and the other",
     ]
 
 
@@ -74,10 +74,10 @@ def _describe_reach(forecast: Forecast, cluster: Cluster, gpu_gb: float) -> list
     if cluster.ranks == 1:
         return []
     most = forecast.pays_up_to(cluster.ranks_per_host)
-    saving = f"{forecast.saving(cluster):.0%} of the time of full fine-tuning here, at least {LEAST_SHARE:.0%}"
-    reach = f"at every number of GPUs to {MOST_RANKS}" if most is None else f"up to {most} GPUs"
+    saving = f"{forecast.saving(cluster):.0%} of the time of full fine-tuning, at least {LEAST_SHARE:.0%}"
+    reach = f"on any number of GPUs to {MOST_RANKS}" if most is None else f"on up to {most} GPUs"
     small = forecast.states_small_from(1e9 * gpu_gb)
     return [
-        f"saves     {saving} {reach} (batch of each GPU as here)",
+        f"saves     {saving} {reach} with this batch on each",
         f"states    of all blocks take less than {LEAST_SHARE:.0%} of each of {small} or more GPUs: --no-offload there",
     ]

@@ -54,7 +54,7 @@ def asdict_of(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_without_a_row_of_full_fine_tuning_nothing_can_be_fitted(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="no row of full fine-tuning of tiny .*--methods full --ranks 1$"):
+    with pytest.raises(SystemExit, match=r"no row of full fine-tuning of tiny .*--methods full --ranks 1$"):
         predicted.main([str(written(tmp_path, row("exploit", 100)))])
 
 

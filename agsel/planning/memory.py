@@ -143,6 +143,8 @@ class Planner:
 
     def trace(self, kind: PlannedStep, blocks_per_step: int) -> Trace:
         """What a step computes and sends if the backward goes as deep as on average; `plan` has the deepest."""
+        if kind == "full":
+            return self._peak(kind, blocks_per_step).trace
         layers = [index for index, block in enumerate(self._blocks) if block.is_layer]
         others = [index for index, block in enumerate(self._blocks) if not block.is_layer]
         of_layers = round(blocks_per_step * len(layers) / self.number_of_blocks)

@@ -502,7 +502,14 @@ def test_a_bug_of_the_planner_does_not_switch_the_refusal_off() -> None:
         plan_of(tiny_model())
 
 
-@pytest.mark.parametrize("shape", MODEL_SHAPES)
+def test_the_largest_built_in_shape_is_as_published() -> None:
+    model = meta_model(MODEL_SHAPES["llama-3.1-70b"]())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 70_553_706_496
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=[pytest.mark.slow] if "70b" in name else []) for name in MODEL_SHAPES]
+)
 def test_the_command_plans_every_built_in_shape(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     plan_memory.main(["--model", shape, "--gpus", "2", "--stage", "2", "--fraction", "0.3", "--loss", "liger"])
     printed = capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -113,12 +113,13 @@ class Ledger(TorchDispatchMode):
     def _note_kernel(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if func.is_view or func._overloadpacket in WITHOUT_KERNEL:
             return
+        written = (args, kwargs, None if "out" in kwargs else result)
+        if "attention" in func.__name__:
+            self.touch(written, attention_flops(func.__name__, args))
+            return
         count = flop_registry.get(func._overloadpacket)
-        if count is None and self._fusing:
-            return  # part of another kernel
-        flops = count(*args, **kwargs, out_val=result) if count else 0
-        causal = "flash_attention" in func.__name__ and any(argument is True for argument in args)
-        self.touch((args, kwargs, None if "out" in kwargs else result), flops // 2 if causal else flops)
+        if count is not None or not self._fusing:  # else it is part of another kernel
+            self.touch(written, count(*args, **kwargs, out_val=result) if count else 0)
 
     def enter(self, tree: Any) -> None:
         """Count the memory of the tensors in a structure from now on, if it is not counted yet."""
@@ -140,3 +141,19 @@ class Ledger(TorchDispatchMode):
     def _leave(self, key: int) -> None:
         kind, nbytes = self._entries.pop(key, (self.kind, 0))
         self.live[kind] -= nbytes
+
+
+def attention_flops(kernel: str, arguments: Sequence[Any]) -> int:
+    """Of scaled dot-product attention: 2 matrix products forward, 5 backward, where the scores are made again.
+
+    PyTorch's own count refuses keys and values with fewer heads than the queries before torch 2.13.
+
+    Args:
+        kernel: name of the operator.
+        arguments: of it: queries, keys and values, backward after the gradient of the output.
+    """
+    is_backward = "backward" in kernel
+    queries, keys = arguments[1:3] if is_backward else arguments[:2]
+    flops = (5 if is_backward else 2) * 2 * queries.numel() * keys.shape[-2]
+    causal = "flash_attention" in kernel and any(argument is True for argument in arguments)
+    return flops // 2 if causal else flops

@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.comm import mpi_discovery
 
 from agsel.errors import UserError, one_line
+from agsel.runs.slurm import join_step
 
 DEFAULT_PORT = 29500
 """Of the ranks under MPI, if MASTER_PORT names no other."""
 REMEDY = (
-    "use `deepspeed` or `sbatch launch/train.sbatch`, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+    "use `deepspeed`, `srun` or `sbatch launch/train.sbatch`, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
     "MASTER_PORT; for a run of its own in every process, set RANK=0 LOCAL_RANK=0 WORLD_SIZE=1"
 )
 
@@ -46,8 +48,11 @@ LAUNCHERS = (
     Launcher("srun", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", has_mpi=False),
 )
 """Those inside others first: in a Slurm job, `mpirun` starts its own helpers with `srun`."""
+SRUN = LAUNCHERS[-1]
 PMIX = "PMIX_RANK"
 """Set beside those of Open MPI and Slurm. Alone it tells that there may be others, but not how many."""
+PLACE = "AGSEL_PLACE_ON_HOST"
+"""Of a process whose LOCAL_RANK says which device it uses instead."""
 
 
 def set_environment() -> None:
@@ -58,17 +63,18 @@ def set_environment() -> None:
     """
     if "RANK" in os.environ:
         _require_complete()
-    elif _number("WORLD_SIZE") > 1:
-        raise UserError(f"WORLD_SIZE is {_number('WORLD_SIZE')}, but RANK is not set: {REMEDY}")
     elif (launcher := _launcher()) is not None:
         _join(launcher, _number(launcher.size))
+    elif _number("WORLD_SIZE") > 1:
+        raise UserError(f"WORLD_SIZE is {_number('WORLD_SIZE')}, but RANK is not set: {REMEDY}")
     else:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    _use_only_device()
 
 
 def is_first_of_host() -> bool:
     """Whether this process speaks for those that the launcher has started beside it."""
-    places = ("LOCAL_RANK", *(launcher.place for launcher in LAUNCHERS), PMIX)
+    places = (PLACE, "LOCAL_RANK", *(launcher.place for launcher in LAUNCHERS), PMIX)
     return next((os.environ[place] for place in places if place in os.environ), "0") == "0"
 
 
@@ -81,16 +87,25 @@ def _require_complete() -> None:
 
 def _launcher() -> Launcher | None:
     """The one that has started this process beside others."""
-    known = next((launcher for launcher in LAUNCHERS if launcher.size in os.environ), None)
+    known = next(filter(_has_started_this, LAUNCHERS), None)
     if known is None and PMIX in os.environ:
         raise UserError(f"PMIx has started this process, perhaps beside others that it cannot find: {REMEDY}")
     return known if known is not None and _number(known.size) > 1 else None
 
 
+def _has_started_this(launcher: Launcher) -> bool:
+    """The size alone is not enough where there is `srun`, whose `--mpi=pmi2` says PMI_SIZE too."""
+    told = launcher.place in os.environ or launcher is SRUN or SRUN.size not in os.environ
+    return launcher.size in os.environ and told
+
+
 def _join(launcher: Launcher, size: int) -> None:
     started = f"{launcher.name} has started {size} processes"
+    if _number("WORLD_SIZE", size) != size:
+        raise UserError(f"WORLD_SIZE is {_number('WORLD_SIZE')}, but {started}: unset it")
     if not launcher.has_mpi:
-        raise UserError(f"{started}, which cannot find each other: {REMEDY}")
+        join_step(started)
+        return
     found = _size_by_mpi(started)
     if found != size:
         raise UserError(
@@ -109,6 +124,16 @@ def _size_by_mpi(started: str) -> int:
             "this MPI, or start with `deepspeed`"
         ) from error
     return MPI.COMM_WORLD.Get_size()
+
+
+def _use_only_device() -> None:
+    """Of a process that sees one device, as of `srun --gpus-per-task=1`, that is the first, whatever its place."""
+    accelerator = get_accelerator()
+    place = os.environ.get("LOCAL_RANK", "0")
+    if place != "0" and accelerator.device_name() != "cpu" and accelerator.device_count() == 1:
+        os.environ[PLACE] = place
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & {*os.environ}:  # which DeepSpeed wants to be equal
+            os.environ[name] = "0"
 
 
 def _number(name: str, default: int = 1) -> int:

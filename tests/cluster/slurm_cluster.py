@@ -15,7 +15,7 @@ from typing import Any
 from tests.cluster.hosts import SYSTEM_PATH, Hosts, find, hosts, require
 from tests.distributed import REPOSITORY, environment, free_port
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "sinfo")
+PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "salloc", "scancel", "scontrol", "sinfo", "squeue")
 GPUS = 4
 """Empty files, of each node."""
 START, END = 240, 180
@@ -83,6 +83,14 @@ class Slurm:
         output = self.folder / "job-%A-%a.log"
         words = ["sbatch", "--parsable", "--output", output, *arguments]
         return Job(self, int(self.run(*words, env=env).split(";")[0]))
+
+    def cancel(self) -> None:
+        """End all jobs, at once."""
+        self.run("scancel", "--signal=KILL", "--full", "--user=root")
+        self.run("scancel", "--user=root")
+        until = time.monotonic() + 40
+        while self.run("squeue", "--noheader") and time.monotonic() < until:
+            time.sleep(0.2)
 
     def facts(self, job: object) -> dict[str, str]:
         """What Slurm knows of a job."""
@@ -200,12 +208,19 @@ def _slurm(
         _wait_until_idle(slurm, len(names))
         yield slurm
     finally:
-        with contextlib.suppress(AssertionError):
-            slurm.run("scancel", "--signal=KILL", "--full", "--user=root")
+        slurm.cancel()
         for daemon in started:
             daemon.terminate()
         for daemon in started:
-            daemon.wait()
+            _end(daemon)
+
+
+def _end(daemon: subprocess.Popen[Any]) -> None:
+    try:
+        daemon.wait(5)
+    except subprocess.TimeoutExpired:  # one that waits for a step on a host that is gone
+        daemon.kill()
+        daemon.wait()
 
 
 def _quiet() -> dict[str, Any]:

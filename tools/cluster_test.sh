@@ -7,4 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 bash tools/debian_packages.sh slurm-wlm munge pdsh openssh-server openssh-client openmpi-bin libopenmpi3 mpich iproute2 \
   util-linux
-AGSEL_TEST_CLUSTER=required exec python -m pytest -p no:cacheprovider --cluster tests/cluster "$@"
+# Two files side by side: a run waits more than it computes.
+AGSEL_TEST_CLUSTER=required exec python -m pytest -p no:cacheprovider --numprocesses 2 --dist loadfile --cluster \
+  tests/cluster "$@"

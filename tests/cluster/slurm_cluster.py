@@ -82,13 +82,13 @@ class Slurm:
         """Start `sbatch` with options, a script and its arguments."""
         output = self.folder / "job-%A-%a.log"
         words = ["sbatch", "--parsable", "--output", output, *arguments]
-        return Job(self, int(self.run(*words, env=env).split(";")[0]))
+        return Job(self, self.run(*words, env=env).strip())
 
     def cancel(self) -> None:
         """End all jobs, at once."""
         self.run("scancel", "--signal=KILL", "--full", "--user=root")
         self.run("scancel", "--user=root")
-        until = time.monotonic() + 40
+        until = time.monotonic() + 15
         while self.run("squeue", "--noheader") and time.monotonic() < until:
             time.sleep(0.2)
 
@@ -102,17 +102,18 @@ class Job:
     """Of `sbatch`.
 
     Attributes:
-        number: of it.
+        number: of it, or `12_3` of a task of an array.
     """
 
-    def __init__(self, slurm: Slurm, number: int) -> None:
+    def __init__(self, slurm: Slurm, number: str) -> None:
         self.number = number
         self._slurm = slurm
 
     @property
     def output(self) -> str:
         """Of all its starts; of an array, those of all tasks."""
-        return "".join(path.read_text() for path in sorted(self._slurm.folder.glob(f"job-{self.number}-*.log")))
+        name = self.number.replace("_", "-") if "_" in self.number else f"{self.number}-*"
+        return "".join(path.read_text() for path in sorted(self._slurm.folder.glob(f"job-{name}.log")))
 
     @property
     def state(self) -> str:
@@ -128,15 +129,16 @@ class Job:
 
     def says(self, pattern: str, times: int = 1) -> None:
         """Wait until its output matches a regular expression so often."""
-        self._wait(lambda: len(re.findall(pattern, self.output)) >= times, START, f"say {pattern}")
+        self.wait(lambda: len(re.findall(pattern, self.output)) >= times, START, f"say {pattern}")
 
     def ends(self, state: str, seconds: float = END) -> str:
         """Wait until it is over, for good, in a state of Slurm. Returns its output."""
-        self._wait(self.is_over, seconds, "end")
+        self.wait(self.is_over, seconds, "end")
         assert self.state == state, f"{self.state}: {self.output[-6000:]}"
         return self.output
 
-    def _wait(self, happened: Callable[[], bool], seconds: float, what: str) -> None:
+    def wait(self, happened: Callable[[], bool], seconds: float, what: str) -> None:
+        """Until something has happened, which must be before the job is over."""
         until = time.monotonic() + seconds
         while not happened():
             over = self.is_over()

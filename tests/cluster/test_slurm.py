@@ -164,7 +164,8 @@ def test_one_of_two_jobs_trains_in_a_folder_and_dependants_wait_for_its_end(clus
     first.ends("FAILED")
     assert cluster.slurm.facts(first.number)["ExitCode"] == "75:0"
     assert "SIGUSR1" in json.loads((cluster.folder / "common" / MARKER).read_text())["reason"]
-    assert cluster.slurm.facts(dependant.number)["Reason"] == "DependencyNeverSatisfied"
+    reason = "DependencyNeverSatisfied"
+    dependant.wait(lambda: cluster.slurm.facts(dependant.number)["Reason"] == reason, 30, f"wait with {reason}")
 
 
 def test_a_stopped_run_of_plain_srun_ends_so_that_its_job_fails(cluster: Cluster) -> None:

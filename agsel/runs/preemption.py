@@ -7,6 +7,7 @@ step and end. Before the first step, `beginning.py` ends the run at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from agsel.runs.outliving import is_output_gone
+from agsel.runs.rank_log import ASKED, LOG
 from agsel.zero.consensus import gather
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -52,12 +55,16 @@ class SignalWatch:
 
     def note(self, reason: str) -> None:
         """Ask for a stop. The first reason counts."""
-        self.reason = self.reason or reason
+        if self.reason is None:
+            self.reason = reason
+            LOG.write(f"{ASKED}, {reason}\n")
 
     def look(self) -> str | None:
-        """The reason to stop, after a look at the launcher: one that was killed leaves its ranks running."""
+        """The reason to stop, after a look at the launcher and the output: ranks whose launcher is killed go on."""
         if self.reason is None and any(map(_is_gone, self._launchers)):
-            self.reason = "the launcher is gone"
+            self.note("the launcher is gone")
+        if self.reason is None and is_output_gone():
+            self.note(f"the output is lost ({os.strerror(errno.EPIPE)})")
         return self.reason
 
     def _listen(self) -> None:

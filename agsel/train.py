@@ -29,6 +29,7 @@ from agsel.runs.outliving import outliving_output
 from agsel.runs.preemption import SignalWatch, StopRequests, host_group
 from agsel.runs.rank_log import LOG
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
+from agsel.runs.turns import in_turns
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
 from agsel.training.attachment import require_supported_trainer
@@ -143,8 +144,8 @@ def default_settings() -> dict[str, Any]:
 
 
 def load(configuration: Configuration) -> RunData:
-    """The rows of the run; the first rank fills the cache."""
-    with configuration.training.main_process_first(desc="dataset"):
+    """The rows of the run."""
+    with in_turns():
         data = load_data(configuration.resolved, configuration.fields)
     for line in data.said:
         on_first_rank(f"data      {line}")

@@ -302,7 +302,8 @@ class Launch:
 
     def _end_command(self) -> None:
         with suppress(psutil.NoSuchProcess):
-            for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+            command = psutil.Process(self._process.pid)
+            for process in [*command.children(recursive=True), command]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
 

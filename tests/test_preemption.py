@@ -20,9 +20,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agsel.runs import rank_log
 from agsel.runs.checkpoints import STAGING, checkpoints_in, missing_part
 from agsel.runs.outliving import outliving_output
 from agsel.runs.preemption import MARKER, SIGNALS, STOP_FILE, SignalWatch
+from launch import hosts
 from tests.distributed import free_port, launch
 from tests.live_run import LiveRun, announced_run, announcing, live_run
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
@@ -260,6 +262,11 @@ def require_logged(run: LiveRun) -> None:
     assert "== asked to stop, the output is lost (Broken pipe)\n" in logs[0]
     assert "stopped   the output is lost (Broken pipe) on rank 0 after step " in logs[0]
     assert "stopped   " not in logs[1]
+
+
+def test_the_launcher_of_several_hosts_knows_the_lines_of_the_logs() -> None:
+    """It does not import what takes seconds."""
+    assert (hosts.BEGAN, hosts.ENDED, hosts.ASKED) == (rank_log.BEGAN, rank_log.ENDED, rank_log.ASKED)
 
 
 @pytest.mark.slow  # tests/test_job_files.py stops a run in this way, too

@@ -25,7 +25,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+try:
+    import psutil
+except ImportError:
+    sys.stderr.write(f"agsel: error: not installed for {sys.executable}: psutil; start in the environment of the run\n")
+    sys.exit(2)
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
 REFUSED = 2

@@ -192,16 +192,20 @@ def test_what_cannot_work_is_refused_at_once_in_one_line(made: Hosts) -> None:
     assert f"{variables}, line 2 is ''" in refused(made, both, {"DS_ENV_FILE": str(variables)})
     without = made.folder / "without_pdsh"
     without.mkdir()
-    for name in ("bash", "mkdir", "rm", "dirname", "setsid", "pgrep", "ssh", "grep", "sleep"):
+    for name in ("nsenter", "bash", "mkdir", "rm", "dirname", "setsid", "pgrep", "ssh", "grep", "sleep"):
         (without / name).symlink_to(str(shutil.which(name)))
     (without / "python").symlink_to(sys.executable)
+    assert f"not installed for {without / 'python'}: psutil" in refused(made, both, {"PATH": str(without)})
+    (without / "python").unlink()
+    (without / "python").write_text(f'#!{shutil.which("bash")}\nexec {sys.executable} "$@"\n')
+    (without / "python").chmod(0o755)
     assert refused(made, both, {"PATH": str(without)}).startswith("pdsh is not installed on this host")
     run.mkdir(exist_ok=True)
     made.hide("n2", run)
     assert f"host n2 does not see {run}: choose a run folder that all hosts share" in refused(made, both)
     made.run("n2", ["umount", run])
     made.hide("n2", Path(str(distribution("trl").locate_file(""))) / f"trl-{distribution('trl').version}.dist-info")
-    assert "host n2 lacks packages of agsel (" in refused(made, both)
+    assert re.search("host n2 has .*, trl None, and this one .*: install the same on all hosts", refused(made, both))
     made.cut_link("n2")
     assert "host n2 cannot be reached by ssh (ssh: connect to host n2 port 22: " in refused(made, both)
 

@@ -79,9 +79,18 @@ os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _deepspeed_launchers() -> list[psutil.Process]:
-    """The two processes that the `deepspeed` command puts above a rank, as far as they are there."""
-    ancestors = psutil.Process().parents()[:2]
-    return [process for process in ancestors if any(map(_names_launcher, process.cmdline()[:4]))]
+    """The two processes that the `deepspeed` command puts above a rank, or its one above `mpirun`."""
+    ancestors = psutil.Process().parents()
+    # Farther up, a wrapper may have the command among its arguments: only a script of that name counts.
+    near = [process for process in ancestors[:2] if any(map(_names_launcher, _command(process)[:4]))]
+    return near + [process for process in ancestors[2:] if any(map(_names_launcher, _command(process)[1:2]))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended, or is none of ours
+        return []
 
 
 def _names_launcher(word: str) -> bool:

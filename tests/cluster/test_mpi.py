@@ -89,7 +89,7 @@ def test_a_run_goes_on_under_every_mpi(made: Hosts, training: Training) -> None:
     command.send_signal(signal.SIGUSR1)
     assert run.exit_codes(60) == [0]
     assert "2 ranks" in run.output
-    first = run.checkpoint()
+    first = training.checkpoint()
 
     run = HostsRun(made, training.folder)
     command = run.start("n1", [*mpich(), *training.script("step 6")])
@@ -98,7 +98,7 @@ def test_a_run_goes_on_under_every_mpi(made: Hosts, training: Training) -> None:
     assert run.exit_codes(60) == [0]
     assert f"resume    {first}, every file verified" in run.output
     assert "2 ranks" in run.output
-    assert run.checkpoint() != first
+    assert training.checkpoint() != first
 
 
 def test_deepspeed_starts_a_run_and_a_killed_rank_ends_it(made: Hosts, training: Training) -> None:
@@ -120,7 +120,7 @@ def test_a_deepspeed_command_that_is_told_to_stop_lets_the_run_save(made: Hosts,
     run.ends(60)
     assert "stopped   the launcher is gone" in run.output
     assert "2 ranks" in run.output
-    assert run.checkpoint()
+    assert training.checkpoint()
 
 
 def places(*commands: subprocess.Popen[str]) -> list[list[dict[str, str]]]:

@@ -49,12 +49,6 @@ class HostsRun(LiveRun):
         """Kill a rank in a phase that both have reached."""
         os.kill(self.reaches(phase)[rank], signal.SIGKILL)
 
-    def checkpoint(self) -> Path:
-        """The one that the marker of the stopped run names; it is complete."""
-        checkpoint = Path(json.loads((self.folder / MARKER).read_text())["checkpoint"])
-        assert missing_part(checkpoint) is None
-        return checkpoint
-
     def _goes_on(self) -> bool:
         started = {pid for phase in ("loading", "step") for pid in self._pids(phase)}
         return any(command.poll() is None for command in self._commands) or any(map(_is_alive, started))
@@ -79,6 +73,12 @@ class Training:
         self.folder = folder / "run"
         self.folder.mkdir()
         self._parts = save_model(folder / "model"), save_rows(folder / "rows.jsonl", 64)
+
+    def checkpoint(self) -> Path:
+        """The one that the marker of the stopped run names; it is complete."""
+        checkpoint = Path(json.loads((self.folder / MARKER).read_text())["checkpoint"])
+        assert missing_part(checkpoint) is None
+        return checkpoint
 
     def script(self, linger_in: str) -> list[object]:
         """The script with its arguments, which stays in a phase for a while."""

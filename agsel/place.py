@@ -2,7 +2,10 @@
 
 import os
 
+PLACE = "AGSEL_PLACE_ON_HOST"
+"""Of a process whose LOCAL_RANK says which device it uses instead."""
 PLACES = (
+    PLACE,
     "LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "MV2_COMM_WORLD_LOCAL_RANK",
@@ -10,7 +13,7 @@ PLACES = (
     "SLURM_LOCALID",
     "PMIX_RANK",
 )
-"""Variables that say it: common ones, of Open MPI, MVAPICH, MPICH, Slurm; and the rank, where nothing else is said."""
+"""Variables that say it: agsel's own, the common one, those of Open MPI, MVAPICH, MPICH and Slurm; else the rank."""
 
 
 def is_first_of_host() -> bool:

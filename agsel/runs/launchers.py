@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from deepspeed.accelerator import get_accelerator
+
 from agsel.errors import UserError
+from agsel.place import PLACE
 from agsel.runs.mpi import meet
+from agsel.runs.slurm import join_step
 
 PMIX = "PMIX_RANK"
 """Set beside those of Open MPI and Slurm. Alone it tells that there may be others, but not how many."""
 REMEDY = (
-    "use `deepspeed` or `sbatch launch/train.sbatch`, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+    "use `deepspeed`, `srun` or `sbatch launch/train.sbatch`, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
     "MASTER_PORT; for a run of its own in every process, set RANK=0 LOCAL_RANK=0 WORLD_SIZE=1"
 )
 
@@ -63,6 +67,7 @@ LAUNCHERS = (
     Launcher("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 """Those inside others first: in a Slurm job, `mpirun` starts its own helpers with `srun`."""
+SRUN = LAUNCHERS[-1]
 
 
 def set_environment() -> None:
@@ -75,12 +80,23 @@ def set_environment() -> None:
         _require_complete()
         if local_size := os.environ.get("LOCAL_SIZE"):  # of `deepspeed`
             os.environ["LOCAL_WORLD_SIZE"] = local_size
+    elif (launcher := _launcher()) is not None:
+        _join(launcher, _number(launcher.size))
     elif _number("WORLD_SIZE") > 1:
         raise UserError(f"WORLD_SIZE is {_number('WORLD_SIZE')}, but RANK is not set: {REMEDY}")
-    elif (launcher := _launcher()) is not None:
-        _join(launcher)
     else:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    use_only_device()
+
+
+def use_only_device() -> None:
+    """Of a process that sees one device, as of `srun --gpus-per-task=1`, that is the first, whatever its place."""
+    accelerator = get_accelerator()
+    place = os.environ.get("LOCAL_RANK", "0")
+    if place != "0" and accelerator.device_name() != "cpu" and accelerator.device_count() == 1:
+        os.environ[PLACE] = place
+        for name in {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & {*os.environ}:  # which DeepSpeed wants to be equal
+            os.environ[name] = "0"
 
 
 def _require_complete() -> None:
@@ -92,17 +108,26 @@ def _require_complete() -> None:
 
 def _launcher() -> Launcher | None:
     """The one that has started this process beside others."""
-    known = next((launcher for launcher in LAUNCHERS if launcher.size in os.environ), None)
+    known = next(filter(_has_started_this, LAUNCHERS), None)
     if known is None and PMIX in os.environ:
         raise UserError(f"PMIx has started this process, perhaps beside others that it cannot find: {REMEDY}")
     return known if known is not None and _number(known.size) > 1 else None
 
 
-def _join(launcher: Launcher) -> None:
-    started = f"{launcher.name} has started {_number(launcher.size)} processes"
+def _has_started_this(launcher: Launcher) -> bool:
+    """The size alone is not enough where there is `srun`, whose `--mpi=pmi2` says PMI_SIZE too."""
+    told = launcher.local_rank in os.environ or launcher is SRUN or SRUN.size not in os.environ
+    return launcher.size in os.environ and told
+
+
+def _join(launcher: Launcher, size: int) -> None:
+    started = f"{launcher.name} has started {size} processes"
+    if _number("WORLD_SIZE", size) != size:
+        raise UserError(f"WORLD_SIZE is {_number('WORLD_SIZE')}, but {started}: unset it")
     if launcher.abi is None:
-        raise UserError(f"{started}, which cannot find each other: {REMEDY}")
-    rank, size = _number(launcher.rank), _number(launcher.size)
+        join_step(started)
+        return
+    rank = _number(launcher.rank)
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meet(started, rank, size, launcher.abi)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
@@ -111,8 +136,8 @@ def _join(launcher: Launcher) -> None:
             os.environ[common] = os.environ[own]
 
 
-def _number(name: str) -> int:
-    text = os.environ.get(name, "1")
+def _number(name: str, default: int = 1) -> int:
+    text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise UserError(f"{name} is {text!r}, which is no number: set it as the launcher should have done")
     return int(text)

@@ -27,6 +27,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "STOP"
 MARKER = "PREEMPTED"
 """File in the run folder that says: not finished, resume me. Job scripts look at it, not at the exit code."""
+STOPPED_IN_SLURM = os.EX_TEMPFAIL
+"""Exit code of a stopped run in a job of Slurm: after 0, jobs that wait for it (`afterok`) would start."""
 
 
 class SignalWatch:
@@ -148,6 +150,12 @@ def mark(run_folder: Path, reason: str | None, **facts: Any) -> None:
     facts |= {"reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     (run_folder / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
     (run_folder / STOP_FILE).unlink(missing_ok=True)
+
+
+def exit_code_of_stop() -> int:
+    """Of a run that was stopped. `torchrun --max-restarts` would start it again, were it not 0."""
+    restarted = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return STOPPED_IN_SLURM if "SLURM_JOB_ID" in os.environ and not restarted else 0
 
 
 def start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:

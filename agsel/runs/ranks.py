@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeo
 from agsel.errors import AgselError, RunError, one_line
 from agsel.place import is_first_of_host
 from agsel.runs.address import Address
-from agsel.runs.launchers import set_environment
+from agsel.runs.launchers import set_environment, use_only_device
 from agsel.zero.communication import start_process_group
 from agsel.zero.groups import data_parallel_group
 
@@ -86,6 +86,7 @@ def _known_place(patience: float) -> Iterator[None]:
     store.set(f"agsel/host/{rank}", f"{own.space} {own.host}")
     hosts = store.multi_get([f"agsel/host/{other}" for other in range(size)])
     os.environ.setdefault("LOCAL_RANK", str(hosts[:rank].count(hosts[rank])))
+    use_only_device()
     os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank]))
     yield
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.cluster.hosts import Hosts, hosts
-from tests.cluster.training import RANK_TIMEOUT, HostsRun, Training
+from tests.cluster.hosts_run import RANK_TIMEOUT, HostsRun, Training
 from tests.distributed import REPOSITORY, free_port
 
 pytestmark = pytest.mark.cluster

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts, hosts, require, unavailable
-from tests.cluster.training import RANK_TIMEOUT, HostsRun, Training
+from tests.cluster.hosts_run import RANK_TIMEOUT, HostsRun, Training
 from tests.distributed import environment, free_port
 
 pytestmark = pytest.mark.cluster

@@ -26,7 +26,7 @@ from agsel.runs import checkpoints, folder, resume
 from agsel.runs.beginning import Beginning
 from agsel.runs.claim import claimed
 from agsel.runs.outliving import outliving_output
-from agsel.runs.preemption import SignalWatch, StopRequests, host_group
+from agsel.runs.preemption import SignalWatch, StopRequests, exit_code_of_stop, host_group
 from agsel.runs.rank_log import LOG
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
 from agsel.runs.turns import in_turns
@@ -120,7 +120,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     requests = StopRequests(run_folder, beginning.signals, group)
     trainer.make_resumable(requests, run, group)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if requests.agreed:
+    if trainer.was_stopped:
         say_goodbye(trainer, requests)
     else:
         export_model(trainer, run_folder / "model", group, describe_elements(configuration))
@@ -285,8 +285,12 @@ def say_done(configuration: Configuration) -> None:
 
 def command() -> None:
     """What a launcher starts on every rank."""
-    main(sys.argv[1:])
+    trainer = main(sys.argv[1:])
+    code = exit_code_of_stop() if trainer.was_stopped else 0
+    if code != 0:
+        dist.barrier()  # a launcher may end the other ranks when it sees this code
     dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from agsel.runs.launchers import is_first_of_host
+from agsel.place import is_first_of_host
 
 LAST = 2
 

@@ -32,6 +32,7 @@ from torch.distributed import HashStore
 
 from agsel import upstream
 from agsel.errors import RunError, UserError, one_line
+from agsel.place import is_first_of_host
 from agsel.zero.consensus import every_rank_does
 
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"
@@ -82,7 +83,7 @@ def start_deepspeed() -> None:
     upstream.require_tested(__name__)
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and _is_compiled_here(builder):
-        own = 0 if dist.get_rank() == 0 else 1 if _is_first_of_host() else 2
+        own = 0 if dist.get_rank() == 0 else 1 if is_first_of_host() else 2
         for turn in range(3):
             # One for all: a rank without the operator would leave the others waiting inside of it.
             every_rank_does(partial(_load, builder) if turn == own else _do_nothing, None)
@@ -111,10 +112,6 @@ def extensions_folder() -> Path:
 def _is_compiled_here(builder: OpBuilder) -> bool:
     """Whether DeepSpeed uses the operator on this machine, and was not installed with it."""
     return bool(deepspeed.ops.__compatible_ops__.get(builder.name)) and not installed_ops.get(builder.name)
-
-
-def _is_first_of_host() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _do_nothing() -> None:
@@ -212,6 +209,6 @@ def _gist(error: Exception) -> str:
 
 def _say(text: str) -> None:
     """From one rank of a host."""
-    if _is_first_of_host():
+    if is_first_of_host():
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()

@@ -163,6 +163,7 @@ class Hosts:
         (self.folder / f"{name}.sshd").write_text(SSHD_CONFIG.format(folder=self.folder, name=name))
         log = self.folder / f"{name}.sshd.log"
         self.start(name, [find("sshd"), "-D", "-E", log, "-f", self.folder / f"{name}.sshd"], cwd="/")
+        self.run(name, ["bash", "-c", "until (: < /dev/tcp/localhost/22); do sleep 0.02; done 2> /dev/null"])
 
     def _hold(self, name: str) -> subprocess.Popen[str]:
         enter = ["nsenter", f"--net=/run/netns/{self._space(name)}", "unshare", "--uts", "--mount", "--"]

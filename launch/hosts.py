@@ -287,7 +287,9 @@ class Launch:
                 with suppress(psutil.Error):
                     if process.name() == "ssh":
                         words = process.cmdline()
-                        self._connections |= {host: process for host in self._hosts if host.name in words}
+                        # pdsh gives ssh the user of `user@host` apart
+                        named = [host for host in self._hosts if host.name.rpartition("@")[2] in words]
+                        self._connections |= dict.fromkeys(named, process)
         return [host for host, process in self._connections.items() if not _runs(process)]
 
     def _look_for_failures(self, hosts: Sequence[Host]) -> None:
@@ -413,7 +415,7 @@ def train(hostfile: Path, run_folder: Path, settings: Sequence[str]) -> int:
         command += ["--no_ssh_check", "--master_addr", os.environ.get("MASTER_ADDR", address)]
         command += ["--master_port", os.environ.get("MASTER_PORT", str(port)), "--venv_script", quote(str(environment))]
         own = {name: value for name, value in os.environ.items() if not name.startswith(PUT_INTO_COMMANDS[1:])}
-        own["PDSH_SSH_ARGS_APPEND"] = shlex.join(ssh_arguments())
+        own["PDSH_SSH_ARGS_APPEND"] = " ".join(ssh_arguments())
         return Launch(hosts, run_folder, launch, [*command, str(TRAIN), *map(quote, settings)], own).wait()
 
 

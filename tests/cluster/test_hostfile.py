@@ -144,8 +144,11 @@ def test_a_run_outlives_its_launcher_a_rank_and_a_stop(made: Hosts) -> None:
 
 def test_a_link_that_is_cut_ends_the_command(made: Hosts) -> None:
     job = Job(made, "cut")
+    (job.folder.parent / "cache").mkdir()
+    made.hide("n2", job.folder.parent / "cache")
     job.start()
     job.trains()
+    assert ["Tokenising" in job.log(rank) for rank in (0, 1)] == [True, True], "HF_HOME is of each host"
     made.cut_link("n2")
     assert job.ends(TIMEOUT + END) != 0
     assert re.search(r"agsel: error: rank 1 \(host n2, pid \d+\) has not answered for 10 s", job.output)

@@ -81,7 +81,7 @@ def _known_place(patience: float) -> Iterator[None]:
         yield
         return
     rank, size, own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Address.own()
-    store: Store = HashStore() if size == 1 else _rendezvous()
+    store: Store = HashStore() if size == 1 else _rendezvous(patience)
     store.set_timeout(timedelta(seconds=patience))
     store.set(f"agsel/host/{rank}", f"{own.space} {own.host}")
     hosts = store.multi_get([f"agsel/host/{other}" for other in range(size)])
@@ -183,6 +183,6 @@ def _store() -> Store:
     return PrefixStore("default_pg", _rendezvous())
 
 
-def _rendezvous() -> Store:
-    store, *_ = next(dist.rendezvous("env://"))
+def _rendezvous(patience: float = PATIENCE) -> Store:
+    store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
     return store

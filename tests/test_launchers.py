@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from deepspeed.accelerator import get_accelerator
 
 from agsel.errors import UserError
-from agsel.runs.launchers import LAUNCHERS, PLACE, PMIX, is_first_of_host, set_environment
+from agsel.place import PLACES, is_first_of_host
+from agsel.runs.launchers import LAUNCHERS, Launcher, set_environment
 from agsel.runs.slurm import first_host, port_of, tasks_of
 
 COMMON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -23,36 +22,17 @@ STEP = {
     **{"SLURM_STEP_NODELIST": "localhost,n[2-4]"},
 }
 """What `srun` sets for a task of four hosts."""
-MPI = """
-class COMM_WORLD:
-    Get_rank = staticmethod(lambda: 1)
-    Get_size = staticmethod(lambda: {size})
-    bcast = staticmethod(lambda value, root: "10.0.0.1")
-    allgather = staticmethod(lambda value: [value] * {size})
-Get_processor_name = lambda: "here"
-"""
 
 
 @pytest.fixture(autouse=True)
 def without_launcher() -> Iterator[None]:
     before = dict(os.environ)
-    known = {name for launcher in LAUNCHERS for name in (launcher.size, launcher.place)} | {"LOCAL_WORLD_SIZE", PLACE}
-    for name in {*COMMON, PMIX, *known} & {*os.environ}:
+    known = {getattr(launcher, name) for launcher in LAUNCHERS for name in ("rank", "size", "local_rank", "local_size")}
+    for name in {*COMMON, "LOCAL_WORLD_SIZE", *PLACES, *known, "LOCAL_SIZE"} & {*os.environ}:
         del os.environ[name]
     yield
     os.environ.clear()
     os.environ.update(before)
-
-
-@pytest.fixture
-def mpi4py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of `mpi4py.MPI` in an mpi4py that is found before any other."""
-    (tmp_path / "mpi4py").mkdir()
-    (tmp_path / "mpi4py" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ("mpi4py", "mpi4py.MPI"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return tmp_path / "mpi4py" / "MPI.py"
 
 
 @pytest.mark.parametrize(
@@ -168,36 +148,29 @@ def test_a_process_that_sees_one_device_uses_it_and_knows_its_place(monkeypatch:
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
 
-@pytest.mark.parametrize("size", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
-def test_processes_of_mpirun_find_each_other(size: str, mpi4py: Path) -> None:
-    os.environ.update({size: "2", "MASTER_PORT": "29777"})
-    mpi4py.write_text(MPI.format(size=2))
+@pytest.mark.parametrize("launcher", [launcher for launcher in LAUNCHERS if launcher.abi], ids=lambda one: one.name)
+def test_processes_of_mpi_that_know_where_to_meet_need_nothing_else(launcher: Launcher) -> None:
+    os.environ.update({launcher.rank: "5", launcher.size: "8", launcher.local_rank: "1", launcher.local_size: "4"})
+    os.environ.update(ADDRESS)
     set_environment()
-    assert [os.environ[name] for name in COMMON[:3]] == ["1", "1", "2"]
-    assert os.environ["MASTER_PORT"] == "29777"
+    assert [os.environ[name] for name in COMMON] == ["5", "1", "8", *ADDRESS.values()]
+    assert os.environ["LOCAL_WORLD_SIZE"] == "4"
 
 
-@pytest.mark.parametrize(
-    ("module", "words"),
-    [
-        (MPI.format(size=1), "started 2 processes, but mpi4py knows of 1: it belongs to another MPI"),
-        ("raise ImportError('libmpi.so.12: cannot open shared object file')", r"libmpi\.so\.12: cannot open shared"),
-        ("raise RuntimeError('cannot load MPI library')", "cannot load MPI library"),
-    ],
-    ids=["another MPI", "ImportError", "RuntimeError"],
-)
-def test_processes_of_mpirun_that_do_not_are_refused_with_the_reason(module: str, words: str, mpi4py: Path) -> None:
-    os.environ["PMI_SIZE"] = "2"
-    mpi4py.write_text(module)
-    with pytest.raises(UserError, match=words):
-        set_environment()
-    assert "RANK" not in os.environ
+def test_deepspeed_says_how_many_ranks_share_the_host() -> None:
+    os.environ.update({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", **ADDRESS})
+    set_environment()
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
 
-@pytest.mark.parametrize("place", ["LOCAL_RANK", PMIX, *(launcher.place for launcher in LAUNCHERS)])
+@pytest.mark.parametrize("place", PLACES)
 def test_one_process_of_a_host_speaks(place: str) -> None:
     assert is_first_of_host()
     os.environ[place] = "1"
     assert not is_first_of_host()
     os.environ[place] = "0"
     assert is_first_of_host()
+
+
+def test_every_launcher_is_known_where_one_process_of_a_host_speaks() -> None:
+    assert {launcher.local_rank for launcher in LAUNCHERS} < {*PLACES}

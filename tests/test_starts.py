@@ -139,7 +139,9 @@ def test_a_rank_that_waits_for_the_others_can_be_stopped(starts: Starts, deaf: s
 
 
 def test_the_first_start_compiles_where_no_other_project_does_and_can_be_stopped(starts: Starts) -> None:
-    [lock] = until_found(starts.folder / "cache", f"agsel/torch_extensions/python*/{OPERATOR}/lock")
+    [lock] = until_found(
+        starts.folder / "cache", f"agsel/torch_extensions/python*/{socket.gethostname()}/{OPERATOR}/lock"
+    )
     starts.stop("compiling")
     assert starts.exit_code("compiling") == 0
     output = starts.output("compiling")

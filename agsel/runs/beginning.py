@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from agsel.runs.claim import Claim
 from agsel.runs.preemption import STOP_FILE, SignalWatch, exit_code_of_stop, mark
+from agsel.runs.rank_log import end_process
 from agsel.runs.ranks import remove_shared_memory
 from agsel.zero.communication import abandon_operator
 
@@ -171,4 +172,4 @@ def _end_process(code: int) -> NoReturn:
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             child.kill()
-    os._exit(code)
+    end_process(code)

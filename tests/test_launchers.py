@@ -13,6 +13,7 @@ from agsel.place import PLACES, is_first_of_host
 from agsel.runs.launchers import LAUNCHERS, Launcher, set_environment
 from agsel.runs.slurm import first_host, port_of, tasks_of
 
+PATIENCE = 60.0
 COMMON = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ADDRESS = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
@@ -48,7 +49,7 @@ def without_launcher() -> Iterator[None]:
 )
 def test_one_process_is_one_run(environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    set_environment()
+    set_environment(PATIENCE)
     assert [os.environ[name] for name in COMMON[:3]] == ["0", "0", "1"]
 
 
@@ -71,7 +72,7 @@ def test_one_process_is_one_run(environment: dict[str, str]) -> None:
 def test_several_processes_that_cannot_find_each_other_are_refused(environment: dict[str, str], words: str) -> None:
     os.environ.update(environment)
     with pytest.raises(UserError, match=words):
-        set_environment()
+        set_environment(PATIENCE)
     assert environment.items() >= {name: os.environ[name] for name in COMMON if name in os.environ}.items()
 
 
@@ -79,7 +80,7 @@ def test_the_launcher_that_is_nearest_counts() -> None:
     """train.sbatch, and `deepspeed` or `torchrun` under `srun`."""
     own = {"RANK": "1", "WORLD_SIZE": "4", **ADDRESS}
     os.environ.update(own | {"SLURM_STEP_NUM_TASKS": "2", "OMPI_COMM_WORLD_SIZE": "2"})
-    set_environment()
+    set_environment(PATIENCE)
     assert own == {name: os.environ[name] for name in own}
 
 
@@ -87,7 +88,7 @@ def test_the_launcher_that_is_nearest_counts() -> None:
 def test_tasks_of_srun_find_each_other(more: dict[str, str]) -> None:
     """Also with the variables of `--mpi=pmi2`."""
     os.environ.update(STEP | more)
-    set_environment()
+    set_environment(PATIENCE)
     assert [os.environ[name] for name in COMMON] == ["4", "1", "7", "localhost", str(port_of(7, 1))]
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
@@ -95,7 +96,7 @@ def test_tasks_of_srun_find_each_other(more: dict[str, str]) -> None:
 def test_what_the_user_has_set_for_tasks_of_srun_stays() -> None:
     own = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **ADDRESS}
     os.environ.update(STEP | own)
-    set_environment()
+    set_environment(PATIENCE)
     assert own == {name: os.environ[name] for name in own}
 
 
@@ -110,7 +111,7 @@ def test_what_the_user_has_set_for_tasks_of_srun_stays() -> None:
 def test_tasks_of_srun_that_cannot_find_each_other_are_refused(wrong: dict[str, str], words: str) -> None:
     os.environ.update(STEP | wrong)
     with pytest.raises(UserError, match=words):
-        set_environment()
+        set_environment(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_process_that_sees_one_device_uses_it_and_knows_its_place(monkeypatch:
     monkeypatch.setattr(type(get_accelerator()), "device_name", lambda *_: "cuda")
     monkeypatch.setattr(type(get_accelerator()), "device_count", lambda _: 1)
     os.environ.update(STEP)
-    set_environment()
+    set_environment(PATIENCE)
     assert os.environ["LOCAL_RANK"] == "0"
     assert not is_first_of_host()
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
@@ -152,14 +153,14 @@ def test_a_process_that_sees_one_device_uses_it_and_knows_its_place(monkeypatch:
 def test_processes_of_mpi_that_know_where_to_meet_need_nothing_else(launcher: Launcher) -> None:
     os.environ.update({launcher.rank: "5", launcher.size: "8", launcher.local_rank: "1", launcher.local_size: "4"})
     os.environ.update(ADDRESS)
-    set_environment()
+    set_environment(PATIENCE)
     assert [os.environ[name] for name in COMMON] == ["5", "1", "8", *ADDRESS.values()]
     assert os.environ["LOCAL_WORLD_SIZE"] == "4"
 
 
 def test_deepspeed_says_how_many_ranks_share_the_host() -> None:
     os.environ.update({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_SIZE": "2", **ADDRESS})
-    set_environment()
+    set_environment(PATIENCE)
     assert os.environ["LOCAL_WORLD_SIZE"] == "2"
 
 

@@ -70,10 +70,14 @@ LAUNCHERS = (
 SRUN = LAUNCHERS[-1]
 
 
-def set_environment() -> None:
+def set_environment(patience: float) -> None:
     """Set the variables by which processes find each other, where a launcher has not. Without one this is the only one.
 
+    Args:
+        patience: seconds within which all processes must have come.
+
     Raises:
+        RunError: they have not.
         UserError: a launcher has started several processes that cannot find each other, or what it says is incomplete.
     """
     if "RANK" in os.environ:
@@ -81,7 +85,7 @@ def set_environment() -> None:
         if local_size := os.environ.get("LOCAL_SIZE"):  # of `deepspeed`
             os.environ["LOCAL_WORLD_SIZE"] = local_size
     elif (launcher := _launcher()) is not None:
-        _join(launcher, _number(launcher.size))
+        _join(launcher, _number(launcher.size), patience)
     elif _number("WORLD_SIZE") > 1:
         raise UserError(f"WORLD_SIZE is {_number('WORLD_SIZE')}, but RANK is not set: {REMEDY}")
     else:
@@ -120,7 +124,7 @@ def _has_started_this(launcher: Launcher) -> bool:
     return launcher.size in os.environ and told
 
 
-def _join(launcher: Launcher, size: int) -> None:
+def _join(launcher: Launcher, size: int, patience: float) -> None:
     started = f"{launcher.name} has started {size} processes"
     if _number("WORLD_SIZE", size) != size:
         raise UserError(f"WORLD_SIZE is {_number('WORLD_SIZE')}, but {started}: unset it")
@@ -129,7 +133,7 @@ def _join(launcher: Launcher, size: int) -> None:
         return
     rank = _number(launcher.rank)
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meet(started, rank, size, launcher.abi)
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meet(started, rank, size, launcher.abi, patience)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     for common, own in (("LOCAL_RANK", launcher.local_rank), ("LOCAL_WORLD_SIZE", launcher.local_size)):
         if own in os.environ:

@@ -8,15 +8,16 @@ From then on torch's store is used, and MPI no more: a process that it does not 
 from __future__ import annotations
 
 import os
+import select
 import socket
 from contextlib import nullcontext, suppress
 from typing import Any, Protocol
 
 import psutil
 
-from agsel.errors import UserError, one_line
+from agsel.errors import RunError, UserError, one_line
 
-PATIENCE = 5.0
+ATTEMPT = 5.0
 """Seconds for an attempt to reach one of the addresses."""
 MOST_ADDRESSES = 16
 """As a message of MPICH's protocol has 1024 bytes."""
@@ -34,9 +35,14 @@ class Exchange(Protocol):
 
 
 class PmiExchange:
-    """By the first version of MPICH's Process Management Interface, over a connection that `mpirun` has opened."""
+    """By the first version of MPICH's Process Management Interface, over a connection that `mpirun` has opened.
 
-    def __init__(self) -> None:
+    Args:
+        patience: seconds to wait for an answer, which may have to wait for all processes.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience
         self._connection = os.fdopen(os.dup(int(os.environ["PMI_FD"])), "r+b", buffering=0)
         self._ask("init", pmi_version="1", pmi_subversion="1")
         self._space = self._ask("get_my_kvsname")["kvsname"]
@@ -57,9 +63,13 @@ class PmiExchange:
     def _ask(self, command: str, **values: str) -> dict[str, str]:
         words = [f"{name}={value}" for name, value in {"cmd": command, **values}.items()]
         self._connection.write(f"{' '.join(words)}\n".encode())
-        answer = self._connection.readline().decode()
+        heard, _, _ = select.select([self._connection], [], [], self._patience)
+        answer = self._connection.readline().decode() if heard else ""
         if not answer:
-            raise ConnectionError(f"no answer to {command!r}")
+            raise RunError(
+                f"mpirun has not answered within {self._patience:g} s (--rank_timeout), or has ended: perhaps it could "
+                "not start the processes of another host; look at what it says"
+            )
         return dict(word.split("=", 1) for word in answer.split() if "=" in word)
 
 
@@ -83,7 +93,7 @@ class Mpi4pyExchange:
         self._mpi.Finalize()
 
 
-def meet(started: str, rank: int, size: int, abi: str) -> tuple[str, str]:
+def meet(started: str, rank: int, size: int, abi: str, patience: float) -> tuple[str, str]:
     """Address and port at which this process reaches the first one. On all processes that MPI has started.
 
     MASTER_ADDR and MASTER_PORT have the last word, if one is set. Else it is a free port, and of the first process's
@@ -94,11 +104,13 @@ def meet(started: str, rank: int, size: int, abi: str) -> tuple[str, str]:
         rank: of this process.
         size: number of processes.
         abi: the kind of MPI, as mpi4py calls it.
+        patience: seconds to wait for the others.
 
     Raises:
+        RunError: the others have not come.
         UserError: the processes cannot tell each other anything, or this one does not reach the first.
     """
-    exchange = _exchange(started, size, abi)
+    exchange = _exchange(started, size, abi, patience)
     with _listening(size) if rank == 0 else nullcontext() as server:
         port, *addresses = exchange.tell(_places(server) if server else "").split(",")
         address = _reachable(addresses, int(port))
@@ -106,9 +118,9 @@ def meet(started: str, rank: int, size: int, abi: str) -> tuple[str, str]:
     return address, port
 
 
-def _exchange(started: str, size: int, abi: str) -> Exchange:
+def _exchange(started: str, size: int, abi: str, patience: float) -> Exchange:
     if abi == "mpich" and "PMI_FD" in os.environ:
-        return PmiExchange()
+        return PmiExchange(patience)
     os.environ.setdefault("MPI4PY_MPIABI", abi)
     try:
         from mpi4py import MPI
@@ -151,7 +163,7 @@ def _is_ip4(address: Any) -> bool:
 def _reachable(addresses: list[str], port: int) -> str:
     for address in addresses:
         with suppress(OSError):
-            socket.create_connection((address, port), timeout=PATIENCE).close()
+            socket.create_connection((address, port), timeout=ATTEMPT).close()
             return address
     raise UserError(
         f"host {socket.gethostname()} reaches the first rank at none of {', '.join(addresses)}, port {port}: set "

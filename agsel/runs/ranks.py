@@ -43,7 +43,7 @@ def join_ranks(patience: float = PATIENCE, limit: float = LIMIT) -> None:
         UserError: a launcher has started several processes that cannot find each other.
         NeverMetError: not all ranks have come.
     """
-    set_environment()
+    set_environment(patience)
     atexit.register(lambda: remove_shared_memory(os.environ["RANK"]))
     if dist.is_initialized():
         return

@@ -1,4 +1,4 @@
-"""Join the ranks and say what each of them knows then: `mpirun -n 2 python tests/cluster/say_place.py`."""
+"""Join the ranks and say what each of them knows then: `mpirun -n 2 python tests/cluster/say_place.py PATIENCE`."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 if __name__ == "__main__":
     with ends_in_one_line():
-        join_ranks(patience=60)
+        join_ranks(patience=float(sys.argv[1]))
         number = torch.ones(1)
         dist.all_reduce(number)
         said = " ".join(f"{name}={os.environ[name]}" for name in NAMES)

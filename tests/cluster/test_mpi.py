@@ -21,7 +21,7 @@ pytestmark = pytest.mark.cluster
 PASSED = ("PATH", "PYTHONPATH", "DS_ACCELERATOR", "OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR", "HF_HUB_OFFLINE")
 """Variables that Open MPI and `deepspeed` pass on to other hosts only if they are told to."""
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-PLACES = Path(__file__).with_name("say_place.py")
+SAY_PLACE = (Path(__file__).with_name("say_place.py"), 60)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def start(made: Hosts, command: list[object], env: dict[str, str] | None = None)
 
 def test_jobs_side_by_side_choose_ports_of_their_own(made: Hosts) -> None:
     jobs = [open_mpi(where="n1:2"), open_mpi(where="n1:2"), mpich(where="n1"), mpich(where="n1")]
-    said = places(*[start(made, [*job, PLACES]) for job in jobs])
+    said = places(*[start(made, [*job, *SAY_PLACE]) for job in jobs])
     for first, second in said:
         assert [first["LOCAL_RANK"], second["LOCAL_RANK"]] == ["0", "1"]
         assert [first["LOCAL_WORLD_SIZE"], second["LOCAL_WORLD_SIZE"]] == ["2", "2"]
@@ -163,7 +163,7 @@ def test_ranks_on_other_hosts_find_an_address_that_they_reach(made: Hosts) -> No
     try:
         only = [word for part in ("oob", "btl") for word in ("--mca", f"{part}_tcp_if_include", "eth0")]
         options = [*only, "-x", "GLOO_SOCKET_IFNAME"]
-        [[_, second]] = places(start(made, [*open_mpi(*options), PLACES], {"GLOO_SOCKET_IFNAME": "eth0"}))
+        [[_, second]] = places(start(made, [*open_mpi(*options), *SAY_PLACE], {"GLOO_SOCKET_IFNAME": "eth0"}))
         assert second["MASTER_ADDR"] == made.addresses["n1"]
         assert (second["LOCAL_RANK"], second["LOCAL_WORLD_SIZE"]) == ("0", "1")
     finally:
@@ -174,12 +174,12 @@ def test_ranks_on_other_hosts_find_an_address_that_they_reach(made: Hosts) -> No
 
 def test_the_user_has_the_last_word_on_where_ranks_meet(made: Hosts) -> None:
     port = str(free_port())
-    [[first, _]] = places(start(made, [*mpich(), PLACES], {"MASTER_PORT": port}))
+    [[first, _]] = places(start(made, [*mpich(), *SAY_PLACE], {"MASTER_PORT": port}))
     assert first["MASTER_PORT"] == port
 
 
 def refusal(made: Hosts, command: list[object], env: dict[str, str]) -> list[str]:
-    process = start(made, [*command, PLACES], env)
+    process = start(made, [*command, *SAY_PLACE], env)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Traceback" not in output
@@ -201,3 +201,13 @@ def test_what_keeps_ranks_of_mpi_from_meeting_is_said_in_one_line(made: Hosts) -
         [line] = refusal(made, mpich(where="n1"), {"MASTER_PORT": port})
         other.kill()
     assert f"MASTER_PORT={port} cannot be used: " in line
+
+
+def test_ranks_of_mpich_do_not_wait_for_a_host_on_which_nothing_starts(made: Hosts) -> None:
+    """Their `mpirun` does, for ever."""
+    command = start(made, [*mpich(where="n1,nowhere"), SAY_PLACE[0], 5])
+    assert command.stdout is not None
+    line = next(line for line in command.stdout if line.startswith("agsel: error: "))
+    command.kill()
+    command.communicate()
+    assert "mpirun has not answered within 5 s (--rank_timeout)" in line

@@ -1,4 +1,4 @@
-"""Two hosts of one GPU each, as torchrun sees them: a rank is killed, and the run goes on and ends as an unbroken one."""
+"""Two hosts of one GPU each, as torchrun sees them: a rank is killed, and the run ends as an unbroken one."""
 
 from __future__ import annotations
 

@@ -6,11 +6,12 @@ same for all that its commands need.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from types import TracebackType
+
+from agsel.place import is_first_of_host
 
 REQUIREMENTS = {
     "torch": "torch>=2.9",
@@ -25,6 +26,7 @@ REQUIREMENTS = {
     "pyarrow": "pyarrow>=24",
     "pydantic": "pydantic>=2",
     "jinja2": "jinja2>=3.1",
+    "matplotlib": "matplotlib>=3.10",
     "psutil": "psutil>=5.9",
     "yaml": "pyyaml>=6",
 }
@@ -75,7 +77,7 @@ def _in_one_line(kind: type[BaseException], error: BaseException, trace: Traceba
     """In the form of `agsel.errors`, which cannot be imported yet; of the ranks of a host, one speaks."""
     if not isinstance(error, MissingPackageError):
         sys.__excepthook__(kind, error, trace)
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
+    elif is_first_of_host():
         sys.stderr.write(f"agsel: error: {error}\n")
 
 

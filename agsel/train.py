@@ -28,8 +28,10 @@ from agsel.runs import checkpoints, folder, resume
 from agsel.runs.beginning import Beginning
 from agsel.runs.claim import claimed
 from agsel.runs.outliving import outliving_output
-from agsel.runs.preemption import SignalWatch, StopRequests, host_group
+from agsel.runs.preemption import SignalWatch, StopRequests, exit_code_of_stop, host_group
+from agsel.runs.rank_log import LOG
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
+from agsel.runs.turns import in_turns
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
 from agsel.training.attachment import require_supported_trainer
@@ -63,13 +65,13 @@ from agsel.training.tokenizer import (
     require_tokenizer,
 )
 from agsel.zero.communication import start_deepspeed
-from agsel.zero.consensus import first_rank_does, require_equal_settings
+from agsel.zero.consensus import every_rank_does, first_rank_does, require_equal_settings
 
 
 def main(arguments: Sequence[str]) -> RowTrainer:
     """Train as the command line says, to the end, where the model is exported, or until asked to stop."""
     signals = SignalWatch()
-    with outliving_output(signals.note), Beginning(signals) as beginning:
+    with LOG, outliving_output(signals.note, LOG.write), Beginning(signals) as beginning:
         with ends_in_one_line():
             settings = read_settings(arguments, default_settings())
             require_data(settings.values, settings.group(Fields))
@@ -90,6 +92,7 @@ def train(configuration: Configuration, beginning: Beginning) -> RowTrainer:
     say_ignored(configuration)
     with claimed(Path(configuration.training.output_dir), group) as claim:
         beginning.has_folder(claim)
+        every_rank_does(partial(LOG.open, Path(configuration.training.output_dir)), group)
         return train_in_folder(configuration, beginning, group)
 
 
@@ -117,7 +120,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         trainer, attach, blocks=configuration.taking_part, select_from=configuration.selection.select_from
     )
     callback.record = Record(run_folder, checkpoint)
-    environment = describe_environment(trainer.args.world_size)
+    environment = first_rank_does(partial(describe_environment, trainer.args.world_size), group)
     compared = configuration.compared_settings(policy)
     show_in_tensorboard(trainer, configuration, compared, plan, environment)
     cost = CostCallback(trainer, configuration)
@@ -129,22 +132,34 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     requests = StopRequests(run_folder, beginning.signals, group)
     trainer.make_resumable(requests, run, group)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if requests.agreed:
+    if trainer.was_stopped:
         say_goodbye(trainer, requests)
     else:
-        export_model(trainer, run_folder / "model", group, describe_elements(configuration))
-        if configuration.output.merge_adapter:
-            base = configuration.model.model_name_or_path
-            merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
+        export(trainer, configuration, group)
         result = describe_result(trainer, cost, group)
         about = Run(configuration.resolved, compared, result, callback.history, environment)
-        first_rank_does(partial(write_card, run_folder / "model", about), group)
-        first_rank_does(partial(write_guide, run_folder, configuration.output.report), group)
-        first_rank_does(partial(write_result, result, run_folder / "result.json"), group)
-        if configuration.output.report:
-            make_report(run_folder)
+        first_rank_does(partial(describe_in_folder, about, configuration), group)
         say_done(configuration)
     return trainer
+
+
+def export(trainer: RowTrainer, configuration: Configuration, group: Any) -> None:
+    """Write what was trained."""
+    run_folder = Path(configuration.training.output_dir)
+    export_model(trainer, run_folder / "model", group, describe_elements(configuration))
+    if configuration.output.merge_adapter:
+        base = configuration.model.model_name_or_path
+        merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
+
+
+def describe_in_folder(run: Run, configuration: Configuration) -> None:
+    """Write, on the first rank, what people and programs read of a run that has ended."""
+    folder = Path(configuration.training.output_dir)
+    write_card(folder / "model", run)
+    write_guide(folder, configuration.output.report)
+    write_result(run.result, folder / "result.json")
+    if configuration.output.report:
+        make_report(folder)
 
 
 def default_settings() -> dict[str, Any]:
@@ -159,8 +174,8 @@ def default_settings() -> dict[str, Any]:
 
 
 def load(configuration: Configuration) -> RunData:
-    """The rows of the run; the first rank fills the cache."""
-    with configuration.training.main_process_first(desc="dataset"):
+    """The rows of the run."""
+    with in_turns():
         data = load_data(configuration.resolved, configuration.fields)
     for line in data.said:
         on_first_rank(f"data      {line}")
@@ -310,9 +325,7 @@ def say_goodbye(trainer: RowTrainer, requests: StopRequests) -> None:
 
 
 def make_report(run_folder: Path) -> None:
-    """On the first rank. The run is complete without it: whatever goes wrong is said, and ends nothing."""
-    if dist.get_rank() != 0:
-        return
+    """The run is complete without it: whatever goes wrong is said, and ends nothing."""
     try:
         write_report([run_folder], run_folder / REPORT)
     except Exception as error:
@@ -331,8 +344,12 @@ def say_done(configuration: Configuration) -> None:
 
 def command() -> None:
     """What a launcher starts on every rank."""
-    main(sys.argv[1:])
+    trainer = main(sys.argv[1:])
+    code = exit_code_of_stop() if trainer.was_stopped else 0
+    if code != 0:
+        dist.barrier()  # a launcher may end the other ranks when it sees this code
     dist.destroy_process_group()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,26 @@
 # Start a run or go on with it, stop it cleanly on Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, and with --restarts start it anew
 # up to N times when it ends early without being told to. RUN_FOLDER becomes the run's --output_dir.
 #   bash launch/train.sh [--restarts N] RUN_FOLDER deepspeed --num_gpus 4 launch/train.py --config RECIPE ...
+#   bash launch/train.sh [--restarts N] --hostfile HOSTS RUN_FOLDER --config RECIPE ...
 set -uo pipefail
-restarts=0
-if [ "${1:-}" = --restarts ]; then
-  restarts=$2
+restarts=0 hostfile=
+while [[ ${1:-} == --* ]]; do
+  case $1 in
+    --restarts) restarts=${2:-} ;;
+    --hostfile) hostfile=${2:-} ;;
+    *) restarts= ;;
+  esac
+  if ! [[ $restarts =~ ^[0-9]+$ ]] || [ $# -lt 2 ]; then
+    echo "agsel: error: train.sh: $*: give --restarts NUMBER or --hostfile FILE, then RUN_FOLDER" >&2
+    exit 2
+  fi
   shift 2
-fi
+done
 run=${1:?no run folder: bash launch/train.sh RUN_FOLDER COMMAND...}
 shift
+[ -z "$hostfile" ] || set -- python "$(dirname "${BASH_SOURCE[0]}")/hosts.py" "$hostfile" "$run" "$@"
 
-mkdir -p "$run"
+mkdir -p "$run" || exit 2
 rm -f "$run/STOP"
 # A STOP file reaches the ranks of all hosts in time of their own: a signal to `deepspeed` kills it, or them after 30 s.
 trap 'touch "$run/STOP"' INT TERM HUP USR1
@@ -26,5 +36,10 @@ for ((left = restarts; ; left--)); do
   status=$?
   [ $status != 0 ] || [ -e "$run/PREEMPTED" ] || exit 0
   if [ -e "$run/STOP" ] || grep -qs '"a STOP file' "$run/PREEMPTED" || [ "$left" -le 0 ]; then exit $status; fi
+  if [ $status = 2 ]; then  # refused: at the first start for good, later perhaps because a host is not back yet
+    [ "$left" != "$restarts" ] || exit 2
+    for ((second = 0; second < 60; second++)); do [ -e "$run/STOP" ] || sleep 1; done
+    [ ! -e "$run/STOP" ] || exit 2
+  fi
   echo "train.sh  the run ended early (exit code $status): starting it again, $((left - 1)) more times at most"
 done

@@ -1,4 +1,4 @@
-"""Tests marked `slow` run only when they are asked for; a process group of one rank for tests without a launch."""
+"""Tests marked `slow` or `cluster` run only when asked for; a process group of one rank for tests without a launch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch import distributed
 
 from tests.distributed import free_port
 
+ASKED_FOR = {"slow": "run it with `bash tools/test.sh --slow`", "cluster": "run it with `bash tools/cluster_test.sh`"}
+"""How to ask for the tests with a marker."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    for marker in ASKED_FOR:
+        parser.addoption(f"--{marker}", action="store_true", help=f"run the tests marked {marker} too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
-        return
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run it with `bash tools/test.sh --slow`"))
+    for marker, how in ASKED_FOR.items():
+        if not config.getoption(f"--{marker}"):
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(pytest.mark.skip(reason=f"{marker}: {how}"))
 
 
 @pytest.fixture

@@ -65,8 +65,8 @@ def launch_worker(script: str | Path, *arguments: object, ranks: int = RANKS, ti
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run; on the CPU unless AGSEL_TEST_DEVICE=cuda, as tests/gpu sets it."""
-    return os.environ | {
+    """The environment of a run; on the CPU unless AGSEL_TEST_DEVICE=cuda, as tests/gpu sets it. In no job of Slurm."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | {
         "DS_ACCELERATOR": os.environ.get("AGSEL_TEST_DEVICE", "cpu"),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),

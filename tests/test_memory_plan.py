@@ -42,7 +42,7 @@ from agsel.policies import (
     blocks_of_fraction,
     fraction_of_blocks,
 )
-from agsel.training.fit import _local_ranks, _workload, plan_of_run, require_room_for_choosing, shortage
+from agsel.training.fit import _workload, plan_of_run, require_room_for_choosing, shortage
 from tests.distributed import launch
 from tests.policies.running import layers as layers_of
 from tests.tiny import adapted_model, tiny_batch, tiny_model
@@ -377,24 +377,9 @@ def test_smoothed_labels_need_the_logits_of_all_tokens(smoothing: float, loss_ty
     assert _workload(configuration, trainer).loss == loss
 
 
-@pytest.mark.parametrize(
-    ("told", "ranks"),
-    [
-        ({}, None),
-        ({"LOCAL_WORLD_SIZE": "4"}, 4),
-        ({"LOCAL_SIZE": "2"}, 2),
-        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 8),
-        ({"LOCAL_WORLD_SIZE": "", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, 8),
-    ],
-)
-def test_the_launcher_tells_how_many_ranks_share_the_host(
-    monkeypatch: pytest.MonkeyPatch, told: dict[str, str], ranks: int | None
-) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    assert _local_ranks() == ranks
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
 
 
 class Asking(LlamaForCausalLM):
@@ -484,6 +469,7 @@ def test_choosing_elements_keeps_the_sums_of_all_gradients(stage: int, ranks: in
         assert 0.95 * least <= parts["weights"] <= 1.05 * (least + layer)
 
 
+@pytest.mark.usefixtures("joined")
 def test_a_model_that_cannot_be_rehearsed_may_train() -> None:
     text, lacking = plan_of(Asking(tiny_model().config))
     assert lacking is None
@@ -491,18 +477,27 @@ def test_a_model_that_cannot_be_rehearsed_may_train() -> None:
     assert "\n" not in text
 
 
+@pytest.mark.usefixtures("joined")
 def test_a_run_plans_the_forwards_that_its_method_asks_for() -> None:
     assert "forward for losses" in plan_of(adapted_model(), Ist)[0]
     assert "forward for losses" not in plan_of(adapted_model(), RandomBlocks)[0]
 
 
+@pytest.mark.usefixtures("joined")
 def test_a_bug_of_the_planner_does_not_switch_the_refusal_off() -> None:
     assert "explore" in plan_of(tiny_model())[0]
     with mock.patch.object(Planner, "plan", side_effect=KeyError("a bug")), pytest.raises(KeyError, match="a bug"):
         plan_of(tiny_model())
 
 
-@pytest.mark.parametrize("shape", MODEL_SHAPES)
+def test_the_largest_built_in_shape_is_as_published() -> None:
+    model = meta_model(MODEL_SHAPES["llama-3.1-70b"]())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 70_553_706_496
+
+
+@pytest.mark.parametrize(
+    "shape", [pytest.param(name, marks=[pytest.mark.slow] if "70b" in name else []) for name in MODEL_SHAPES]
+)
 def test_the_command_plans_every_built_in_shape(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     plan_memory.main(["--model", shape, "--gpus", "2", "--stage", "2", "--fraction", "0.3", "--loss", "liger"])
     printed = capsys.readouterr().out

@@ -21,6 +21,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
 BELOW = {
     "agsel.errors",
+    "agsel.place",
     "agsel.upstream",
     "agsel.blocks",
     "agsel.compilation",
@@ -41,7 +42,8 @@ ALL_BELOW = BELOW | {
     *TRAINERS,
 }
 FLOORS = {
-    "agsel/prerequisites.py": set(),
+    "agsel/place.py": set(),
+    "agsel/prerequisites.py": {"agsel.place"},
     "agsel/commands.py": {"agsel.prerequisites"},
     "agsel/errors.py": set(),
     "agsel/shipped.py": set(),
@@ -55,6 +57,7 @@ FLOORS = {
     "agsel/compilation.py": {"agsel.blocks", "torch"},
     "agsel/zero": {
         "agsel.errors",
+        "agsel.place",
         "agsel.upstream",
         "agsel.adapters",
         "agsel.blocks",
@@ -86,7 +89,7 @@ FLOORS = {
     },
     "agsel/training": ALL_BELOW
     | {"agsel.evaluation"}
-    | {"huggingface_hub", "peft", "pyarrow", "pydantic", "safetensors"},
+    | {"huggingface_hub", "peft", "psutil", "pyarrow", "pydantic", "safetensors"},
     "agsel/evaluate.py": ALL_BELOW | {"agsel.evaluation"},
     "agsel/train.py": ALL_BELOW | {"agsel.report", "agsel.training"},
 }

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 from agsel.monitor.history import METRICS, SELECTION, SelectionHistory, read_lines
+from agsel.runs import rank_log
 from agsel.runs.checkpoints import STAGING, checkpoints_in, missing_part
 from agsel.runs.outliving import outliving_output
 from agsel.runs.preemption import MARKER, SIGNALS, STOP_FILE, SignalWatch
+from launch import hosts
 from tests.distributed import free_port, launch
 from tests.live_run import LiveRun, announced_run, announcing, live_run
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
@@ -221,16 +224,20 @@ def test_a_signal_asks_for_a_stop_unless_it_was_ignored_before(number: signal.Si
 @pytest.mark.parametrize("lost", ["Broken pipe", "No space left on device"])
 def test_a_write_that_fails_asks_for_a_stop_and_breaks_nothing(lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[str] = []
+    copied: list[str] = []
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer if lost == "Broken pipe" else "/dev/full", "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         handler = logging.StreamHandler(stream)  # as of a library that was imported before
-        with outliving_output(noted.append):
+        logging.getLogger(__name__).addHandler(handler)
+        with outliving_output(noted.append, copied.append):
             for text in ("one", "two"):
                 print(text, flush=True)
             handler.handle(logging.makeLogRecord({"msg": "three"}))
+        logging.getLogger(__name__).removeHandler(handler)
     assert noted == [f"the output is lost ({lost})"]
+    assert "".join(copied) == "one\ntwo\nthree\n"
 
 
 def test_output_that_nobody_reads_any_more(parts: tuple[Path, Path], tmp_path: Path) -> None:
@@ -246,6 +253,25 @@ def test_output_that_nobody_reads_any_more(parts: tuple[Path, Path], tmp_path: P
     assert marker["reason"] == "the output is lost (Broken pipe) on rank 0"
     assert marker["step"] in (3, 4)
     assert missing_part(Path(marker["checkpoint"])) is None
+    require_logged(run)
+
+
+def require_logged(run: LiveRun) -> None:
+    """Each rank has a log of what it printed, also of what nobody could read; of its lines, only one prints most."""
+    logs = [(run.folder / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    for rank, log in enumerate(logs):
+        began, *_, ended = log.splitlines()
+        assert re.fullmatch(rf"== began \S+, rank {rank} of 2, host {socket.gethostname()}, pid \d+", began)
+        assert re.fullmatch(r"== ended \S+, exit code 0", ended)
+        assert "step 3\n" in log
+    assert "== asked to stop, the output is lost (Broken pipe)\n" in logs[0]
+    assert "stopped   the output is lost (Broken pipe) on rank 0 after step " in logs[0]
+    assert "stopped   " not in logs[1]
+
+
+def test_the_launcher_of_several_hosts_knows_the_lines_of_the_logs() -> None:
+    """It does not import what takes seconds."""
+    assert (hosts.BEGAN, hosts.ENDED, hosts.ASKED) == (rank_log.BEGAN, rank_log.ENDED, rank_log.ASKED)
 
 
 @pytest.mark.slow  # tests/test_job_files.py stops a run in this way, too

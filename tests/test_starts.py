@@ -118,9 +118,9 @@ def starts(
 
 
 def test_srun_without_a_rank_for_each_process_is_refused_in_one_line(starts: Starts) -> None:
-    """Each of them would train alone, all in one folder."""
+    """As where a container keeps variables back. Each would train alone, all in one folder."""
     assert [starts.exit_code(f"srun{place}") for place in (0, 1)] == [1, 1]
-    words = "agsel: error: srun has started 2 processes, which cannot find each other: use `deepspeed`"
+    words = "agsel: error: srun has started 2 processes, but these do not have SLURM_PROCID, "
     assert [line.startswith(words) for line in said(starts.output("srun0"))] == [True]
     assert not said(starts.output("srun1"))
     assert "Traceback" not in starts.output("srun0") + starts.output("srun1")
@@ -139,7 +139,9 @@ def test_a_rank_that_waits_for_the_others_can_be_stopped(starts: Starts, deaf: s
 
 
 def test_the_first_start_compiles_where_no_other_project_does_and_can_be_stopped(starts: Starts) -> None:
-    [lock] = until_found(starts.folder / "cache", f"agsel/torch_extensions/python*/{OPERATOR}/lock")
+    [lock] = until_found(
+        starts.folder / "cache", f"agsel/torch_extensions/python*/{socket.gethostname()}/{OPERATOR}/lock"
+    )
     starts.stop("compiling")
     assert starts.exit_code("compiling") == 0
     output = starts.output("compiling")

@@ -1,8 +1,11 @@
-"""Memory of a run before it is started: GPU and host, by kind of step. Needs no GPU and no weights.
+"""Memory, traffic and time of a run before it is started, by kind of step. Needs no GPU and no weights.
 
 python tools/plan_memory.py --model qwen2.5-0.5b --gpus 2 --stage 2 --fraction 0.3 --micro_batch 8 --sequence 512
+python tools/plan_memory.py --model llama-3.1-70b --gpus 1024 --gpus_per_host 8 --stage 3 --checkpointing --liger
 
-MODEL is a built-in shape, a folder or a hub name; only its config.json is read. `launch/train.py` prints the same plan.
+MODEL is a built-in shape, a folder or a hub name; only its config.json is read. `launch/train.py` prints the same plan
+of memory. Traffic and time are predicted for H100 or H200, with blocks drawn anew at every step; GB are 10^9 bytes, and
+ms of traffic those of the bytes alone. tools/bench/README.md says how near predictions come.
 """
 
 from __future__ import annotations
@@ -10,26 +13,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 from agsel import shipped
 from agsel.elements import require_density
 from agsel.errors import AgselError, UserError, one_line
-from agsel.planning.description import describe_memory
+from agsel.planning.description import describe_forecast, describe_memory
+from agsel.planning.duration import Speeds, host_speed
+from agsel.planning.forecast import Forecast
 from agsel.planning.memory import Planner, meta_model, planned_steps, train_elements
 from agsel.planning.rehearsal import Workload, ZeroSettings
+from agsel.planning.rehearsal.liger_layers import is_liger_installed
 from agsel.planning.shapes import MODEL_SHAPES, model_config
-from agsel.policies import METHODS, Policy, flags_of, fraction_of_blocks, reads_fraction
+from agsel.planning.traffic import Cluster
+from agsel.policies import METHODS, Policy, StepKind, flags_of, fraction_of_blocks, reads_fraction
 
+TIMED = (*get_args(StepKind), "full")
 OVER_WEIGHTS = [name for name, policy in METHODS.items() if not policy.needs_adapters]
 
 
 def main(arguments: list[str]) -> None:
-    """Print the plan, and the largest fraction that fits."""
+    """Print the plan, the largest fraction that fits, and the step times."""
     options = _parser().parse_args(arguments)
     try:
         print(describe(options))
-    except ImportError as error:
-        sys.exit(f"agsel: error: {error}, which --liger needs: pip install 'agsel[liger]', or use --loss liger")
     except AgselError as error:
         sys.exit(f"agsel: error: {one_line(error)}")
 
@@ -46,6 +55,12 @@ def describe(options: argparse.Namespace) -> str:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value} (--{name})")
+    for name in ("tflops", "link_gbs", "network_gbs", "host_gbs"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{name} must be above 0, got {value:g} (--{name})")
+    cluster = Cluster(ranks=options.gpus, ranks_per_host=options.gpus_per_host or options.gpus)
+    speeds = speeds_of(options)
     if options.compile and options.stage == 3:
         raise UserError("compiled layers do not work at ZeRO-3: use --stage 1 or 2, or leave out --compile")
     try:
@@ -73,7 +88,27 @@ def describe(options: argparse.Namespace) -> str:
     count = policy.started(planner.infos).blocks_per_step
     fitting = describe_fitting(policy, most, planner.number_of_blocks, count)
     shown = kinds if options.element_density else (*kinds, "full")
-    return "\n".join([describe_memory(planner.plan(count, shown)), f"fits      {options.gpu_gb:g} GB: {fitting}"])
+    text = [describe_memory(planner.plan(count, shown)), f"fits      {options.gpu_gb:g} GB: {fitting}"]
+    if not options.element_density:
+        timed = tuple(kind for kind in shown if kind in TIMED)
+        forecast = Forecast(planner, count, timed, speeds, options.accumulation)
+        text.append(describe_forecast(forecast, timed, cluster, speeds, options.gpu_gb))
+    if options.liger and not options.compile and not is_liger_installed():
+        text.append("assumed   what Liger's kernels keep, after Liger 0.8.5: liger-kernel or triton is not installed")
+    return "\n".join(text)
+
+
+def speeds_of(options: argparse.Namespace) -> Speeds:
+    """Of the hardware, as the options say."""
+    host = options.host_gbs * 1e9 if options.host_gbs else host_speed(options.gpus_per_host or options.gpus)
+    speeds = Speeds(link=options.link_gbs * 1e9, network=options.network_gbs * 1e9, host=host)
+    if options.calibrate:
+        if options.tflops:
+            raise UserError("the measured row says how fast the GPU is: use --tflops or --calibrate")
+        from tools.bench.predicted import slowness_of_model  # found once `tools` is, see below
+
+        return replace(speeds, slowness=slowness_of_model(options.calibrate, options.model))
+    return replace(speeds, flops=options.tflops * 1e12) if options.tflops else speeds
 
 
 def policy_of(options: argparse.Namespace) -> Policy:
@@ -139,8 +174,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-offload", dest="offload", action="store_false", help="all optimizer states on the GPU")
     parser.add_argument("--gpu_gb", type=float, default=139, help="memory of one GPU, in 10^9 bytes")
+    parser.add_argument(
+        "--tflops", type=float, help="10^12 operations per second in large matrix products; default 494.5"
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FOLDER",
+        help="--output of tools/bench.py: GPU and Python are as fast as in its row of full fine-tuning of the model",
+    )
+    parser.add_argument(
+        "--link_gbs", type=float, default=360, help="GB/s each way and GPU over NVLink; 360: four fifths of 450"
+    )
+    parser.add_argument(
+        "--network_gbs", type=float, default=45, help="GB/s each way and GPU between hosts; 45: nine tenths of 400 Gb/s"
+    )
+    parser.add_argument(
+        "--host_gbs",
+        type=float,
+        help="GB/s each way between a GPU and host memory; default, as measured: 51 if it is the only one of its host, "
+        "37 each of two, 22 each of more",
+    )
     return parser
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
     main(sys.argv[1:])

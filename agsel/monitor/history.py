@@ -140,7 +140,7 @@ def _complete_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     if not path.is_file():
         return
     end = 0
-    with path.open("rb") as file, suppress(json.JSONDecodeError):
+    with path.open("rb") as file, suppress(ValueError):
         for text in file:
             if not text.endswith(b"\n"):
                 return

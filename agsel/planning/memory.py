@@ -20,7 +20,7 @@ from agsel.blocks import Block, find_blocks, taking_part
 from agsel.elements import ElementMask, element_layers, mask_of
 from agsel.elements.choosing import linear_weights
 from agsel.elements.layer import add_values
-from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Workload, running_model
+from agsel.planning.rehearsal import CannotRehearseError, Peak, Rehearsal, Step, Trace, Workload, running_model
 from agsel.policies import BlockInfo, Policy, StepKind
 from agsel.zero.parameters import block_infos, global_numel
 from agsel.zero.timetable import early
@@ -119,7 +119,7 @@ class Planner:
         self._pinned = policy.started(self.infos).pinned if policy else frozenset[int]()
         self._ranks_per_host = ranks_per_host or workload.ranks
         self._rehearsal = Rehearsal(model, workload)
-        self._peak = cache(self._rehearse)
+        self._peak = cache(self._heaviest)
 
     @property
     def infos(self) -> list[BlockInfo]:
@@ -141,6 +141,32 @@ class Planner:
             moved=self._travelling(heaviest(self._blocks, blocks_per_step)) if self._offload else 0,
         )
 
+    def trace(self, kind: PlannedStep, blocks_per_step: int) -> Trace:
+        """What a step computes and sends if the backward goes as deep as on average; `plan` has the deepest."""
+        if kind == "full":
+            return self._peak(kind, blocks_per_step).trace
+        layers = [index for index, block in enumerate(self._blocks) if block.is_layer]
+        others = [index for index, block in enumerate(self._blocks) if not block.is_layer]
+        of_layers = round(blocks_per_step * len(layers) / self.number_of_blocks)
+        spread = {layers[index] for index in spread_evenly(len(layers), of_layers)}
+        return self._rehearse(kind, frozenset(spread | set(others[: blocks_per_step - of_layers]))).trace
+
+    def moved_by_new_choice(self, blocks_per_step: int) -> float:
+        """Bytes of optimizer states that a rank fetches on average if every step draws its blocks anew."""
+        kept = blocks_per_step / self.number_of_blocks
+        everything = self._travelling(range(self.number_of_blocks)) if self._offload else 0
+        return kept * (1 - kept) * everything
+
+    @property
+    def ranks(self) -> int:
+        """Data-parallel ranks."""
+        return self._workload.ranks
+
+    @property
+    def states(self) -> int:
+        """Bytes of the optimizer states of all blocks that take part, on one rank."""
+        return self._states(self._everything)
+
     def most_blocks(self, gpu_bytes: float, kinds: Sequence[PlannedStep]) -> int:
         """The largest number of blocks per step that fits a GPU; 0 if not even one does."""
 
@@ -155,7 +181,10 @@ class Planner:
             guess = (low + high) // 2
         return low
 
-    def _rehearse(self, kind: PlannedStep, count: int) -> Peak:
+    def _heaviest(self, kind: PlannedStep, count: int) -> Peak:
+        return self._rehearse(kind, heaviest(self._blocks, count))
+
+    def _rehearse(self, kind: PlannedStep, chosen: frozenset[int]) -> Peak:
         nothing = frozenset[int]()
         if kind == "full":
             all_in_one = frozenset({0})
@@ -163,7 +192,7 @@ class Planner:
             return self._rehearsal.run(
                 Step(groups=whole, trainable=all_in_one, updated=all_in_one, resident=all_in_one, stock=True)
             )
-        chosen = heaviest(self._blocks, count) if kind != "probe" else nothing
+        chosen = chosen if kind != "probe" else nothing
         if kind == "losses":  # of at most a micro-batch; nothing moves before the step is planned
             return self._rehearse_policy(trainable=nothing, updated=nothing, resident=chosen)
         movable = sorted(chosen - self._pinned, key=lambda index: (-self._on_rank(index), index))

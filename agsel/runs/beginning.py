@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from agsel.runs.claim import Claim
-from agsel.runs.preemption import STOP_FILE, SignalWatch, mark
+from agsel.runs.preemption import STOP_FILE, SignalWatch, exit_code_of_stop, mark
+from agsel.runs.rank_log import end_process
 from agsel.runs.ranks import remove_shared_memory
 from agsel.zero.communication import abandon_operator
 
@@ -136,24 +137,27 @@ class Beginning:
         """The others cannot be told, but launchers end them when one rank fails."""
         if os.environ.get("RANK", "0") == "0":
             _say_goodbye(reason)
-        _end_process(0 if os.environ.get("WORLD_SIZE", "1") == "1" else 1)
+        _end_process(exit_code_of_stop() if os.environ.get("WORLD_SIZE", "1") == "1" else 1)
 
     def _end_with_others(self, reason: str) -> NoReturn:
-        with suppress(RuntimeError):  # the first rank has not waited any longer
-            self._store.add(f"{self._name}/informed", 1)
-            self._wait_for_others()
+        self._count("informed", dist.get_world_size())
         if dist.get_rank() == 0:
             _say_goodbye(reason)
         if self._claim is not None:
             with suppress(OSError):
                 mark(self._claim.folder, reason, checkpoint=None, step=None)
                 self._claim.release()
-        _end_process(0)
+        # A launcher ends the first rank when another has ended with the code of a stop: it must have written by then.
+        self._count("ready", dist.get_world_size())
+        _end_process(exit_code_of_stop())
 
-    def _wait_for_others(self) -> None:
-        until = time.monotonic() + PATIENCE
-        while self._store.add(f"{self._name}/informed", 0) < dist.get_world_size() and time.monotonic() < until:
-            time.sleep(TICK / 4)
+    def _count(self, name: str, ranks: int) -> None:
+        """Be counted, and wait for the others."""
+        name, until = f"{self._name}/{name}", time.monotonic() + PATIENCE
+        with suppress(RuntimeError):  # the first rank has not waited any longer
+            self._store.add(name, 1)
+            while self._store.add(name, 0) < ranks and time.monotonic() < until:
+                time.sleep(TICK / 4)
 
 
 def _say_goodbye(reason: str) -> None:
@@ -168,4 +172,4 @@ def _end_process(code: int) -> NoReturn:
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             child.kill()
-    os._exit(code)
+    end_process(code)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from agsel.errors import UserError
 from agsel.runs.address import Address
 from agsel.runs.folder import make_run_folder
+from agsel.runs.rank_log import end_process
 from agsel.runs.ranks import say_error
 from agsel.zero.consensus import first_rank_does, gather
 
@@ -99,7 +100,7 @@ class Claim:
                 f"the run of {holder.address} has taken over {self.folder} (--output_dir), as this one gave no sign "
                 f"of life for {SILENCE:g} s: this one ends"
             )
-            os._exit(1)
+            end_process(1)
 
 
 @contextmanager

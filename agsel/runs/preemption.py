@@ -7,6 +7,7 @@ step and end. Before the first step, `beginning.py` ends the run at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,12 +22,16 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from agsel.runs.outliving import is_output_gone
+from agsel.runs.rank_log import ASKED, LOG
 from agsel.zero.consensus import gather
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 STOP_FILE = "STOP"
 MARKER = "PREEMPTED"
 """File in the run folder that says: not finished, resume me. Job scripts look at it, not at the exit code."""
+STOPPED_IN_SLURM = os.EX_TEMPFAIL
+"""Exit code of a stopped run in a job of Slurm: after 0, jobs that wait for it (`afterok`) would start."""
 
 
 class SignalWatch:
@@ -52,12 +57,16 @@ class SignalWatch:
 
     def note(self, reason: str) -> None:
         """Ask for a stop. The first reason counts."""
-        self.reason = self.reason or reason
+        if self.reason is None:
+            self.reason = reason
+            LOG.write(f"{ASKED}, {reason}\n")
 
     def look(self) -> str | None:
-        """The reason to stop, after a look at the launcher: one that was killed leaves its ranks running."""
+        """The reason to stop, after a look at the launcher and the output: ranks whose launcher is killed go on."""
         if self.reason is None and any(map(_is_gone, self._launchers)):
-            self.reason = "the launcher is gone"
+            self.note("the launcher is gone")
+        if self.reason is None and is_output_gone():
+            self.note(f"the output is lost ({os.strerror(errno.EPIPE)})")
         return self.reason
 
     def _listen(self) -> None:
@@ -79,9 +88,18 @@ os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
 def _deepspeed_launchers() -> list[psutil.Process]:
-    """The two processes that the `deepspeed` command puts above a rank, as far as they are there."""
-    ancestors = psutil.Process().parents()[:2]
-    return [process for process in ancestors if any(map(_names_launcher, process.cmdline()[:4]))]
+    """The two processes that the `deepspeed` command puts above a rank, or its one above `mpirun`."""
+    ancestors = psutil.Process().parents()
+    # Farther up, a wrapper may have the command among its arguments: only a script of that name counts.
+    near = [process for process in ancestors[:2] if any(map(_names_launcher, _command(process)[:4]))]
+    return near + [process for process in ancestors[2:] if any(map(_names_launcher, _command(process)[1:2]))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it has ended, or is none of ours
+        return []
 
 
 def _names_launcher(word: str) -> bool:
@@ -139,6 +157,12 @@ def mark(run_folder: Path, reason: str | None, **facts: Any) -> None:
     facts |= {"reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     (run_folder / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
     (run_folder / STOP_FILE).unlink(missing_ok=True)
+
+
+def exit_code_of_stop() -> int:
+    """Of a run that was stopped. `torchrun --max-restarts` would start it again, were it not 0."""
+    restarted = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    return STOPPED_IN_SLURM if "SLURM_JOB_ID" in os.environ and not restarted else 0
 
 
 def start_worker(initialize: Callable[[int], None] | None, worker: int) -> None:

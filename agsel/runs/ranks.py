@@ -12,11 +12,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 from agsel.errors import AgselError, RunError, one_line
-from agsel.runs.launchers import is_first_of_host, set_environment
+from agsel.place import is_first_of_host
+from agsel.runs.address import Address
+from agsel.runs.launchers import set_environment, use_only_device
 from agsel.zero.communication import start_process_group
 from agsel.zero.groups import data_parallel_group
 
@@ -41,13 +43,14 @@ def join_ranks(patience: float = PATIENCE, limit: float = LIMIT) -> None:
         UserError: a launcher has started several processes that cannot find each other.
         NeverMetError: not all ranks have come.
     """
-    set_environment()
+    set_environment(patience)
     atexit.register(lambda: remove_shared_memory(os.environ["RANK"]))
     if dist.is_initialized():
         return
     try:
         _wait_for_store(patience)
-        start_process_group(timedelta(seconds=patience))
+        with _known_place(patience):
+            start_process_group(timedelta(seconds=patience))
     except (OSError, RuntimeError) as error:
         raise NeverMetError(_why_never_met(error, patience)) from error
     _limit_groups(limit)
@@ -66,6 +69,26 @@ def _wait_for_store(patience: float) -> None:
             if time.monotonic() > until:
                 raise
         time.sleep(TICK)
+
+
+@contextmanager
+def _known_place(patience: float) -> Iterator[None]:
+    """Set LOCAL_RANK and LOCAL_WORLD_SIZE where the launcher has not: by asking all ranks where they are.
+
+    Meet the ranks inside: the store's server, perhaps in this process, must go on until theirs keeps it.
+    """
+    if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+        yield
+        return
+    rank, size, own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Address.own()
+    store: Store = HashStore() if size == 1 else _rendezvous(patience)
+    store.set_timeout(timedelta(seconds=patience))
+    store.set(f"agsel/host/{rank}", f"{own.space} {own.host}")
+    hosts = store.multi_get([f"agsel/host/{other}" for other in range(size)])
+    os.environ.setdefault("LOCAL_RANK", str(hosts[:rank].count(hosts[rank])))
+    use_only_device()
+    os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank]))
+    yield
 
 
 def _why_never_met(error: Exception, patience: float) -> str:
@@ -157,5 +180,9 @@ def _store() -> Store:
     """
     if dist.is_initialized():
         return _get_default_store()
-    store, *_ = next(dist.rendezvous("env://"))
-    return PrefixStore("default_pg", store)
+    return PrefixStore("default_pg", _rendezvous())
+
+
+def _rendezvous(patience: float = PATIENCE) -> Store:
+    store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+    return store

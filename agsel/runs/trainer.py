@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+import psutil
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -42,6 +45,12 @@ class ResumableTrainer(SFTTrainer):
     last_saved: Path | None = None
     last_good: Path | None = None
     _requests: StopRequests | None = None
+    _start_seconds: float | None = None
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether the ranks have agreed to stop before the end."""
+        return self._requests is not None and self._requests.agreed is not None
 
     def make_resumable(self, requests: StopRequests, run: dict[str, Any], group: Any) -> None:
         """Stop when the ranks agree to, and write checkpoints that tell what the run was like.
@@ -90,14 +99,14 @@ class ResumableTrainer(SFTTrainer):
     def _finalize_training(self, *arguments: Any, **options: Any) -> TrainOutput:
         """A stopped run goes on from its newest checkpoint, in whose place the Trainer would keep and load the best."""
         best = self.state.best_model_checkpoint
-        if self._requests is not None and self._requests.agreed:
+        if self.was_stopped:
             self.state.best_model_checkpoint = None
         result = super()._finalize_training(*arguments, **options)
         self.state.best_model_checkpoint = best
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder, step = Path(self.args.output_dir), self.state.global_step
+        folder, step, began = Path(self.args.output_dir), self.state.global_step, time.monotonic()
         try:
             with checkpoints.saving(folder, step, self._run, self._group) as staged:
                 self._write_checkpoint(model, trial, staged)
@@ -113,6 +122,22 @@ class ResumableTrainer(SFTTrainer):
                 f"{describe(self.last_saved)}: make room or choose another folder (--output_dir), then resume"
             ) from error
         self.last_saved = folder / f"{checkpoints.PREFIX}{step}"
+        self._say_lead_time(time.monotonic() - began)
+
+    def training_begins(self) -> None:
+        """The start is over, and has taken as long as this process is there."""
+        self._start_seconds = time.time() - psutil.Process().create_time()
+
+    def _say_lead_time(self, save_seconds: float) -> None:
+        """With the first checkpoint, how long before its end a job must be warned. On the first rank."""
+        if self._start_seconds is not None and self.is_world_process_zero():
+            start, save = math.ceil(self._start_seconds), math.ceil(save_seconds)
+            sys.stdout.write(
+                f"save      a save takes {save} s, the start took {start} s: warn a job at least {start + save} s "
+                "before its end\n"
+            )
+            sys.stdout.flush()
+        self._start_seconds = None
 
     def note_finite_step(self) -> None:
         """The newest checkpoint has proved good: the oldest may go."""
@@ -161,6 +186,10 @@ class _StepBorders(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer, requests: StopRequests) -> None:
         self._trainer = trainer
         self._requests = requests
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The model is loaded, and a checkpoint."""
+        self._trainer.training_begins()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """To stop, save this step and end, without an evaluation before. A skipped step is not worth saving."""

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from agsel.runs.address import Address
+from agsel.runs.rank_log import end_process
 from agsel.runs.ranks import is_first_to_fail, remove_shared_memory, say_error
 
 TICKS = 20
@@ -155,7 +156,7 @@ class Watchdog:
                 with suppress(ProcessLookupError):
                     os.kill(address.pid, signal.SIGKILL)
         remove_shared_memory(self._rank)
-        os._exit(1)
+        end_process(1)
 
 
 def torchrun_has_store() -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def describe_result(trainer: Trainer, cost: CostCallback, group: Any) -> dict[st
     return result
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
+def write_result(result: Mapping[str, Any], path: Path) -> None:
     """Write it complete or not at all."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(result, indent=2) + "\n")

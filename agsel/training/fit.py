@@ -22,9 +22,6 @@ from agsel.policies import Policy, fraction_of_blocks, reads_fraction
 from agsel.training.configuration import Configuration, smooths_labels
 from agsel.zero.host_memory import available_bytes
 
-LOCAL_RANKS_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
-"""Of torchrun and `launch/train.sbatch`, the DeepSpeed launcher, Open MPI."""
-
 
 def plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy) -> tuple[str, str | None]:
     """What a run needs at most, as text, and one line on what it lacks, if anything. On the CPU only the host's part.
@@ -49,7 +46,7 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
         select_from=selection.select_from,
         offload_states=selection.offload_states,
         policy=policy,
-        ranks_per_host=_local_ranks(),
+        ranks_per_host=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
     kinds = () if training.use_cpu else planned_steps(policy)
     plan = planner.plan(policy.started(planner.infos).blocks_per_step, kinds)
@@ -155,9 +152,3 @@ def _longest_row(training: SFTConfig, rows: Dataset) -> int:
     longest = int(max(chunk.value_lengths().to_numpy().max() for chunk in chunks if len(chunk)))
     multiple = training.pad_to_multiple_of or 1
     return math.ceil(min(longest, training.max_length or longest) / multiple) * multiple
-
-
-def _local_ranks() -> int | None:
-    """Ranks on this host, where the launcher tells it."""
-    told = next(filter(None, map(os.environ.get, LOCAL_RANKS_VARIABLES)), None)
-    return int(told) if told else None

@@ -18,6 +18,7 @@ from agsel import upstream
 from agsel.data.tokens import ENDED, Learning, TokenReport, has_conversations, tokenise
 from agsel.errors import UserError, said_of
 from agsel.runs.trainer import ResumableTrainer
+from agsel.runs.turns import in_turns
 from agsel.training.data import EVALUATION
 from agsel.training.judging import TaskJudge
 
@@ -110,7 +111,7 @@ class RowTrainer(ResumableTrainer):
         dataset_name: str,
     ) -> Dataset:
         if "input_ids" not in dataset.column_names:
-            with args.main_process_first(desc="tokens"), _named(dataset_name):
+            with in_turns(), _named(dataset_name):
                 dataset = tokenise(dataset, processing_class, self.learning, args.dataset_num_proc)
             longest = None if packing and args.packing_strategy in SPLITTING else args.max_length
             report = TokenReport.of(dataset, longest)

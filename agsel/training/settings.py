@@ -23,8 +23,8 @@ from trl import SFTConfig, TrlParser
 from agsel import shipped
 from agsel.data.fields import with_line_breaks
 from agsel.errors import UserError, complaints_of_libraries, suggestion
+from agsel.place import is_first_of_host
 from agsel.policies import Policy
-from agsel.runs.launchers import is_first_of_host
 from agsel.training.arguments import SelectionArguments
 from agsel.training.deepspeed_settings import read_deepspeed, require_deepspeed
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from torch.distributed import HashStore
 
 from agsel import upstream
 from agsel.errors import RunError, UserError, one_line
+from agsel.place import is_first_of_host
 from agsel.zero.consensus import every_rank_does
 
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"
@@ -72,7 +74,7 @@ def start_process_group(timeout: timedelta) -> None:
 def start_deepspeed() -> None:
     """Let DeepSpeed use torch's process group. On the CPU its operator is compiled before, if need be. On every rank.
 
-    The first rank of a host goes before the others, which find it compiled.
+    The first rank goes before those of other hosts, which may share the folder, and each host's before its others.
 
     Raises:
         RunError: on every rank; the operator cannot be compiled, or this DeepSpeed differs from the tested one here.
@@ -81,9 +83,10 @@ def start_deepspeed() -> None:
     upstream.require_tested(__name__)
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
     if builder is not None and _is_compiled_here(builder):
-        for turn_of_first in (True, False):
+        own = 0 if dist.get_rank() == 0 else 1 if is_first_of_host() else 2
+        for turn in range(3):
             # One for all: a rank without the operator would leave the others waiting inside of it.
-            every_rank_does(partial(_load, builder) if _is_first_of_host() == turn_of_first else _do_nothing, None)
+            every_rank_does(partial(_load, builder) if turn == own else _do_nothing, None)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
@@ -94,22 +97,21 @@ def abandon_operator() -> None:
 
 
 def extensions_folder() -> Path:
-    """Where torch puts compiled operators: where the user says, else not where those of other projects are."""
+    """Where torch puts compiled operators: where the user says, else in a folder of agsel's own.
+
+    That is of one host: they are made for its CPU, and hosts may share a home.
+    """
     if os.environ.get(EXTENSIONS):
         return Path(os.environ[EXTENSIONS])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     versions = f"python{sys.version_info.major}.{sys.version_info.minor}-torch{torch.__version__}"
-    os.environ[EXTENSIONS] = str(cache / "agsel" / "torch_extensions" / versions)
+    os.environ[EXTENSIONS] = str(cache / "agsel" / "torch_extensions" / versions / socket.gethostname())
     return Path(os.environ[EXTENSIONS])
 
 
 def _is_compiled_here(builder: OpBuilder) -> bool:
     """Whether DeepSpeed uses the operator on this machine, and was not installed with it."""
     return bool(deepspeed.ops.__compatible_ops__.get(builder.name)) and not installed_ops.get(builder.name)
-
-
-def _is_first_of_host() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _do_nothing() -> None:
@@ -207,6 +209,6 @@ def _gist(error: Exception) -> str:
 
 def _say(text: str) -> None:
     """From one rank of a host."""
-    if _is_first_of_host():
+    if is_first_of_host():
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()

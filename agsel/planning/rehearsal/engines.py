@@ -14,11 +14,14 @@ from torch import nn
 
 from agsel.blocks import decoder_layers
 from agsel.planning.rehearsal.ledger import Kind, Ledger
+from agsel.planning.rehearsal.trace import Collective, Operation
 from agsel.planning.rehearsal.workload import Step, Workload
 from agsel.zero.timetable import late
 
 WORKSPACE_BYTES = 2 * 2**25
 """cuBLAS takes 32 MiB on Hopper GPUs, once for the forward's thread and once for the backward's."""
+NORM_BYTES = 8
+"""Norms are exchanged in fp64, one of every block, with a checksum and what is not finite."""
 
 
 class Rank:
@@ -46,6 +49,7 @@ class Rank:
 
     def begin(self) -> None:
         """What is there before the forward."""
+        self._ledger.trace.stock = self._step.stock
         self._workspace = self._ledger.allocate("buffers", WORKSPACE_BYTES, torch.uint8)
         self._load_weights()
         with self._ledger.counting("weights"):
@@ -60,16 +64,19 @@ class Rank:
 
     def update(self) -> None:
         """The optimizer step: the fp32 gradient of one group at a time, beside it stock DeepSpeed's flattened one."""
+        self._exchange("all-reduce", NORM_BYTES * (len(self._step.groups) + 2))
         self._fetch_states(self._step.updated)
         for index in self._step.trainable - self._step.updated:
             self._gradients.pop(index, None)
         for index in self._step.updated:
+            self._ledger.trace.updated += self._elements(self._step.groups[index])
             flattened = self._allocate("gradients", self._partition(index)) if self._step.stock else None
             gradient = self._ledger.allocate("gradients", self._partition(index), torch.float32)
             self._gradients.pop(index, None)
             del flattened, gradient
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
+        self._ledger.trace.gradients += 1
         if parameter in self._triggers:
             self._fetch_states(self._step.updated)
         if self._elements([*self._waiting, parameter]) > self._zero.reduce_bucket_size:
@@ -84,6 +91,14 @@ class Rank:
     def _fetch_states(self, groups: Iterable[int]) -> None:
         for index in set(groups) - self._states.keys():
             self._states[index] = self._ledger.allocate("states", 3 * self._partition(index), torch.float32)
+
+    def _exchange(self, operation: Operation, nbytes: int, *, every_micro_batch: bool = True) -> None:
+        """Note a collective, which one rank alone does not need."""
+        if self._ranks > 1:
+            self._ledger.trace.exchange(Collective(operation, nbytes, self._ledger.phase, every_micro_batch))
+
+    def _nbytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        return sum(self._numels[parameter] * parameter.itemsize for parameter in parameters)
 
     def _allocate(self, kind: Kind, elements: float) -> torch.Tensor:
         return self._ledger.allocate(kind, int(elements), self._parameters[0].dtype)
@@ -136,7 +151,14 @@ class Replicated(Rank):
             self._buckets = [self._allocate("buffers", self._zero.reduce_bucket_size) for _ in range(count)]
         super()._on_gradient(parameter)
 
+    def update(self) -> None:
+        """And every rank sends the weights that it has updated to all."""
+        super().update()
+        for index in self._step.updated:
+            self._exchange("all-gather", self._nbytes(self._step.groups[index]))
+
     def _reduce(self) -> None:
+        self._exchange("all-reduce", self._nbytes(self._waiting), every_micro_batch=self._zero.stage == 2)
         if self._step.stock:
             self._reduce_as_stock()
         else:
@@ -196,8 +218,13 @@ class Partitioned(Rank):
         bucket = self._zero.stage3_prefetch_bucket_size
         self._prefetched = bucket and max(bucket, largest)
         self._order = [module for module, own in self._own.items() if own]
-        below = itertools.takewhile(lambda module: not any(weight.requires_grad for weight in weights[module]), weights)
+        below = set(
+            itertools.takewhile(lambda module: not any(weight.requires_grad for weight in weights[module]), weights)
+        )
         self._lowest = sum(1 for module in below if self._own[module])
+        passes = [*weights, *(module for module in weights if module not in below)]
+        self._hooked = len(passes)
+        self._provided = sum(1 for module in passes for weight in weights[module] if self._is_large(weight))
         self._gathered: set[nn.Parameter] = set()
 
     @contextmanager
@@ -234,6 +261,7 @@ class Partitioned(Rank):
         ]
 
     def _load_weights(self) -> None:
+        self._ledger.trace.hooked, self._ledger.trace.provided = self._hooked, self._provided
         if self._ranks > 1:
             self._slices = self._allocate("weights", sum(math.ceil(n / self._ranks) for n in self._numels.values()))
         self._bucket = self._allocate("buffers", self._zero.reduce_bucket_size)
@@ -250,7 +278,14 @@ class Partitioned(Rank):
         for index in self._step.trainable:
             self._keep(index)
 
+    def update(self) -> None:
+        """And the small weights, which every rank has whole, are gathered again."""
+        super().update()
+        small = set(self._parameters) - set(self._large(self._parameters))
+        self._exchange("all-gather", self._nbytes(small))
+
     def _reduce(self) -> None:
+        self._exchange("reduce-scatter", self._nbytes(self._waiting))
         if len(self._waiting) > 1:
             self._allocate("buffers", self._elements(self._waiting))  # sorted by rank
         for parameter in self._waiting:
@@ -264,19 +299,22 @@ class Partitioned(Rank):
 
     def _large(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
         """Those that are gathered; a single rank uses its slices as they are."""
-        limit = self._zero.stage3_param_persistence_threshold if self._ranks > 1 else math.inf
-        return [parameter for parameter in parameters if self._numels[parameter] > limit]
+        return [parameter for parameter in parameters if self._ranks > 1 and self._is_large(parameter)]
+
+    def _is_large(self, parameter: nn.Parameter) -> bool:
+        return self._numels[parameter] > self._zero.stage3_param_persistence_threshold
 
     def _gather(self, module: nn.Module, coming: Sequence[nn.Module]) -> None:
-        for parameter in self._own[module]:
-            self._obtain(parameter)
+        self._obtain_together(self._own[module])
         room = min(self._prefetched, self._zero.stage3_max_live_parameters - self._elements(self._gathered))
+        wanted: dict[nn.Parameter, None] = {}
         for parameter in itertools.chain.from_iterable(self._own[other] for other in coming):
             if room <= 0:
                 break
-            if parameter not in self._gathered:
-                self._obtain(parameter)
+            if parameter not in self._gathered and parameter not in wanted:
+                wanted[parameter] = None
                 room -= self._numels[parameter]
+        self._obtain_together(wanted)
 
     def _seems_used_next(self, module: nn.Module, ahead: Iterable[nn.Module]) -> bool:
         """For a layer gathered whole, DeepSpeed takes the whole model, where the backward starts, for the next use."""
@@ -294,8 +332,10 @@ class Partitioned(Rank):
         for parameter in unneeded:
             self._give_up(parameter)
 
-    def _obtain(self, parameter: nn.Parameter) -> None:
-        if parameter not in self._gathered:
+    def _obtain_together(self, parameters: Iterable[nn.Parameter]) -> None:
+        missing = [parameter for parameter in parameters if parameter not in self._gathered]
+        self._exchange("all-gather", self._nbytes(missing))
+        for parameter in missing:
             with self._ledger.counting("weights"):
                 parameter.data = torch.empty(self._shapes[parameter], dtype=parameter.dtype, device="meta")
             self._gathered.add(parameter)

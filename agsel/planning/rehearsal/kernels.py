@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from agsel.planning.rehearsal.ledger import Ledger
+from agsel.planning.rehearsal.liger_layers import liger_layers, replaced
 from agsel.planning.rehearsal.workload import Loss, Workload
 
 aten = torch.ops.aten
@@ -24,44 +23,15 @@ TRL_TOKENS, TRL_VOCABULARY = 4096, 32768
 
 
 @contextmanager
-def gpu_kernels(model: PreTrainedModel, workload: Workload) -> Iterator[None]:
+def gpu_kernels(model: PreTrainedModel, workload: Workload, ledger: Ledger) -> Iterator[None]:
     """Use the memory of what a GPU would run: fused attention, at stage 3 DeepSpeed's own linear layer, Liger."""
     with ExitStack() as stack:
-        stack.enter_context(_replaced(functional, scaled_dot_product_attention=_attention))
+        stack.enter_context(replaced(functional, scaled_dot_product_attention=_attention))
         if workload.zero.stage == 3:
-            stack.enter_context(_replaced(functional, linear=PartitionedLinear.apply))
+            stack.enter_context(replaced(functional, linear=PartitionedLinear.apply))
         if workload.liger_layers:
-            stack.enter_context(_liger_layers(model))
+            stack.enter_context(liger_layers(model, ledger))
         yield
-
-
-@contextmanager
-def _replaced(owner: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(owner, name) for name in values}
-    for name, value in values.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)
-
-
-@contextmanager
-def _liger_layers(model: Any) -> Iterator[None]:
-    """Liger's own code with all its allocations; only its Triton kernels are not launched."""
-    from transformers.integrations.liger import apply_liger_kernel
-
-    kernels = importlib.import_module("triton.runtime.jit").KernelInterface
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    functions = vars(sys.modules[type(base).__module__])  # Liger replaces some for the whole process
-    before = dict(functions)
-    apply_liger_kernel(model, {"fused_linear_cross_entropy": False, "cross_entropy": False})
-    try:
-        with _replaced(kernels, __getitem__=lambda kernel, grid: lambda *arguments, **options: None):
-            yield
-    finally:
-        functions.update(before)
 
 
 def _attention(
@@ -150,7 +120,7 @@ class LigerLoss(torch.autograd.Function):
         logits = rows.new_empty(chunk, weight.shape[0])
         for own, own_gradient in zip(rows.split(chunk), gradient.split(chunk), strict=True):
             tile = logits[: len(own)]
-            torch.mm(own, weight.t(), out=tile)
+            torch.mm(own, weight.t(), out=tile).exp_()  # one more pass over the logits makes their gradient
             torch.mm(tile, weight, out=own_gradient)
             if weight_gradient is not None:
                 torch.addmm(weight_gradient, tile.t(), own, out=weight_gradient)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from agsel.planning.rehearsal.choice import Choosing, ChoosingPartitioned
 from agsel.planning.rehearsal.engines import Partitioned, Rank, Replicated
 from agsel.planning.rehearsal.kernels import gpu_kernels, loss_kernels
 from agsel.planning.rehearsal.ledger import Ledger
+from agsel.planning.rehearsal.trace import Trace
 from agsel.planning.rehearsal.workload import Step, Workload
 
 
@@ -48,10 +49,12 @@ class Peak:
     Attributes:
         parts: bytes by kind.
         flops: floating point operations of the matrix products of forward and backward.
+        trace: what the step computes and sends.
     """
 
     parts: dict[str, int]
     flops: int = 0
+    trace: Trace = field(default_factory=Trace)
 
     @property
     def total(self) -> int:
@@ -93,8 +96,9 @@ class Rehearsal:
             rank.begin()
             self._micro_batch()
             rank.finish()
+            self._ledger.phase = "step"
             rank.update()
-        return Peak(dict(self._ledger.peak), self._ledger.flops)
+        return Peak(dict(self._ledger.peak), self._ledger.flops, self._ledger.trace)
 
     def _kind_of_rank(self, step: Step) -> type[Rank]:
         if step.choosing:
@@ -103,13 +107,15 @@ class Rehearsal:
 
     def _micro_batch(self) -> None:
         kind, trains = self._workload.loss, self._model.training
-        kernels = gpu_kernels(self._model, self._workload)
+        self._ledger.phase = "forward"
+        kernels = gpu_kernels(self._model, self._workload, self._ledger)
         losses = loss_kernels(self._model, kind, self._ledger)
         with running_model(), kernels, losses, torch.set_grad_enabled(trains):
             outputs = self._model(**self._inputs(), use_cache=False)
             loss = outputs.loss if kind == "transformers" else outputs.logits
             del outputs
             if trains:
+                self._ledger.phase = "backward"
                 loss.backward()
         for parameter in self._model.parameters():
             parameter.grad = None

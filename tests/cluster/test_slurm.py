@@ -23,7 +23,7 @@ TASKS = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 PROBE = """
 import os
 from agsel.runs.launchers import set_environment
-set_environment()
+set_environment(patience=60)
 names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT SLURM_STEP_ID"
 print("PROBE", *map(os.environ.get, names.split()), flush=True)
 """

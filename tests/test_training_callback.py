@@ -35,6 +35,11 @@ def test_a_plain_trainer_trains_the_selected_blocks_with_its_own_settings(worker
         assert step["rates"] == pytest.approx([1e-2 * (6 - number) / 6] * 4), "the schedule acts on every group"
     assert result["adam"] == {"betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1, "fused": True}
     assert result["hooks"] == 0, "nothing drags the backward below the lowest selected block"
+    assert len(result["logged"]) == 5, "steps 1, 2, 4 and 6, and the summary"
+    for names in result["logged"][:4]:
+        assert {"speed/ms_per_step", "memory/host_gb", "selection/entropy", "block_norm/layers.0"} <= {*names}
+    assert "selection/entropy" in result["kept"]
+    assert "block_norm/layers.0" not in result["kept"], "the state of the Trainer stays small"
     assert json.loads((folder / "selection.json").read_text())["steps"] == 6
     assert len(re.findall(r"^step 6/6  epoch \S+  loss ", output, re.M)) == 1
     assert "'loss'" not in output, "the Trainer's own line is not printed beside it"

@@ -37,6 +37,10 @@ class Recorder(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.steps: list[dict[str, Any]] = []
+        self.logged: list[list[str]] = []
+
+    def on_log(self, *arguments: Any, logs: dict[str, float], **options: Any) -> None:
+        self.logged.append(sorted(logs))
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.before = copies(self.trainer.model)
@@ -128,9 +132,9 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         group = trainer.deepspeed.optimizer.param_groups[0]
         adam = {name: group[name] for name in ("betas", "eps", "weight_decay", "fused")}
-        (folder / "result.json").write_text(
-            json.dumps({"steps": recorder.steps, "adam": adam, "hooks": input_hooks(trainer)})
-        )
+        result = {"steps": recorder.steps, "adam": adam, "hooks": input_hooks(trainer), "logged": recorder.logged}
+        result["kept"] = sorted(trainer.state.log_history[0])
+        (folder / "result.json").write_text(json.dumps(result))
     for checkpointing in (False, True):
         outcome = train_adapters(folder, checkpointing)
         if trainer.is_world_process_zero():

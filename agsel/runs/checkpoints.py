@@ -21,11 +21,14 @@ from typing import Any
 import torch.distributed as dist
 
 from agsel.errors import UserError
+from agsel.monitor.progress import Progress
 from agsel.zero.consensus import gather
 
 logger = logging.getLogger("agsel")
 
 MANIFEST = "manifest.json"
+PIECE = 1 << 24
+"""Bytes of a file read at once."""
 STAGING = ".saving"
 """Folder inside the run folder for checkpoints that are being written, replaced or deleted."""
 PREFIX = "checkpoint-"
@@ -190,18 +193,24 @@ def _digests(folder: Path, group: Any) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of every file but the manifest, each brought to the disk on the way. Ranks share the work."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     names = [name for name in gather(names, group)[0] if name != MANIFEST]
-    own = {name: _digest(folder / name) for name in names[dist.get_rank(group) :: dist.get_world_size(group)]}
+    own_names = names[dist.get_rank(group) :: dist.get_world_size(group)]
+    total = sum((folder / name).stat().st_size for name in own_names)
+    with Progress(f"checksums of {folder.name}", total, shown=dist.get_rank(group) == 0) as progress:
+        own = {name: _digest(folder / name, progress) for name in own_names}
     digests: dict[str, tuple[int, str]] = {}
     for of_rank in gather(own, group):
         digests |= of_rank
     return {name: digests[name] for name in names}
 
 
-def _digest(path: Path) -> tuple[int, str]:
+def _digest(path: Path, progress: Progress) -> tuple[int, str]:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            progress.advance(len(piece))
         os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size, digest
+        return os.fstat(file.fileno()).st_size, digest.hexdigest()
 
 
 def _put_in_place(staged: Path, final: Path) -> None:

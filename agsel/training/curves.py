@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +12,14 @@ from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from agsel.errors import one_line
 from agsel.monitor import LAYOUT, SelectionHistory, pictures, tag_of
 
+logger = logging.getLogger("agsel")
+
 SECONDS_BETWEEN_PICTURES = 60.0
+SHARE_OF_PICTURES = 0.005
+"""Most of the time of a run that is spent on them."""
 PICTURES = {
     "selection/trained_blocks": pictures.selection_map,
     "selection/gradient_norms": pictures.norm_map,
@@ -36,7 +43,7 @@ class Curves(TensorBoardCallback):
         self.settings: dict[str, Any] = {}
         self.texts: dict[str, str] = {}
         self._history = history
-        self._drawn = time.monotonic()
+        self._next_pictures = time.monotonic() + SECONDS_BETWEEN_PICTURES
         self._last: dict[str, float] = {}
 
     def on_train_begin(
@@ -65,7 +72,7 @@ class Curves(TensorBoardCallback):
         for tag, value in numbers.items():
             self.tb_writer.add_scalar(tag, value, state.global_step)
         self._last |= numbers
-        if time.monotonic() - self._drawn >= SECONDS_BETWEEN_PICTURES:
+        if time.monotonic() >= self._next_pictures:
             self._draw(state.global_step)
         self.tb_writer.flush()
 
@@ -85,8 +92,15 @@ class Curves(TensorBoardCallback):
         super().on_train_end(args, state, control, **kwargs)
 
     def _draw(self, step: int) -> None:
-        history = self._history()
-        if history.steps:
+        history, began = self._history(), time.monotonic()
+        if not history.steps:
+            return
+        try:
             for tag, picture in PICTURES.items():
                 self.tb_writer.add_figure(tag, picture(history), step, close=False)
-        self._drawn = time.monotonic()
+        except Exception as error:  # no run ends for a picture
+            logger.warning("no more pictures for TensorBoard: %s: %s", type(error).__name__, one_line(error))
+            self._next_pictures = math.inf
+            return
+        now = time.monotonic()
+        self._next_pictures = now + max(SECONDS_BETWEEN_PICTURES, (now - began) / SHARE_OF_PICTURES)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before it is read: tests must not wait for a hub
+
 from collections.abc import Iterator
 
 import pytest

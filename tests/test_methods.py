@@ -61,7 +61,7 @@ def test_a_rule_from_elsewhere_trains_by_its_name_with_settings_of_its_own(folde
     assert report["counts"] == dict(zip(LAYERS, [4, 4, 2, 2], strict=True))
     assert (report["method"], report["stride"]) == ("RoundRobin", 2)
     lines = [line for line in runs["round robin"][1].splitlines() if line.startswith("step ")]
-    assert [line.split("  ")[-1] for line in lines] == [
+    assert [line.split("  ")[-2] for line in lines] == [
         f"layers {pair}" for pair in ("0-1", "2-3", "0-1") for _ in (0, 1)
     ]
 

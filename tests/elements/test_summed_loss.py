@@ -18,6 +18,8 @@ from agsel.training.row_trainer import TOKENS_OF_UNIT, RowTrainer
 from tests.tiny import VOCABULARY, tiny_model
 from tests.tiny_run import save_model, save_rows
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 
 def mixture() -> PreTrainedModel:
     """Of experts."""

@@ -122,7 +122,8 @@ def watched(stopwatch: Stopwatch) -> Iterator[None]:
 
         with (
             patch.object(agsel.train, "build_trainer", build_watched),
-            patch.object(agsel.train, "export_model", lambda *_: None),
+            patch.object(agsel.train, "export", lambda *_: None),
+            patch.object(agsel.train, "describe_in_folder", lambda *_: None),
         ):
             yield
 

@@ -405,19 +405,23 @@ def test_the_command_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("error", [UserError("no run"), MemoryError("too\nlarge")])
-def test_a_run_is_not_lost_when_its_report_fails(
+def test_a_run_is_not_lost_when_its_report_and_its_card_fail(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train, "write_report", fail)
-    monkeypatch.setattr(train, "dist", SimpleNamespace(get_rank=lambda: 0))
+    for name in ("write_report", "write_card"):
+        monkeypatch.setattr(train, name, fail)
     monkeypatch.setattr("agsel.training.output.dist", SimpleNamespace(get_rank=lambda: 0))
-    train.make_report(tmp_path)
-    said = capsys.readouterr().out
-    assert said.startswith(f"warning   report.html is not made: {type(error).__name__}: ")
-    assert said.count("\n") == 1
+    configuration: Any = SimpleNamespace(
+        training=SimpleNamespace(output_dir=str(tmp_path)), output=SimpleNamespace(report=True)
+    )
+    train.describe_in_folder(SimpleNamespace(result={"steps": 3}), configuration)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"steps": 3}
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is not made")[0] for line in said] == ["warning   the model card", "warning   report.html"]
+    assert all(f": {type(error).__name__}: " in line for line in said)
 
 
 @pytest.fixture(scope="module")

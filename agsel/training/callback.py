@@ -18,7 +18,6 @@ from agsel.monitor import (
     selection_scalars,
     status_line,
 )
-from agsel.planning.flops import flops_per_token
 from agsel.training.gauges import Gauges
 from agsel.training.record import Record
 from agsel.zero import Selection, StepReport
@@ -57,8 +56,8 @@ class SelectionCallback(TrainerCallback):
         self.history = self.record.begin(blocks, state.global_step) if self.record else SelectionHistory(blocks)
         self._reported = len(self.history.modes)
         self._first_step, self._began = state.global_step, time.perf_counter()
-        sequence = getattr(args, "max_length", None) or 0
-        self._gauges = Gauges(self.selection, args, flops_per_token(self._trainer.model, sequence))
+        self._losses = {name: [] for name in self._losses}
+        self._gauges = Gauges(self.selection, args, self._trainer.model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

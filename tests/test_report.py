@@ -330,6 +330,17 @@ def test_interruptions_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_result_tells_nothing_of_a_run_that_has_gone_on_since(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 12)
+    lines = StepLines(folder / METRICS, 12)
+    lines.append({"step": 13, "seconds": 13.0, "loss": 0.25, "eval_loss": 0.5, "memory/peak_gb": 20.0})
+    lines.close()
+    tiles = page_of(tmp_path / "page.html", folder).tiles()
+    assert (tiles["Steps"], tiles["Loss, last"], tiles["Evaluation loss, last"]) == ("13", "0.25", "0.5")
+    assert tiles["Peak device memory"] == "20.0 GB"
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_checkpoints_have_sizes_and_faults(run: Path, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 4)
     for name, file in {"checkpoint-10": "a.pt", "checkpoint-2": "a.pt", "model": "model.safetensors"}.items():

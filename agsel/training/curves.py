@@ -26,15 +26,8 @@ PICTURES = {
     "selection/gradient_norms": pictures.norm_map,
     "selection/counts": pictures.count_bars,
 }
-FINAL = (
-    "train/loss",
-    "eval/loss",
-    r"eval/\w+_accuracy",
-    "speed/tokens_per_second",
-    "speed/ms_per_step",
-    "memory/peak_gb",
-)
-"""What TensorBoard shows beside the settings of runs."""
+FINAL = r"train/loss|eval/loss|eval/\w+_accuracy|speed/tokens_per_second|speed/ms_per_step|memory/peak_gb"
+"""What TensorBoard shows beside the settings of runs: a pattern of tags."""
 
 
 class Curves(TensorBoardCallback):
@@ -93,7 +86,7 @@ class Curves(TensorBoardCallback):
         if self.tb_writer is None:
             return
         self._draw(state.global_step)
-        found = {tag: value for tag, value in self._last.items() if re.fullmatch("|".join(FINAL), tag)}
+        found = {tag: value for tag, value in self._last.items() if re.fullmatch(FINAL, tag)}
         settings = {
             name: value if isinstance(value, int | float) else str(value) for name, value in self.settings.items()
         }

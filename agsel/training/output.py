@@ -28,8 +28,7 @@ class ProgressBar(ProgressCallback):
 def direct_output(trainer: Trainer, callback: SelectionCallback) -> None:
     """Numbers go through agsel's callback first; the Trainer's bar stays, on a terminal, but not its lines of numbers.
 
-    Its TensorBoard callback, if it has one, becomes agsel's, which writes to the same place; one of the user's own class
-    stays.
+    Its TensorBoard callback, if it has one, becomes agsel's, which writes to the same place; other classes stay.
     """
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None and sys.stderr.isatty():

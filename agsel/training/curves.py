@@ -67,10 +67,10 @@ class Curves(TensorBoardCallback):
         **kwargs: Any,
     ) -> None:
         """Write the numbers, and now and then the pictures. An evaluation may come before or after training."""
-        if not state.is_world_process_zero:
-            return
         if self.tb_writer is None:
-            self._init_summary_writer(args)
+            super().on_log(args, state, control, logs={}, **kwargs)  # opens the file, on the first rank
+        if self.tb_writer is None:
+            return
         numbers = {tag_of(name): value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         for tag, value in numbers.items():
             self.tb_writer.add_scalar(tag, value, state.global_step)

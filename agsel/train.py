@@ -137,7 +137,9 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     else:
         export(trainer, configuration, group)
         result = describe_result(trainer, cost, group)
-        about = Run(configuration.resolved, compared, result, callback.history, environment)
+        assert callback.selection is not None, "it has trained"
+        counts = callback.selection.counts
+        about = Run(configuration.resolved, compared, result, callback.history, counts, environment)
         first_rank_does(partial(describe_in_folder, about, configuration), group)
         say_done(configuration)
     return trainer

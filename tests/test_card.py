@@ -28,7 +28,7 @@ def card_of(folder: Path, compared: dict[str, Any] | None = None, **changed: Any
     result = {"steps": 3, "loss": 1.5, "eval_loss": None, "train_seconds": 61.0}
     history = SelectionHistory(("layers.0",))
     history.add(1, "exploit", ["layers.0"], {})
-    about = Run(SETTINGS | changed, compared or {}, result, history, describe_environment(1))
+    about = Run(SETTINGS | changed, compared or {}, result, history, {"layers.0": 7}, describe_environment(1))
     write_card(folder / "model", about)
     return ModelCard.load(folder / "model" / "README.md").content
 
@@ -38,6 +38,7 @@ def test_model_and_data_are_links_to_their_pages(tmp_path: Path) -> None:
     assert "[some/model](https://huggingface.co/some/model) on " in text
     assert "[some/rows](https://huggingface.co/datasets/some/rows) with " in text
     assert "| time | 0:01:01 |" in text
+    assert "layers 0 █, 7 to 7 times each" in text, "also where the history knows fewer"
     assert "None" not in text
 
 

@@ -377,6 +377,17 @@ def test_an_older_run_has_curves_and_counts_all_the_same(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_history_that_began_late_is_not_taken_for_the_counts(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 12)
+    heading, *lines = (folder / SELECTION).read_text().splitlines()
+    (folder / SELECTION).write_text("\n".join([heading, *lines[6:], ""]))
+    counts = {f"layers.{index}": 3 for index in range(5)} | {"layers.5": 9}
+    (folder / "selection.json").write_text(json.dumps({"counts": counts}))
+    (*_, shown) = [image["alt"] for image in page_of(tmp_path / "page.html", folder).images if "alt" in image]
+    assert shown == "Most often layers.5, in 9 steps; least often layers.0, in 3"
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "selection.jsonl", "result.json", "starts.jsonl"])
 @pytest.mark.parametrize("content", [b"\x00\xff{]", b'{"a": [1, 2\n', b"[3]\n", b"", b'"word"\n{"step": 1}\n'])
 def test_damaged_files_give_a_page_too(name: str, content: bytes, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class Run:
         settings: all.
         compared: those by which people compare runs.
         result: as in `result.json`.
-        history: of the selection.
+        history: of the selection, as far as it is recorded.
+        counts: how often each block was trained.
         environment: as in `environment.json`.
     """
 
@@ -58,6 +59,7 @@ class Run:
     compared: Mapping[str, Any]
     result: Mapping[str, Any]
     history: SelectionHistory
+    counts: Mapping[str, int]
     environment: Mapping[str, Any]
 
 
@@ -103,10 +105,9 @@ def _sections(folder: Path, run: Run) -> Iterator[str]:
     yield "## Use\n\n```python\n" + _use(settings) + "\n```"
     rows = [(name, value) for name, value in run.compared.items() if name not in SHOWN_SETTINGS and value is not None]
     yield "## Training\n\n" + _table(rows)
-    counts = run.history.counts()
-    if sum(counts.values()):
-        image = f"\n\n![Blocks trained at each step, by depth: {block_ranges(counts)}]({PICTURE})"
-        yield f"## Blocks trained\n\n{count_levels(counts)}{image}"
+    if any(run.counts.values()):
+        image = f"\n\n![Blocks trained at each step, by depth: {block_ranges(run.counts)}]({PICTURE})"
+        yield f"## Blocks trained\n\n{count_levels(run.counts)}{image if run.history.steps else ''}"
     yield "## Results\n\n" + _table(_results(run.result))
     packages = [*run.environment["packages"].items(), ("Python", run.environment["python"])]
     yield "## Versions\n\n" + ", ".join(f"{name} {found}" for name, found in packages)

@@ -57,7 +57,6 @@ class SelectionCallback(TrainerCallback):
         self.history = self.record.begin(blocks, state.global_step) if self.record else SelectionHistory(blocks)
         self._reported = len(self.history.modes)
         self._first_step, self._began = state.global_step, time.perf_counter()
-        self._losses = {name: [] for name in self._losses}
         self._gauges = Gauges(self.selection, args, self._trainer.model)
 
     def on_step_begin(

@@ -9,7 +9,7 @@ Settings: defaults, then the YAML file, then the command line (`--help`). The ru
 import agsel.commands  # before what it looks for
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,9 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     else:
         export(trainer, configuration, group)
         result = describe_result(trainer, cost, group)
-        about = Run(configuration.resolved, compared, result, callback.history, environment)
+        assert callback.selection is not None, "it has trained"
+        counts = callback.selection.counts
+        about = Run(configuration.resolved, compared, result, callback.history, counts, environment)
         first_rank_does(partial(describe_in_folder, about, configuration), group)
         say_done(configuration)
     return trainer
@@ -155,11 +157,11 @@ def export(trainer: RowTrainer, configuration: Configuration, group: Any) -> Non
 def describe_in_folder(run: Run, configuration: Configuration) -> None:
     """Write, on the first rank, what people and programs read of a run that has ended."""
     folder = Path(configuration.training.output_dir)
-    write_card(folder / "model", run)
+    try_to_make("the model card", partial(write_card, folder / "model", run))
     write_guide(folder, configuration.output.report)
     write_result(run.result, folder / "result.json")
     if configuration.output.report:
-        make_report(folder)
+        try_to_make(REPORT, partial(write_report, [folder], folder / REPORT))
 
 
 def default_settings() -> dict[str, Any]:
@@ -324,12 +326,12 @@ def say_goodbye(trainer: RowTrainer, requests: StopRequests) -> None:
     )
 
 
-def make_report(run_folder: Path) -> None:
+def try_to_make(what: str, make: Callable[[], None]) -> None:
     """The run is complete without it: whatever goes wrong is said, and ends nothing."""
     try:
-        write_report([run_folder], run_folder / REPORT)
+        make()
     except Exception as error:
-        on_first_rank(f"warning   {REPORT} is not made: {type(error).__name__}: {one_line(error)}")
+        on_first_rank(f"warning   {what} is not made: {type(error).__name__}: {one_line(error)}")
 
 
 def say_done(configuration: Configuration) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import re
+import sys
 
 import pytest
 
 from agsel.monitor import block_ranges, count_levels, normalised_entropy, selection_scalars, status_line, tag_of
 from agsel.policies import METHODS
+from agsel.training import callback
 from agsel.training.callback import warning_of
 
 
@@ -38,6 +41,16 @@ def test_the_status_line_is_aligned_and_leaves_out_what_is_unknown() -> None:
     assert status_line(5, 9, costs, times=(65.2, 3600)) == line
     of_task = {"eval_gsm8k_nll": 0.5, "eval_gsm8k_accuracy": 0.125, "eval_mean_token_accuracy": 0.5}
     assert status_line(5, 9, of_task) == "step 5/9  gsm8k nll 0.5000  gsm8k accuracy 12.5%"
+    of_datasets = {"eval_first_loss": 2.0, "eval_first_mean_token_accuracy": 0.5, "eval_second_loss": 3.0}
+    assert status_line(5, 9, of_datasets) == "step 5/9  first loss 2.0000  second loss 3.0000"
+
+
+def test_a_terminal_without_letters_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    callback._say("blocks    ▁█ \N{LATIN SMALL LETTER E WITH ACUTE}")
+    terminal.seek(0)
+    assert terminal.read() == "blocks    ?? \N{LATIN SMALL LETTER E WITH ACUTE}\n"
 
 
 def test_entropy_is_one_for_even_and_zero_for_single_choices() -> None:

@@ -330,6 +330,17 @@ def test_interruptions_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_result_tells_nothing_of_a_run_that_has_gone_on_since(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 12)
+    lines = StepLines(folder / METRICS, 12)
+    lines.append({"step": 13, "seconds": 13.0, "loss": 0.25, "eval_loss": 0.5, "memory/peak_gb": 20.0})
+    lines.close()
+    tiles = page_of(tmp_path / "page.html", folder).tiles()
+    assert (tiles["Steps"], tiles["Loss, last"], tiles["Evaluation loss, last"]) == ("13", "0.25", "0.5")
+    assert tiles["Peak device memory"] == "20.0 GB"
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_checkpoints_have_sizes_and_faults(run: Path, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 4)
     for name, file in {"checkpoint-10": "a.pt", "checkpoint-2": "a.pt", "model": "model.safetensors"}.items():
@@ -363,6 +374,17 @@ def test_an_older_run_has_curves_and_counts_all_the_same(tmp_path: Path) -> None
     assert alternatives[0] == "loss: training from 3 to 2; evaluation from 2.5 to 2.5, over 20 steps"
     assert alternatives[1:] == ["Most often layers.0, in 3 steps; least often layers.1, in 0"]
     assert "not noted when it was started" in page.says
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_history_that_began_late_is_not_taken_for_the_counts(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 12)
+    heading, *lines = (folder / SELECTION).read_text().splitlines()
+    (folder / SELECTION).write_text("\n".join([heading, *lines[6:], ""]))
+    counts = {f"layers.{index}": 3 for index in range(5)} | {"layers.5": 9}
+    (folder / "selection.json").write_text(json.dumps({"counts": counts}))
+    (*_, shown) = [image["alt"] for image in page_of(tmp_path / "page.html", folder).images if "alt" in image]
+    assert shown == "Most often layers.5, in 9 steps; least often layers.0, in 3"
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -405,19 +427,23 @@ def test_the_command_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("error", [UserError("no run"), MemoryError("too\nlarge")])
-def test_a_run_is_not_lost_when_its_report_fails(
+def test_a_run_is_not_lost_when_its_report_and_its_card_fail(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train, "write_report", fail)
-    monkeypatch.setattr(train, "dist", SimpleNamespace(get_rank=lambda: 0))
+    for name in ("write_report", "write_card"):
+        monkeypatch.setattr(train, name, fail)
     monkeypatch.setattr("agsel.training.output.dist", SimpleNamespace(get_rank=lambda: 0))
-    train.make_report(tmp_path)
-    said = capsys.readouterr().out
-    assert said.startswith(f"warning   report.html is not made: {type(error).__name__}: ")
-    assert said.count("\n") == 1
+    configuration: Any = SimpleNamespace(
+        training=SimpleNamespace(output_dir=str(tmp_path)), output=SimpleNamespace(report=True)
+    )
+    train.describe_in_folder(SimpleNamespace(result={"steps": 3}), configuration)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"steps": 3}
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(" is not made")[0] for line in said] == ["warning   the model card", "warning   report.html"]
+    assert all(f": {type(error).__name__}: " in line for line in said)
 
 
 @pytest.fixture(scope="module")

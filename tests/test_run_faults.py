@@ -167,12 +167,16 @@ def learnt(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_lines(run / METRICS)]
 
 
+def chosen(run: Path) -> list[dict[str, object]]:
+    return [line | {"seconds": None} for line in read_lines(run / SELECTION)]
+
+
 def require_equal_results(one: Path, other: Path) -> None:
     assert weights(one).keys() == weights(other).keys()
     for name, weight in weights(one).items():
         assert torch.equal(weight, weights(other)[name]), name
-    for name in ("selection.json", SELECTION):
-        assert (one / name).read_text() == (other / name).read_text(), name
+    assert (one / "selection.json").read_text() == (other / "selection.json").read_text()
+    assert chosen(one) == chosen(other)
     assert learnt(one) == learnt(other)
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import agsel
-from agsel.training import add_selection
+from agsel.training import add_selection, attachment
 from tests.distributed import REPOSITORY, launch_worker
 from tests.tiny import tiny_batch, tiny_model
 from tests.tiny_run import save_model
@@ -60,3 +64,12 @@ def test_a_trainer_without_deepspeed_and_a_class_for_a_policy_are_refused(tmp_pa
         add_selection(trainer, agsel.FullFineTuning())
     with pytest.raises(ValueError, match="policy must be a policy"):
         add_selection(trainer, agsel.FullFineTuning)  # type: ignore[arg-type]
+
+
+def test_a_trainer_that_makes_no_second_engine_is_refused() -> None:
+    """As transformers behaves: of a second `train()` it prepares the optimizer alone."""
+    accelerator: Any = SimpleNamespace(prepare=lambda *objects: objects, deepspeed_engine_wrapped=None)
+    trainer: Any = SimpleNamespace(accelerator=accelerator, is_in_train=True)
+    attachment._when_engine_is_made(trainer, lambda _: pytest.fail("there is no engine"))
+    with pytest.raises(ValueError, match="make a new Trainer"):
+        accelerator.prepare(torch.optim.AdamW(nn.Linear(2, 2).parameters()))

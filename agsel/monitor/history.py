@@ -6,6 +6,7 @@ A run that goes on from a checkpoint does the steps after it again, so what the 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+logger = logging.getLogger("agsel")
 
 METRICS, SELECTION, STARTS = "metrics.jsonl", "selection.jsonl", "starts.jsonl"
 """The last one has a line for every time that the run was started, and is never cut off."""
@@ -29,27 +32,45 @@ class StepLines:
     Args:
         path: of the file.
         after: the last step that the run has done; lines of later ones, and one that a kill has cut, are removed.
-        origin: a file to begin with where there is none: that of the run whose checkpoint this one goes on from.
+        origin: a file to begin with: that of the run whose checkpoint this one goes on from.
     """
 
     def __init__(self, path: Path, after: int, origin: Path | None = None) -> None:
-        if origin is not None and after and origin.is_file() and not path.is_file():
-            shutil.copyfile(origin, path)
-        self._file = path.open("ab")
+        if origin is not None and after and origin.is_file():
+            with suppress(shutil.SameFileError):
+                shutil.copyfile(origin, path)
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(_bytes_until(path, after))
+        self._waiting = bytearray()
+        self._has_complained = False
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write a line, which from then on outlives this process. Numbers that are not finite become null."""
-        self._file.write(json.dumps(_finite(line), allow_nan=False, separators=(",", ":")).encode() + b"\n")
-        self._file.flush()
+        """Write a line, which from then on outlives this process. Numbers that are not finite become null.
+
+        On a full disk lines wait for room, and the run goes on.
+        """
+        self._waiting += json.dumps(_finite(line), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        self._write()
 
     def synchronise(self) -> None:
         """What has been written outlives the host, too."""
-        os.fsync(self._file.fileno())
+        self._write()
+        with suppress(OSError):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Nothing more is written."""
+        self._write()
         self._file.close()
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+        except OSError as error:
+            if not self._has_complained:
+                logger.warning("cannot write %s (%s): its lines wait for room", self._file.name, error.strerror)
+            self._has_complained = True
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ SHOWN = {
     "speed/mfu": "MFU {:.0%}",
     "memory/peak_gb": "peak {:.1f} GB",
 }
-OF_TASKS = {"nll": "{} nll {:.4f}", "accuracy": "{} accuracy {:.1%}"}
-"""By the end of a name such as `eval_gsm8k_nll`."""
+OF_TASKS = {"loss": "{} loss {:.4f}", "nll": "{} nll {:.4f}", "accuracy": "{} accuracy {:.1%}"}
+"""By the end of a name such as `eval_gsm8k_nll`; losses where a Trainer evaluates on several datasets."""
 
 
 def status_line(
@@ -48,8 +48,8 @@ def has_results_of_tasks(numbers: Mapping[str, float]) -> bool:
 
 def _results_of_tasks(numbers: Mapping[str, float]) -> dict[tuple[str, str], float]:
     """By task and what was measured."""
-    ends = "|".join(OF_TASKS)
-    found = ((re.fullmatch(rf"eval_(?!mean_token_)(\w+)_({ends})", name), value) for name, value in numbers.items())
+    pattern = re.compile(rf"eval_(?!mean_token_)(\w+)(?<!_mean_token)_({'|'.join(OF_TASKS)})")
+    found = ((pattern.fullmatch(name), value) for name, value in numbers.items())
     return {(match[1], match[2]): value for match, value in found if match}
 
 

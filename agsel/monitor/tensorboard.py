@@ -52,7 +52,7 @@ def selection_scalars(
         selected: names of the blocks that the last step updated; empty if it was skipped.
         norms: global gradient norm of each block that had a gradient in the last step.
         explored: share of the steps since the last report that explored.
-        skipped: steps of this process that updated nothing, as a gradient was not finite.
+        skipped: steps of the run, as far as they are known, that updated nothing, as a gradient was not finite.
         epsilon: probability of exploring, for policies that have one.
     """
     scalars = {

@@ -4,8 +4,6 @@ from typing import Any
 
 from torch import nn
 
-from agsel.zero.parameters import global_shape
-
 
 def flops_per_token(model: nn.Module, sequence: int) -> float:
     """Arithmetic of forward and backward with every weight trained, without recomputation.
@@ -16,6 +14,6 @@ def flops_per_token(model: nn.Module, sequence: int) -> float:
     """
     config: Any = model.config
     linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
-    weights = sum(global_shape(module.weight).numel() for module in linear)
+    weights = sum(module.in_features * module.out_features for module in linear)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 6.0 * (weights + config.num_hidden_layers * config.num_attention_heads * head_size * sequence)

@@ -38,28 +38,28 @@ class FinalNumber:
 
 def loss(run: Run) -> float | None:
     """Of the last logged steps."""
-    return run.result.get("loss") or run.last("loss")
+    return _of_result(run, "loss") or run.last("loss")
 
 
 def eval_loss(run: Run) -> float | None:
     """Of the last evaluation."""
-    return run.result.get("eval_loss") or run.last("eval_loss")
+    return _of_result(run, "eval_loss") or run.last("eval_loss")
 
 
 def training_seconds(run: Run) -> float | None:
     """Of all its processes, with evaluations and checkpoints, without the time between processes."""
-    return run.last("seconds") or run.result.get("train_seconds")
+    return run.last("seconds") or _of_result(run, "train_seconds")
 
 
 def step_milliseconds(run: Run) -> float | None:
     """Of the median step."""
-    measured = run.result.get("step_seconds")
+    measured = _of_result(run, "step_seconds")
     return 1000 * measured if measured else _median(run, "speed/ms_per_step")
 
 
 def peak_gigabytes(run: Run) -> float | None:
     """Most device memory that a process has used."""
-    peak = run.result.get("peak_bytes")
+    peak = _of_result(run, "peak_bytes")
     return peak / 1e9 if peak else max(run.values("memory/peak_gb"), default=None)
 
 
@@ -89,6 +89,11 @@ def final_numbers(runs: Iterable[Run]) -> list[FinalNumber]:
         FinalNumber("Host memory, first rank", host_gigabytes, wording.gigabytes),
         FinalNumber("Trainable parameters", lambda run: run.result.get("trainable_parameters")),
     ]
+
+
+def _of_result(run: Run, name: str) -> float | None:
+    """Nothing of a run that has gone on since."""
+    return run.result.get(name) if run.is_finished else None
 
 
 def _accuracy(task: str, name: str) -> FinalNumber:

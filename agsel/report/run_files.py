@@ -127,13 +127,16 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
 def _read_run(folder: Path, label: str) -> Run:
     files = _Files(folder)
     history = files.read(SELECTION, SelectionHistory.read, None)
+    history = history if history and history.steps else None
     counts = dict(files.mapping(COUNTS, _json).get("counts", {}))
+    if history and (history.steps[0] == 1 or not counts):  # else an older version has begun the run
+        counts = history.counts()
     return Run(
         folder,
         label,
         metrics=files.read(METRICS, _step_lines, []) or _logged_in_checkpoint(files),
-        history=history if history and history.steps else None,
-        counts=history.counts() if history and history.steps else counts,
+        history=history,
+        counts=counts,
         configuration=files.mapping(CONFIGURATION, _yaml),
         environment=files.mapping(ENVIRONMENT, _json),
         result=files.mapping(RESULT, _json),

@@ -128,6 +128,9 @@ def _when_engine_is_made(trainer: Trainer, action: Callable[[Any], None]) -> Non
     """Act between `deepspeed.initialize` and the loading of a checkpoint, where the Trainer has no callback event.
 
     Only an engine with agsel attached restores the selection from a checkpoint.
+
+    Raises:
+        UserError: as the Trainer prepares, it has trained or evaluated before.
     """
     accelerator = trainer.accelerator
     prepare = accelerator.prepare
@@ -136,6 +139,11 @@ def _when_engine_is_made(trainer: Trainer, action: Callable[[Any], None]) -> Non
         with agsel.lean_initialization():
             prepared = prepare(*objects, **options)
         if trainer.is_in_train and any(isinstance(item, torch.optim.Optimizer) for item in objects):
+            if accelerator.deepspeed_engine_wrapped is None:
+                raise UserError(
+                    "the Trainer makes no new engine for a model that it has trained or evaluated: make a new Trainer, "
+                    "call add_selection on it, and train before you evaluate"
+                )
             action(accelerator.deepspeed_engine_wrapped.engine)
         return prepared
 

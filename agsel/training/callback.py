@@ -1,6 +1,7 @@
 """What a run shows while it trains: the status line, numbers for every logger, and `selection.json` at its end."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,6 @@ from agsel.monitor import (
     selection_scalars,
     status_line,
 )
-from agsel.planning.flops import flops_per_token
 from agsel.training.gauges import Gauges
 from agsel.training.record import Record
 from agsel.zero import Selection, StepReport
@@ -57,8 +57,7 @@ class SelectionCallback(TrainerCallback):
         self.history = self.record.begin(blocks, state.global_step) if self.record else SelectionHistory(blocks)
         self._reported = len(self.history.modes)
         self._first_step, self._began = state.global_step, time.perf_counter()
-        sequence = getattr(args, "max_length", None) or 0
-        self._gauges = Gauges(self.selection, args, flops_per_token(self._trainer.model, sequence))
+        self._gauges = Gauges(self.selection, args, self._trainer.model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,7 +100,7 @@ class SelectionCallback(TrainerCallback):
         state.log_history[-1] |= kept
         if self._gauges is not None and self.record:
             self.record.log(state.global_step, kept)
-        tqdm.write(status_line(state.global_step, state.max_steps, numbers, choice, times))
+        _say(status_line(state.global_step, state.max_steps, numbers, choice, times))
         self._pause_ends()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -129,12 +128,12 @@ class SelectionCallback(TrainerCallback):
         Path(args.output_dir, "selection.json").write_text(json.dumps(report, indent=2) + "\n")
         if self.record:
             self.record.end()
-        tqdm.write(f"trained   {self._summary(state, self._gauges)}")
-        tqdm.write(f"blocks    {count_levels(self.selection.counts)}")
+        _say(f"trained   {self._summary(state, self._gauges)}")
+        _say(f"blocks    {count_levels(self.selection.counts)}")
         if (warning := warning_of(self.selection.counts, policy.spread_by)) is not None:
-            tqdm.write(f"warning   {warning}")
+            _say(f"warning   {warning}")
         if self.selection.sanity is not None:
-            tqdm.write(str(self.selection.sanity))
+            _say(str(self.selection.sanity))
         self._gauges = None
 
     def _pause_ends(self) -> None:
@@ -179,6 +178,12 @@ class SelectionCallback(TrainerCallback):
             skipped=self.history.modes.count("skipped"),
             epsilon=self.selection.policy.epsilon,
         )
+
+
+def _say(line: str) -> None:
+    """Above a progress bar; what the terminal has no letters for becomes question marks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    tqdm.write(line.encode(encoding, "replace").decode(encoding))
 
 
 def warning_of(counts: Mapping[str, int], spread_by: str) -> str | None:

@@ -10,8 +10,11 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
+from agsel.data.sources import BUILDERS
 from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory, block_ranges, count_levels, duration, pictures
+from agsel.training.data import training_sources
 from agsel.training.environment import FILE as ENVIRONMENT
 
 CARD = "README.md"
@@ -47,7 +50,8 @@ class Run:
         settings: all.
         compared: those by which people compare runs.
         result: as in `result.json`.
-        history: of the selection.
+        history: of the selection, as far as it is recorded.
+        counts: how often each block was trained.
         environment: as in `environment.json`.
     """
 
@@ -55,6 +59,7 @@ class Run:
     compared: Mapping[str, Any]
     result: Mapping[str, Any]
     history: SelectionHistory
+    counts: Mapping[str, int]
     environment: Mapping[str, Any]
 
 
@@ -69,7 +74,7 @@ def write_card(folder: Path, run: Run) -> None:
 def card_data(settings: Mapping[str, Any]) -> ModelCardData:
     """What the hub reads of the card; nothing that is unknown."""
     base = settings["model_name_or_path"]
-    datasets = [name for name in _datasets(settings) if _is_on_hub(name)]
+    datasets = [name for name in _datasets(settings) if _is_on_hub(name) and name not in BUILDERS]
     return ModelCardData(
         base_model=base if _is_on_hub(base) else None,
         datasets=datasets or None,
@@ -89,7 +94,8 @@ def write_guide(folder: Path, has_report: bool) -> None:
 
 def _sections(folder: Path, run: Run) -> Iterator[str]:
     settings = run.settings
-    base, data = settings["model_name_or_path"], ", ".join(map(_called, _datasets(settings)))
+    base = settings["model_name_or_path"]
+    data = ", ".join(_called(name, "datasets/") for name in _datasets(settings))
     kind = "Adapter for" if settings.get("use_peft") else "Fine-tuned from"
     yield f"# {folder.resolve().parent.name}"
     yield (
@@ -99,10 +105,9 @@ def _sections(folder: Path, run: Run) -> Iterator[str]:
     yield "## Use\n\n```python\n" + _use(settings) + "\n```"
     rows = [(name, value) for name, value in run.compared.items() if name not in SHOWN_SETTINGS and value is not None]
     yield "## Training\n\n" + _table(rows)
-    counts = run.history.counts()
-    if sum(counts.values()):
-        image = f"\n\n![Blocks trained at each step, by depth: {block_ranges(counts)}]({PICTURE})"
-        yield f"## Blocks trained\n\n{count_levels(counts)}{image}"
+    if any(run.counts.values()):
+        image = f"\n\n![Blocks trained at each step, by depth: {block_ranges(run.counts)}]({PICTURE})"
+        yield f"## Blocks trained\n\n{count_levels(run.counts)}{image if run.history.steps else ''}"
     yield "## Results\n\n" + _table(_results(run.result))
     packages = [*run.environment["packages"].items(), ("Python", run.environment["python"])]
     yield "## Versions\n\n" + ", ".join(f"{name} {found}" for name, found in packages)
@@ -136,18 +141,25 @@ def _use(settings: Mapping[str, Any]) -> str:
 
 
 def _table(rows: list[tuple[str, Any]]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows]
+    lines = [f"| {name} | {_in_cell(value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
+def _in_cell(value: Any) -> str:
+    """A bar or a new line would end the cell of a table."""
+    return " ".join(str(value).replace("|", r"\|").split())
+
+
 def _datasets(settings: Mapping[str, Any]) -> list[str]:
-    mixed = settings.get("datasets") or []
-    return [str(part["path"]) for part in mixed] or [str(settings["dataset_name"])]
+    """Each once; of several parts of one dataset, too."""
+    return list(dict.fromkeys(source.name for source in training_sources(settings)))
 
 
-def _called(name: str) -> str:
+def _called(name: str, kind: str = "") -> str:
     """A link to the hub, or the last part of a path: the rest is nobody's business."""
-    return f"[{name}](https://huggingface.co/{name})" if _is_on_hub(name) else f"`{Path(name).name}`"
+    if name in BUILDERS:
+        return f"{name} files"
+    return f"[{name}](https://huggingface.co/{kind}{name})" if _is_on_hub(name) else f"`{Path(name).name}`"
 
 
 def _is_on_hub(name: str) -> bool:
@@ -165,5 +177,8 @@ def _licence(base: str) -> str | None:
     card = beside if beside.is_file() else try_to_load_from_cache(base, CARD) if _is_on_hub(base) else None
     if not isinstance(card, str | Path):
         return None
-    licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    try:
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, YAMLError):  # it is somebody else's
+        return None
     return licence if isinstance(licence, str) else None

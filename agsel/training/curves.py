@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,8 +26,8 @@ PICTURES = {
     "selection/gradient_norms": pictures.norm_map,
     "selection/counts": pictures.count_bars,
 }
-FINAL = ("train/loss", "eval/loss", "speed/tokens_per_second", "speed/ms_per_step", "memory/peak_gb")
-"""What TensorBoard shows beside the settings of runs."""
+FINAL = r"train/loss|eval/loss|eval/\w+_accuracy|speed/tokens_per_second|speed/ms_per_step|memory/peak_gb"
+"""What TensorBoard shows beside the settings of runs: a pattern of tags."""
 
 
 class Curves(TensorBoardCallback):
@@ -65,7 +66,9 @@ class Curves(TensorBoardCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the numbers, and now and then the pictures."""
+        """Write the numbers, and now and then the pictures. An evaluation may come before or after training."""
+        if self.tb_writer is None:
+            super().on_log(args, state, control, logs={}, **kwargs)  # opens the file, on the first rank
         if self.tb_writer is None:
             return
         numbers = {tag_of(name): value for name, value in (logs or {}).items() if isinstance(value, int | float)}
@@ -83,7 +86,7 @@ class Curves(TensorBoardCallback):
         if self.tb_writer is None:
             return
         self._draw(state.global_step)
-        found = {tag: self._last[tag] for tag in FINAL if tag in self._last}
+        found = {tag: value for tag, value in self._last.items() if re.fullmatch(FINAL, tag)}
         settings = {
             name: value if isinstance(value, int | float) else str(value) for name, value in self.settings.items()
         }

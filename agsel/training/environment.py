@@ -46,10 +46,10 @@ def write_environment(environment: dict[str, Any], folder: Path) -> None:
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:
-    """A token of the hub is nobody else's business."""
-    hidden = [before.endswith("_token") for before in ["", *words]]
+    """A token of the hub is nobody else's business. The parser also takes dashes for underscores."""
+    hidden = [re.fullmatch(r"--.*[-_]token", before) for before in ["", *words]]
     return [
-        "***" if is_hidden else re.sub(r"(_token=).*", r"\1***", word)
+        "***" if is_hidden else re.sub(r"^(--[\w-]*[-_]token=).*", r"\1***", word, flags=re.DOTALL)
         for word, is_hidden in zip(words, hidden, strict=False)
     ]
 

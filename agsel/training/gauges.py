@@ -9,8 +9,10 @@ import time
 
 import psutil
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
+from agsel.planning.flops import flops_per_token
 from agsel.zero import Selection
 from agsel.zero.waits import Waits
 
@@ -38,12 +40,13 @@ class Gauges:
     Args:
         selection: of the run.
         arguments: of the Trainer.
-        flops_per_token: of forward and backward, as of `agsel.planning.flops`.
+        model: that is trained.
     """
 
-    def __init__(self, selection: Selection, arguments: TrainingArguments, flops_per_token: float) -> None:
-        self._selection, self._arguments, self._flops = selection, arguments, flops_per_token
+    def __init__(self, selection: Selection, arguments: TrainingArguments, model: nn.Module) -> None:
+        self._selection, self._arguments = selection, arguments
         self._peak_flops = _peak_flops(arguments)
+        self._flops = _flops_per_token(model, arguments)
         self._waits = Waits(selection.residency) if arguments.device.type == "cuda" else None
         self._moved = selection.residency.moved_bytes
         self._tokens: float | None = None
@@ -72,14 +75,17 @@ class Gauges:
     def read(self, tokens: float | None) -> dict[str, float]:
         """Numbers by names that TensorBoard groups; means over the steps since the last reading.
 
+        Call it right after a step: what the host has waited for the device since then, to read the loss, is the step's.
+
         Args:
             tokens: processed by all ranks since the start of the run, as TRL counts them; None if nobody does.
         """
+        self._computing += time.perf_counter() - self._border
         steps, seconds = max(1, self._steps), self._data + self._computing
         numbers = {"speed/ms_per_step": 1000 * seconds / steps, "speed/data_ms": 1000 * self._data / steps}
         if tokens is not None and self._tokens is not None and seconds:
             numbers["speed/tokens_per_second"] = rate = (tokens - self._tokens) / seconds
-            if self._peak_flops:
+            if self._peak_flops and self._flops:
                 numbers["speed/mfu"] = rate * self._flops / (self._peak_flops * self._arguments.world_size)
         if self._waits is not None:
             numbers["speed/exposed_ms"] = self._waits.milliseconds() / steps
@@ -99,6 +105,14 @@ class Gauges:
     def _forget(self) -> None:
         self._data = self._computing = 0.0
         self._steps = 0
+
+
+def _flops_per_token(model: nn.Module, arguments: TrainingArguments) -> float | None:
+    """None where the model does not tell, as one without a configuration, or with one for pictures beside it."""
+    try:
+        return flops_per_token(model, getattr(arguments, "max_length", None) or 0)
+    except AttributeError:
+        return None
 
 
 def _peak_flops(arguments: TrainingArguments) -> float | None:

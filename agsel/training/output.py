@@ -28,13 +28,14 @@ class ProgressBar(ProgressCallback):
 def direct_output(trainer: Trainer, callback: SelectionCallback) -> None:
     """Numbers go through agsel's callback first; the Trainer's bar stays, on a terminal, but not its lines of numbers.
 
-    Its TensorBoard callback, if it has one, becomes agsel's, which writes to the same place.
+    Its TensorBoard callback, if it has one, becomes agsel's, which writes to the same place; other classes stay.
     """
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None and sys.stderr.isatty():
         trainer.add_callback(ProgressBar)
-    theirs = trainer.pop_callback(TensorBoardCallback)
+    theirs = next((item for item in trainer.callback_handler.callbacks if type(item) is TensorBoardCallback), None)
     if theirs is not None:
+        trainer.remove_callback(theirs)
         curves = Curves(lambda: callback.history)
         curves.logging_dir, curves.tb_writer = theirs.logging_dir, theirs.tb_writer
         trainer.add_callback(curves)

@@ -28,22 +28,27 @@ class Record:
         """Open the files after so many steps. Returns the history of these steps, as far as it is known."""
         self._note_start(step)
         self._metrics, self._selection = self._open(METRICS, step), self._open(SELECTION, step)
-        known = read_lines(self._folder / METRICS)
-        self._began = time.perf_counter() - (known[-1]["seconds"] if known else 0)
-        if read_lines(self._folder / SELECTION):
+        logged, selected = read_lines(self._folder / METRICS), read_lines(self._folder / SELECTION)
+        self._began = time.perf_counter() - max((line.get("seconds", 0) for line in (*logged, *selected)), default=0)
+        self._first_step = step
+        self._evaluated = {name for line in logged if line["step"] == step for name in line if name.startswith("eval_")}
+        if selected:
             return SelectionHistory.read(self._folder / SELECTION)
         history = SelectionHistory(tuple(blocks))
         self._selection.append(history.heading)
         return history
 
     def step(self, history: SelectionHistory) -> None:
-        """Write the last step of the history."""
-        self._selection.append(history.last_line)
+        """Write the last step of the history, and the seconds of training until its end."""
+        self._selection.append(history.last_line | {"seconds": self._seconds()})
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write numbers of a step, with the seconds that the run has trained until now, without interruptions."""
-        seconds = round(time.perf_counter() - self._began, 3)
-        self._metrics.append({"step": step, "seconds": seconds, **numbers})
+        """Write numbers of a step, with the seconds that the run has trained until now, without interruptions.
+
+        With `--eval_on_start` a run that goes on evaluates what it may have evaluated before: that is there already.
+        """
+        if step > self._first_step or not self._evaluated & numbers.keys():
+            self._metrics.append({"step": step, "seconds": self._seconds(), **numbers})
 
     def synchronise(self) -> None:
         """What is written outlives the host, as the checkpoint does that is saved now."""
@@ -54,6 +59,9 @@ class Record:
         """Close the files."""
         for lines in (self._metrics, self._selection):
             lines.close()
+
+    def _seconds(self) -> float:
+        return round(time.perf_counter() - self._began, 3)
 
     def _note_start(self, step: int) -> None:
         """When, and after which step; and how far the process before had come, whose later steps are done again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Waits:
 
     def collect(self) -> None:
         """Add up the waits that have ended, and forget them."""
-        ended = [pair for pair in self._pairs if pair[1].query()]
+        ended = list(takewhile(lambda pair: pair[1].query(), self._pairs))  # the device goes on while it is asked
         self._pairs = self._pairs[len(ended) :]
         self._milliseconds += sum(begin.elapsed_time(end) for begin, end in ended)
 

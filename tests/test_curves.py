@@ -1,0 +1,76 @@
+"""What TensorBoard gets beside a run, in somebody's own Trainer too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import CallbackHandler
+
+from agsel.monitor import SelectionHistory
+from agsel.training.callback import SelectionCallback
+from agsel.training.curves import Curves
+from agsel.training.output import curves_of, direct_output
+
+ON_FIRST_RANK = TrainerState(is_world_process_zero=True)
+
+
+def curves_in(folder: Path) -> Curves:
+    curves = Curves(lambda: SelectionHistory(("a",)))
+    curves.logging_dir = str(folder)
+    return curves
+
+
+def events_in(folder: Path) -> Any:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_an_evaluation_without_training_is_written(tmp_path: Path) -> None:
+    curves, arguments = curves_in(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    elsewhere = TrainerState(is_world_process_zero=False)
+    curves.on_log(arguments, elsewhere, TrainerControl(), logs={"eval_loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+    curves.on_log(arguments, ON_FIRST_RANK, TrainerControl(), logs={"eval_loss": 2.5})
+    assert [event.value for event in events_in(tmp_path).Scalars("eval/loss")] == [2.5]
+
+
+def test_settings_stand_beside_losses_and_accuracies(tmp_path: Path) -> None:
+    curves, arguments = curves_in(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    curves.settings = {"seed": 3, "method": "lisa", "elements": None}
+    numbers = {"loss": 1.0, "eval_gsm8k_accuracy": 0.5, "eval_runtime": 1.0, "speed/mfu": 0.4}
+    curves.on_log(arguments, ON_FIRST_RANK, TrainerControl(), logs=numbers)
+    curves.on_train_end(arguments, ON_FIRST_RANK, TrainerControl())
+    metadata = events_in(tmp_path).SummaryMetadata("_hparams_/experiment")
+    experiment = HParamsPluginData.FromString(metadata.plugin_data.content).experiment
+    assert {metric.name.tag for metric in experiment.metric_infos} == {"train/loss", "eval/gsm8k_accuracy"}
+    assert {setting.name for setting in experiment.hparam_infos} == {"seed", "method", "elements"}
+
+
+def test_only_the_callback_of_the_trainer_itself_is_replaced(tmp_path: Path) -> None:
+    class Own(TensorBoardCallback):  # type: ignore[misc]
+        pass
+
+    for theirs, becomes in ((TensorBoardCallback(), Curves), (Own(), Own)):
+        trainer: Any = Trainer([theirs])
+        first = SelectionCallback(trainer)
+        direct_output(trainer, first)
+        kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+        assert kinds == [SelectionCallback, becomes]
+        assert (curves_of(trainer) is not None) == (becomes is Curves)
+
+
+class Trainer:
+    """As far as callbacks are concerned."""
+
+    def __init__(self, callbacks: list[Any]) -> None:
+        self.callback_handler = CallbackHandler(callbacks, None, None, None, None)
+        self.callback_handler.callbacks = callbacks
+        self.pop_callback = self.callback_handler.pop_callback
+        self.remove_callback = self.callback_handler.remove_callback
+        self.add_callback = self.callback_handler.add_callback

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -12,16 +13,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard._utils import figure_to_image
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 
-from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory
+from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory, pictures
 from agsel.monitor.history import read_lines
 from agsel.training.chosen_elements import FILE
 from agsel.training.curves import PICTURES
@@ -152,6 +156,9 @@ def test_tensorboard_shows_pictures_settings_and_texts(two_ranks: tuple[Path, st
     assert set(tags["images"]) == set(PICTURES)
     image = events.Images("selection/trained_blocks")[-1]
     assert (image.step, image.width > 400) == (12, True)
+    shown = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB"))
+    redrawn = figure_to_image(pictures.selection_map(SelectionHistory.read(two_ranks[0] / SELECTION)))
+    assert np.array_equal(shown, redrawn.transpose(1, 2, 0)[..., :3])
     texts = {name: events.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode() for name in TEXTS}
     assert "per epoch of 32 sequences" in texts["plan"]
     assert "learning_rate: 0.001" in texts["configuration"]

@@ -23,6 +23,7 @@ from agsel.training.gauges import Gauges
 from agsel.training.record import Record
 from agsel.zero import Selection, StepReport
 
+MOST_OF_ONE_BLOCK = 0.9
 NORM = "block_norm/"
 """Numbers that are logged, but not kept in the Trainer's state: there are too many."""
 
@@ -187,10 +188,12 @@ def _say(line: str) -> None:
 
 
 def warning_of(counts: Mapping[str, int], spread_by: str) -> str | None:
-    """What a user should know of a selection that left blocks out, with the setting to change."""
+    """What a user should know of a selection that kept to few blocks, with the setting to change."""
     idle = [name for name, count in counts.items() if not count]
-    if not idle or len(idle) == len(counts):
+    most, total = max(counts.values()), sum(counts.values())
+    if len(counts) > 1 and most > MOST_OF_ONE_BLOCK * total:
+        favourite = next(name for name, count in counts.items() if count == most)
+        return f"{block_ranges([favourite])} took {most / total:.0%} of the turns of {len(counts)} blocks: {spread_by}"
+    if not idle or not total:
         return None
-    if len(idle) == len(counts) - 1:
-        return f"{block_ranges(counts.keys() - set(idle))} took every step of {len(counts)} blocks: {spread_by}"
     return f"never trained: {block_ranges(idle)}, {len(idle)} of {len(counts)} blocks: {spread_by}"

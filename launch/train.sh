@@ -31,7 +31,8 @@ for ((left = restarts; ; left--)); do
   # In a session of its own, out of reach of the terminal's Ctrl-C.
   setsid "$@" --output_dir "$run" --resume_from_checkpoint auto &
   while kill -0 $! 2> /dev/null; do wait $!; done
-  while pgrep -s $! > /dev/null; do sleep 1; done  # ranks whose launcher was killed are still saving
+  # Ranks whose launcher was killed are still saving. In containers, the dead may never be taken away.
+  while ps -s $! -o stat= 2> /dev/null | grep -qv '^Z'; do sleep 1; done
   wait $!
   status=$?
   [ $status != 0 ] || [ -e "$run/PREEMPTED" ] || exit 0

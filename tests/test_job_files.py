@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_a_signal_to_the_shell_script_stops_the_run_for_good(parts: tuple[Path, 
         assert require_stopped(job) == 3
         assert job.process.returncode == 0
     assert job.output.count("PHASE 0") == 5, "loaded once, three steps and a checkpoint"
+
+
+def test_the_shell_script_does_not_wait_for_the_dead(tmp_path: Path) -> None:
+    """As in a container whose first process takes none of them away, here one that adopts what its children leave."""
+    adopt_and_wait = "import ctypes, subprocess, sys; ctypes.CDLL(None).prctl(36, 1); subprocess.run(sys.argv[1:])"
+    script = ["bash", LAUNCH / "train.sh", tmp_path / "run", "bash", "-c", "sleep 0.1 & exit"]
+    subprocess.run([sys.executable, "-c", adopt_and_wait, *script], check=True, timeout=20)
 
 
 @pytest.mark.slow

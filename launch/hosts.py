@@ -34,8 +34,12 @@ except ImportError:
 TRAIN = Path(__file__).resolve().with_name("train.py")
 REFUSED = 2
 """Exit code of what cannot work: starting it again would not help."""
-SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
-"""Nobody is asked for a password, and a connection to a host that is gone ends within 20 seconds."""
+SSH_OPTIONS = (
+    *("BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3"),
+    "ControlMaster=no",
+)
+"""Nobody is asked for a password, and a connection to a host that is gone ends within 20 seconds. None becomes one that
+others share: it would stay."""
 PASSED_ON = re.compile(
     r"(PATH|VIRTUAL_ENV|CONDA_PREFIX|LD_LIBRARY_PATH|LD_PRELOAD|LANG|LC_ALL|TMPDIR|XDG_CACHE_HOME|TOKENIZERS_PARALLELISM"
     r"|SSL_CERT_FILE|REQUESTS_CA_BUNDLE|(?i:(https?|no|all)_proxy)"
@@ -49,6 +53,8 @@ PLAIN = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 """Text that no shell changes, and neither pdsh, to which `%` is special."""
 LAUNCH = "AGSEL_LAUNCH"
 """Variable by which the ranks of this launch are known."""
+PATIENCE, PATIENCE_AT_START = 20.0, 120.0
+"""Seconds for what a host is asked by ssh; at the start Python may come from a network file system."""
 TICK = 2.0
 """Seconds between two looks."""
 GRACE = 35.0
@@ -68,7 +74,7 @@ while True:
         except OSError:
             continue
     break
-addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+addresses = subprocess.run("hostname -I", shell=True, capture_output=True, text=True).stdout.split()
 print("agsel:", json.dumps([", ".join([f"Python {platform.python_version()}", *versions]), addresses[:1], port]))
 """
 """Printed by each host: what is installed, its address, and a free port below those that systems hand out."""
@@ -92,10 +98,13 @@ class Host:
     place: int
     ranks: range
 
-    def run(self, command: str) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, patience: float) -> subprocess.CompletedProcess[str]:
         """Run a command there by ssh. The exit code is 255 if the host does not answer."""
         words = ["ssh", *ssh_arguments(), self.name, command]
-        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        try:
+            return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience)
+        except subprocess.TimeoutExpired:  # its sshd may live when its file systems do not
+            return subprocess.CompletedProcess(words, 255, "", f"no answer within {patience:g} s")
 
 
 def ssh_arguments() -> list[str]:
@@ -184,7 +193,7 @@ def environment_file(run_folder: Path, launch: str) -> Iterator[Path]:
 
 
 def meet(hosts: Sequence[Host], environment: Path) -> tuple[str, int]:
-    """Ask all hosts whether they can take part. Returns an address of the first, and a free port there.
+    """Ask all hosts whether they can take part. Returns the address of the first, and a free port there.
 
     Raises:
         RefusedError: one cannot.
@@ -197,9 +206,10 @@ def meet(hosts: Sequence[Host], environment: Path) -> tuple[str, int]:
             own = "nothing of agsel" if here is None else here[0]
             raise RefusedError(f"host {host.name} has {installed}, and this one {own}: install the same on all hosts")
     _, addresses, port = facts[0]
-    if not addresses:
+    address = os.environ.get("MASTER_ADDR") or next(iter(addresses), None)
+    if address is None:
         raise RefusedError(f"`hostname -I` on {hosts[0].name} knows no address: set MASTER_ADDR to one of it")
-    return addresses[0], port
+    return address, port
 
 
 def _facts(host: Host, environment: Path) -> list:
@@ -208,7 +218,8 @@ def _facts(host: Host, environment: Path) -> list:
         f"for i in 1 2 3 4 5 6; do [ -r {script} ] && break; sleep 1; done; "
         f"if [ ! -r {script} ]; then echo agsel: folder; elif ! source {script}; then echo agsel: shell; "
         f"elif ! cd {os.getcwd()}; then echo agsel: current; elif [ ! -x {python} ]; then echo agsel: python; "
-        f"elif [ ! -r {TRAIN} ]; then echo agsel: train; else {python} -c {quote(FACTS)} || echo agsel: packages; fi"
+        f"elif [ ! -r {TRAIN} ]; then echo agsel: train; else {python} -c {quote(FACTS)} || echo agsel: packages; fi",
+        PATIENCE_AT_START,
     )
     facts = _read_facts(answer.stdout)
     if facts is not None:
@@ -282,7 +293,7 @@ class Launch:
 
     def _hosts_left_by_command(self) -> list[Host]:
         """Those whose connection was there and has ended."""
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             for process in psutil.Process(self._process.pid).children(recursive=True):
                 with suppress(psutil.Error):
                     if process.name() == "ssh":
@@ -336,7 +347,7 @@ class Launch:
             return f"grep -lsz '^{LAUNCH}={self._name}$' $({of_host}) /dev/null | {what}"
 
         with ThreadPoolExecutor(64) as executor:
-            return list(executor.map(lambda host: host.run(listed(host)), hosts))
+            return list(executor.map(lambda host: host.run(listed(host), PATIENCE), hosts))
 
     def _name_the_dead(self) -> None:
         """The ranks that ended without a word; those that were told to end are not to blame."""
@@ -412,7 +423,7 @@ def train(hostfile: Path, run_folder: Path, settings: Sequence[str]) -> int:
     with environment_file(run_folder, launch) as environment:
         address, port = meet(hosts, environment)
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--force_multi"]
-        command += ["--no_ssh_check", "--master_addr", os.environ.get("MASTER_ADDR", address)]
+        command += ["--no_ssh_check", "--master_addr", address]
         command += ["--master_port", os.environ.get("MASTER_PORT", str(port)), "--venv_script", quote(str(environment))]
         own = {name: value for name, value in os.environ.items() if not name.startswith(PUT_INTO_COMMANDS[1:])}
         own["PDSH_SSH_ARGS_APPEND"] = " ".join(ssh_arguments())

@@ -189,13 +189,16 @@ def test_what_cannot_work_is_refused_at_once_in_one_line(made: Hosts) -> None:
     assert "--host_file" in refused(made, both, options="--host_file")
     unknown = refused(made, "n1 slots=1\nn9 slots=1")
     assert "host n9 cannot be reached by ssh (ssh: Could not resolve hostname n9" in unknown
+    made.run("n1", ["mount", "--bind", shutil.which("true"), shutil.which("hostname")])
+    assert "`hostname -I` on n1 knows no address: set MASTER_ADDR" in refused(made, both)
+    made.run("n1", ["umount", shutil.which("hostname")])
     assert "PYTHONSTARTUP is 'a\"b'" in refused(made, both, {"PYTHONSTARTUP": 'a"b'})
     variables = made.folder / "variables"
     variables.write_text("A=1\n\n")
     assert f"{variables}, line 2 is ''" in refused(made, both, {"DS_ENV_FILE": str(variables)})
     without = made.folder / "without_pdsh"
     without.mkdir()
-    for name in ("nsenter", "bash", "mkdir", "rm", "dirname", "setsid", "pgrep", "ssh", "grep", "sleep"):
+    for name in ("nsenter", "bash", "mkdir", "rm", "dirname", "setsid", "ps", "ssh", "grep", "sleep"):
         (without / name).symlink_to(str(shutil.which(name)))
     (without / "python").symlink_to(sys.executable)
     assert f"not installed for {without / 'python'}: psutil" in refused(made, both, {"PATH": str(without)})

@@ -133,6 +133,9 @@ def test_deepspeed_with_srun_is_one_run(cluster: Cluster) -> None:
 
 
 def test_a_run_goes_on_over_its_time_limit(cluster: Cluster) -> None:
+    """In a folder that is a link to one of another file system, perhaps."""
+    (cluster.folder / "elsewhere").mkdir()
+    (cluster.folder / "limited").symlink_to(cluster.folder / "elsewhere")
     job = cluster.submit("limited", "--time=2", "--signal=B:USR1@20")
     job.says("queued again, restart 1")
     checkpoint = cluster.let_end(cluster.folder / "limited")
@@ -199,6 +202,14 @@ def test_restarts_without_progress_end(cluster: Cluster) -> None:
     output = job.ends("FAILED")
     assert "like the restart before it: not queued again" in output
     assert cluster.slurm.facts(job.number)["Restarts"] == "2"
+
+
+def test_restarts_that_cannot_be_counted_end(cluster: Cluster) -> None:
+    """As on a full disk, where each would fail like the one before."""
+    (cluster.folder / "full" / ".restarts").mkdir(parents=True)
+    job = cluster.submit("full", nodes=1, restarts=9, learning_rate="many")
+    assert "not queued again, as nothing can be written to" in job.ends("FAILED")
+    assert cluster.slurm.facts(job.number)["Restarts"] == "0"
 
 
 def test_a_run_folder_that_one_host_does_not_see_is_refused(cluster: Cluster) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from deepspeed.accelerator import get_accelerator
 
 from agsel.errors import UserError
 from agsel.place import PLACES, is_first_of_host
+from agsel.runs import mpi
 from agsel.runs.launchers import LAUNCHERS, Launcher, set_environment
 from agsel.runs.slurm import first_host, port_of, tasks_of
 
@@ -156,6 +158,21 @@ def test_processes_of_mpi_that_know_where_to_meet_need_nothing_else(launcher: La
     set_environment(PATIENCE)
     assert [os.environ[name] for name in COMMON] == ["5", "1", "8", *ADDRESS.values()]
     assert os.environ["LOCAL_WORLD_SIZE"] == "4"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_first_process_of_mpi_is_reached_by_both_protocols(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Alone:
+        tell = staticmethod(str)
+        end = staticmethod(lambda: None)
+
+    if address == "::1" and not Path("/proc/sys/net/ipv6/conf/lo").exists():
+        pytest.skip("no IPv6 here")
+    monkeypatch.setattr(mpi, "_exchange", lambda *_: Alone)
+    os.environ["MASTER_ADDR"] = address
+    found, port = mpi.meet("MPI has started 1 process", 0, 1, "mpich", PATIENCE)
+    assert found == address
+    assert int(port) > 0
 
 
 def test_deepspeed_says_how_many_ranks_share_the_host() -> None:

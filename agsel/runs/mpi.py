@@ -139,25 +139,24 @@ def _exchange(started: str, size: int, abi: str, patience: float) -> Exchange:
 
 def _listening(size: int) -> socket.socket:
     port = int(os.environ.get("MASTER_PORT", "0"))
+    both = socket.has_dualstack_ipv6()
     try:
-        return socket.create_server(("", port), backlog=size)
+        family = socket.AF_INET6 if both else socket.AF_INET
+        return socket.create_server(("", port), family=family, backlog=size, dualstack_ipv6=both)
     except (OSError, OverflowError) as error:
         raise UserError(f"MASTER_PORT={port} cannot be used: {one_line(error)}; set another, or none") from error
 
 
 def _places(server: socket.socket) -> str:
     """Port, host name and addresses of the first process."""
-    own = [address.address for addresses in psutil.net_if_addrs().values() for address in addresses if _is_ip4(address)]
-    loopback = [address for address in own if address.startswith("127.")]
-    others = [address for address in own if address not in loopback]
+    own = [address for addresses in psutil.net_if_addrs().values() for address in addresses]
+    ip4, ip6 = ([one.address for one in own if one.family == kind] for kind in (socket.AF_INET, socket.AF_INET6))
+    loopback = [address for address in ip4 if address.startswith("127.")]
+    others = [address for address in [*ip4, *ip6] if address not in (*loopback, "::1") and "%" not in address]
     addresses = [socket.gethostname(), *others[:MOST_ADDRESSES], *loopback]
     if "MASTER_ADDR" in os.environ:
         addresses = [os.environ["MASTER_ADDR"]]
     return ",".join([str(server.getsockname()[1]), *addresses])
-
-
-def _is_ip4(address: Any) -> bool:
-    return address.family == socket.AF_INET
 
 
 def _reachable(addresses: list[str], port: int) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -219,6 +220,18 @@ def test_a_signal_asks_for_a_stop_unless_it_was_ignored_before(number: signal.Si
     signal.raise_signal(number)
     assert watch.look() is None
     assert signal.getsignal(number) == signal.SIG_IGN
+
+
+def test_a_system_that_hides_the_processes_of_others_is_no_fault(
+    handlers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with /proc mounted with hidepid=1."""
+
+    def hide(process: psutil.Process) -> None:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "parent", hide)
+    assert SignalWatch().look() is None
 
 
 @pytest.mark.parametrize("lost", ["Broken pipe", "No space left on device"])

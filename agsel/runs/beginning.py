@@ -169,7 +169,8 @@ def _end_process(code: int) -> NoReturn:
     """With what it has started, and without what it would leave behind."""
     abandon_operator()
     remove_shared_memory(os.environ.get("RANK", ""))
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
+    with suppress(psutil.AccessDenied):  # where the system hides the processes of others, and says so
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
     end_process(code)

@@ -13,7 +13,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,17 @@ os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 def _deepspeed_launchers() -> list[psutil.Process]:
     """The two processes that the `deepspeed` command puts above a rank, or its one above `mpirun`."""
-    ancestors = psutil.Process().parents()
+    ancestors = [*_ancestors(psutil.Process())]
     # Farther up, a wrapper may have the command among its arguments: only a script of that name counts.
     near = [process for process in ancestors[:2] if any(map(_names_launcher, _command(process)[:4]))]
     return near + [process for process in ancestors[2:] if any(map(_names_launcher, _command(process)[1:2]))]
+
+
+def _ancestors(process: psutil.Process) -> Iterator[psutil.Process]:
+    """The nearest first, up to one of which the system tells this user nothing."""
+    with suppress(psutil.Error):
+        while (parent := process.parent()) is not None:
+            yield (process := parent)
 
 
 def _command(process: psutil.Process) -> list[str]:

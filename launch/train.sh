@@ -26,6 +26,7 @@ rm -f "$run/STOP"
 # A STOP file reaches the ranks of all hosts in time of their own: a signal to `deepspeed` kills it, or them after 30 s.
 trap 'touch "$run/STOP"' INT TERM HUP USR1
 
+restarts=$((10#$restarts))  # 08 is no octal number
 for ((left = restarts; ; left--)); do
   rm -f "$run/PREEMPTED"
   # In a session of its own, out of reach of the terminal's Ctrl-C.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -249,16 +249,17 @@ def test_a_lost_host_is_replaced_by_a_spare_one(cluster: Cluster) -> None:
     assert cluster.slurm.facts(job.number)["Restarts"] == "1"
 
 
-def test_a_lost_host_ends_the_ranks_and_the_job() -> None:
+@pytest.mark.parametrize("lose", [Hosts.kill_host, Hosts.cut_link], ids=lambda way: way.__name__)
+def test_a_lost_host_ends_the_ranks_and_the_job(lose: Callable[[Hosts, str], None]) -> None:
     """Long before Slurm notices."""
     with slurm_on_hosts(2, timeout=600) as (slurm, hosts):
         cluster = Cluster(slurm, hosts)
         job = cluster.submit("lost", "--no-requeue", rank_timeout=20, ddp_timeout=60)
         job.says(r"step +3/")
-        hosts.kill_host("n2")
-        killed = time.monotonic()
+        lose(hosts, "n2")
+        lost = time.monotonic()
         job.says(r"rank 1 \(host n2, pid \d+\) has not answered for 20 s")
-        assert time.monotonic() - killed < 30
+        assert time.monotonic() - lost < 30
         # For as long as Slurm does not give up the host, the job is "completing" there.
-        job.wait(lambda: slurm.facts(job.number)["ExitCode"] == "137:0", killed + 80 - time.monotonic(), "fail")
+        job.wait(lambda: slurm.facts(job.number)["ExitCode"] == "137:0", lost + 80 - time.monotonic(), "fail")
         assert slurm.facts(job.number)["Reason"] == "NonZeroExitCode"

@@ -40,7 +40,7 @@ def untouched_environment() -> Iterator[None]:
 
 
 @pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def one_rank(untouched_environment: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import deepspeed
 
     monkeypatch.setenv("LOCAL_RANK", "0")

@@ -17,6 +17,7 @@ RANKS = int(os.environ.get("AGSEL_TEST_RANKS", "2"))
 """Ranks of a launch that does not name their number."""
 SHARED_GPU = os.environ.get("AGSEL_TEST_SHARED_GPU") == "1"
 """Whether all ranks of a GPU test share the first GPU: their times say nothing, their results are right."""
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 1200 if SHARED_GPU else 900 if os.environ.get("AGSEL_TEST_DEVICE") == "cuda" else 300
 """Seconds that a launch may take."""
 
@@ -65,8 +66,12 @@ def launch_worker(script: str | Path, *arguments: object, ranks: int = RANKS, ti
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run; on the CPU unless AGSEL_TEST_DEVICE=cuda, as tests/gpu sets it. In no job of Slurm."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | {
+    """The environment of a run; on the CPU unless AGSEL_TEST_DEVICE=cuda, as tests/gpu sets it.
+
+    In no job of Slurm, and not as the rank that a test may have made of its process.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") and name not in OF_A_RANK}
+    return own | {
         "DS_ACCELERATOR": os.environ.get("AGSEL_TEST_DEVICE", "cpu"),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -5,7 +5,9 @@ An installed package holds them itself; in a clone they are where people look fo
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parent
 IN_CLONE = {"ds_configs": PACKAGE.parent / "ds_configs", "recipes": PACKAGE.parent / "launch" / "recipes"}
@@ -14,6 +16,13 @@ IN_CLONE = {"ds_configs": PACKAGE.parent / "ds_configs", "recipes": PACKAGE.pare
 def zero_configuration(name: str) -> Path | None:
     """The file of a DeepSpeed configuration: `zero1`, `zero2`, `zero3`. None if there is no such one."""
     return _find("ds_configs", f"{name}.json")
+
+
+def configuration_of_stage(stage: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a ZeRO stage, 1 to 3."""
+    file = zero_configuration(f"zero{stage}")
+    assert file is not None, "every stage is shipped"
+    return json.loads(file.read_text())
 
 
 def recipe(name: str) -> Path | None:

@@ -11,7 +11,6 @@ ms of traffic those of the bytes alone. tools/bench/README.md says how near pred
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -132,10 +131,8 @@ def describe_fitting(policy: Policy, most: int, total: int, count: int) -> str:
 
 def workload(options: argparse.Namespace) -> Workload:
     """The batch, with the ZeRO settings of the shipped DeepSpeed configuration."""
-    file = shipped.zero_configuration(f"zero{options.stage}")
-    assert file is not None, "the choices of --stage are shipped"
     return Workload(
-        zero=ZeroSettings.of(json.loads(file.read_text())["zero_optimization"]),
+        zero=ZeroSettings.of(shipped.configuration_of_stage(options.stage)["zero_optimization"]),
         ranks=options.gpus,
         micro_batch=options.micro_batch,
         sequence=options.sequence,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from agsel.errors import UserError, one_line
 from agsel.evaluation.work import Measured, Part
+from agsel.replacing import replace_file
 
 ROUNDED = 4
 """Decimals that people are shown."""
@@ -110,10 +110,8 @@ def write_complete(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    staged = path.with_name(f".{path.name}.new")
     try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
+        replace_file(path, text)
     except OSError as error:
         raise UserError(f"cannot write {path} (--output): {one_line(error)}; choose another file") from error
 

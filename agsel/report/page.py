@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -15,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from agsel.errors import UserError
 from agsel.monitor import SelectionHistory, pictures
 from agsel.monitor.progress import Progress
+from agsel.replacing import replace_file
 from agsel.report import charts, telling, wording
 from agsel.report.embedding import Embedded, Picture, embed
 from agsel.report.final_numbers import final_numbers, training_seconds
@@ -38,10 +38,8 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
     """
     runs = read_runs(folders)
     page = _render(runs, *_sections(runs))
-    unfinished = output.with_name(f".{output.name}.unfinished")
     try:
-        unfinished.write_text(page, encoding="utf-8")
-        os.replace(unfinished, output)
+        replace_file(output, page)
     except OSError as error:
         raise UserError(f"cannot write {output} (--output): {error.strerror}") from error
 

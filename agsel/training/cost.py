@@ -1,7 +1,6 @@
-"""What a run cost: its time, its memory, its parameters; `result.json`, the last file of a run that has ended well."""
+"""What a run cost: its time, its memory, its parameters; `result.json`, after which a run writes but its report."""
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from agsel.replacing import replace_file
 from agsel.training.configuration import Configuration
 from agsel.zero.consensus import gather
 from agsel.zero.parameters import block_infos, global_numel
@@ -79,9 +79,7 @@ def describe_result(trainer: Trainer, cost: CostCallback, group: Any) -> dict[st
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:
     """Write it complete or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(unfinished, path)
+    replace_file(path, json.dumps(result, indent=2) + "\n")
 
 
 def peak_bytes(training: TrainingArguments) -> dict[str, int]:

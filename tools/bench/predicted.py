@@ -10,7 +10,6 @@ the fewest GPUs, at the lowest ZeRO stage, is predicted as measured. Compare row
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -134,10 +133,8 @@ def rehearsed(configuration: Configuration) -> tuple[Trace, float]:
 
 def workload_of(configuration: Configuration) -> Workload:
     """The batch and the kernels of a configuration."""
-    file = shipped.zero_configuration(f"zero{configuration.stage}")
-    assert file is not None, "every stage is shipped"
     return Workload(
-        zero=ZeroSettings.of(json.loads(file.read_text())["zero_optimization"]),
+        zero=ZeroSettings.of(shipped.configuration_of_stage(configuration.stage)["zero_optimization"]),
         ranks=configuration.ranks,
         micro_batch=configuration.micro_batch,
         sequence=configuration.sequence,

@@ -6,7 +6,6 @@ transformers and other packages that take long to import are imported where they
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +34,7 @@ PolicyOf = Callable[[float], agsel.Policy]
 
 def zero_config(configuration: Configuration) -> dict[str, Any]:
     """The shipped DeepSpeed configuration of the stage with its open values filled in."""
-    file = shipped.zero_configuration(f"zero{configuration.stage}")
-    assert file is not None, "every stage is shipped"
-    config = json.loads(file.read_text())
+    config = shipped.configuration_of_stage(configuration.stage)
     del config["train_batch_size"]  # follows from the other two and the number of ranks
     config["train_micro_batch_size_per_gpu"] = configuration.micro_batch
     config["gradient_accumulation_steps"] = configuration.accumulation

@@ -27,7 +27,8 @@ PLAN = """
 - {models: qwen2.5-0.5b, stages: 3, methods: [full, exploit, explore], shapes: 8x512, liger: loss}
 - {models: llama-3.2-1b, stages: 2, methods: [exploit, explore], shapes: 8x512, liger: loss}
 - {models: qwen2.5-0.5b, stages: 2, shapes: 8x512, liger: loss, methods: [lisa, agsel-badam]}
-- {models: qwen2.5-0.5b, stages: 2, shapes: 8x512, liger: loss, methods: [exploit-lora-256, ist-lora-256]}
+- {models: qwen2.5-0.5b, stages: 2, shapes: 8x512, liger: loss, methods: [exploit-lora-256, exploit-lora-256-folded]}
+- {models: qwen2.5-0.5b, stages: 2, shapes: 8x512, liger: loss, methods: ist-lora-256}
 - {models: qwen2.5-0.5b, stages: [2, 3], shapes: 8x512, liger: loss, methods: [elements, exploit-elements]}
 """
 
@@ -68,7 +69,9 @@ def predicted(row: dict[str, Any]) -> int:
         train_elements(model, row["density"])
     policy = method.policy(row["fraction"]) if method.policy else None
     blocks = policy.takes_part if policy else "layers"
-    planner = Planner(model, work, blocks=blocks, offload_states=row["offload_states"], policy=policy)
+    planner = Planner(
+        model, work, blocks=blocks, offload_states=row["offload_states"], policy=policy, fold_adapters=method.folds
+    )
     count = policy.started(planner.infos).blocks_per_step if policy else count
     plan = planner.plan(count, method.kinds_of_steps)
     return max(peak.total for peak in plan.steps.values())
@@ -79,7 +82,7 @@ def test_the_plan_is_within_ten_percent_of_the_measurement(tmp_path: Path) -> No
     command = [sys.executable, "tools/bench.py", "--plan", str(tmp_path / "plan.yaml"), "--output", str(tmp_path)]
     subprocess.run([*command, "--steps", "8", "--warmup", "3"], cwd=REPOSITORY, env=environment(), check=True)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 23
+    assert len(rows) == 24
     assert not [row["error"] for row in rows if row["error"]]
     ratios = {json.dumps(row)[:200]: predicted(row) / row["peak_bytes"] for row in rows}
     assert {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > TOLERANCE} == {}

@@ -136,9 +136,14 @@ def _add_measured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", default=[2], type=int, help="processes, one a GPU", **several)
     parser.add_argument("--fractions", default=[0.3], type=float, help="shares of the layers", **several)
     parser.add_argument("--densities", default=[0.01], type=float, help="shares of the weights", **several)
+    parser.add_argument("--select_from", default=[0], type=float, help="lowest layer that agsel selects", **several)
     parser.add_argument("--shapes", default=["8x512"], help="rows x tokens of a micro-batch per GPU", **several)
     parser.add_argument(
-        "--liger", default=["none"], choices=kernels, help="its fused loss alone, or all of its kernels", **several
+        "--liger",
+        default=["none"],
+        choices=kernels,
+        help="its fused loss, all kernels, or those with TRL's loss",
+        **several,
     )
     parser.add_argument("--checkpointing", default=["off"], help="gradient checkpointing", **switch)
     parser.add_argument("--compile", default=["off"], help="compile every decoder layer", **switch)

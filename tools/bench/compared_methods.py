@@ -38,6 +38,7 @@ class Method:
         start: what builds its engine; None if launch/train.py does.
         policy: agsel's, for a fraction of the layers; None if agsel does not take part.
         lora_rank: of agsel's adapters; None if it trains all weights of a layer.
+        folds: whether they are added to their weights for the moment.
         reads_density: whether single weights are trained, the configuration's share of them.
         fraction_of_stock: whether a method without a policy reads the fraction, too.
         kinds: of the steps that are measured, where they are not all kinds of the policy.
@@ -47,6 +48,7 @@ class Method:
     start: Starter | None
     policy: PolicyOf | None = None
     lora_rank: int | None = None
+    folds: bool = False
     reads_density: bool = False
     fraction_of_stock: bool = False
     kinds: tuple[PlannedStep, ...] = ()
@@ -74,11 +76,20 @@ def selecting(
     policy: PolicyOf,
     kinds: tuple[PlannedStep, ...] = (),
     lora_rank: int | None = None,
+    folds: bool = False,
     elements: bool = False,
 ) -> Method:
     """agsel with the policy made from the fraction."""
-    start = partial(start_selection, policy, lora_rank=lora_rank, elements=elements)
-    return Method(meaning=meaning, start=start, policy=policy, lora_rank=lora_rank, reads_density=elements, kinds=kinds)
+    start = partial(start_selection, policy, lora_rank=lora_rank, folds=folds, elements=elements)
+    return Method(
+        meaning=meaning,
+        start=start,
+        policy=policy,
+        lora_rank=lora_rank,
+        folds=folds,
+        reads_density=elements,
+        kinds=kinds,
+    )
 
 
 def random_sets(every: int) -> Callable[[float], agsel.RandomBlocks]:
@@ -124,6 +135,7 @@ METHODS: dict[str, Method] = {
     "exploit-lora-256": selecting(
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
     ),
+    "exploit-lora-256-folded": selecting("the same with --fold_adapters", exploiting, lora_rank=256, folds=True),
     "ist-lora-256": selecting(
         "agsel, IST over LoRA r=256", lambda fraction: agsel.Ist(fraction=fraction), lora_rank=256
     ),
@@ -177,5 +189,6 @@ def canonical(configuration: Configuration) -> Configuration:
         configuration,
         fraction=configuration.fraction if method.reads_fraction else Configuration.fraction,
         density=configuration.density if method.reads_density else Configuration.density,
+        select_from=configuration.select_from if method.moves_states else Configuration.select_from,
         offload_states=configuration.offload_states or not method.moves_states,
     )

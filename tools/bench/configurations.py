@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from agsel.errors import UserError
 
-LIGER = {"none": "", "loss": "Liger's loss", "all": "Liger"}
+LIGER = {"none": "", "loss": "Liger's loss", "all": "Liger", "trl": "Liger, TRL's loss"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class Configuration:
     ranks: int = 2
     fraction: float = 0.3
     density: float = 0.01
+    select_from: float = 0
     micro_batch: int = 8
     sequence: int = 512
     liger: str = "none"
@@ -36,7 +37,7 @@ class Configuration:
             raise UserError(f"density must be above 0 and at most 1, got {self.density} (--densities)")
         if self.liger not in LIGER:
             raise UserError(f"unknown value {self.liger!r} (--liger): use {', '.join(LIGER)}")
-        if self.liger == "all" and self.compile:
+        if self.liger in ("all", "trl") and self.compile:
             raise UserError("Liger's kernels inside the layers cannot be compiled: use --liger loss, or --compile off")
 
     @property
@@ -44,7 +45,8 @@ class Configuration:
         """Name of the row in its group."""
         fraction = "" if self.fraction == Configuration.fraction else f" {self.fraction:.0%}"
         density = "" if self.density == Configuration.density else f", density {100 * self.density:g}%"
-        return f"{self.method}{fraction}{density}{'' if self.offload_states else ', no offload'}"
+        above = f", from {self.select_from:g}" if self.select_from else ""
+        return f"{self.method}{fraction}{density}{above}{'' if self.offload_states else ', no offload'}"
 
     @property
     def setting(self) -> str:

@@ -21,6 +21,7 @@ OPTIONS: dict[str, str] = {
     "ranks": "ranks",
     "fractions": "fraction",
     "densities": "density",
+    "select_from": "select_from",
     "shapes": "shape",
     "liger": "liger",
     "checkpointing": "checkpointing",

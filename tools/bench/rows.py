@@ -67,9 +67,9 @@ def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return grouped
 
 
-def _shares(row: Row) -> tuple[float, float]:
+def _shares(row: Row) -> tuple[float, float, float]:
     configuration = configuration_of(row)
-    return configuration.fraction, configuration.density
+    return configuration.fraction, configuration.density, configuration.select_from
 
 
 def origins(rows: Sequence[Row]) -> list[str]:

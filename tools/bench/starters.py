@@ -94,6 +94,7 @@ def start_selection(
     configuration: Configuration,
     *,
     lora_rank: int | None = None,
+    folds: bool = False,
     elements: bool = False,
 ) -> tuple[Any, agsel.Selection]:
     """agsel with the policy for the fraction, over all weights, LoRA adapters, or random elements of the density."""
@@ -103,9 +104,9 @@ def start_selection(
     if elements:
         agsel.use_elements(model, random_mask(model, configuration.density))
     with agsel.lean_initialization():
-        groups = agsel.block_param_groups(model, policy.takes_part)
+        groups = agsel.block_param_groups(model, policy.takes_part, configuration.select_from)
         engine = start(model, adam(groups), zero_config(configuration))
-    return engine, agsel.attach(engine, policy, offload_states=configuration.offload_states)
+    return engine, agsel.attach(engine, policy, offload_states=configuration.offload_states, fold_adapters=folds)
 
 
 def start_lora(rank: int, model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import pstats
+import re
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,8 @@ from tools.bench.configurations import Configuration
 from tools.bench.device import allocated, device, elapsed, moment, peak, pinned, reset_peak, synchronize
 
 PROFILED_STEPS = 3
+CALLBACKS = r"agsel/(training|monitor)/"
+"""Where the code is whose time is told apart in a profile: what watches a run."""
 COMPILED_WARMUP, QUIET_STEPS, LONGEST_WARMUP = 8, 4, 40
 """With compiled layers: at least so many warm-up steps, the last of them without a new graph, and at most so many."""
 
@@ -222,7 +225,8 @@ class Stopwatch:
 
     def _write_profile(self) -> None:
         self._profiler.disable()
-        name = f"{self._configuration.setting}, {self._configuration.label}".replace(", ", "-").replace(" ", "")
+        name = re.sub(r"[^\w.%]+", "-", f"{self._configuration.setting}, {self._configuration.label}")
         with (self._settings.folder / f"profile-{name}.txt").open("w") as file:
             for order in ("cumulative", "tottime"):
                 pstats.Stats(self._profiler, stream=file).sort_stats(order).print_stats(40)
+            pstats.Stats(self._profiler, stream=file).sort_stats("cumulative").print_stats(CALLBACKS)

@@ -94,8 +94,9 @@ def command(configuration: Configuration, folder: Path, steps: int) -> list[str]
         "save_strategy": "no",
         "deepspeed": f"zero{configuration.stage}",
         "offload_states": configuration.offload_states,
+        "select_from": configuration.select_from,
         "compile_layers": configuration.compile,
-        "use_liger_kernel": configuration.liger == "all",
+        "use_liger_kernel": configuration.liger in ("all", "trl"),
         **options_of(policy_of(configuration.fraction)),
     }
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]

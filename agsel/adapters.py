@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch import nn
 
-from agsel.errors import UserError
+from agsel import upstream
+from agsel.errors import RunError, UserError
 
 
 def has_scalable_adapters(layer: nn.Module) -> bool:
@@ -31,3 +33,28 @@ def scaled_adapters(layers: Iterable[nn.Module], factor: float) -> Iterator[None
             except ValueError as error:
                 raise UserError("a layer has no LoRA adapters to scale: train adapters (--use_peft)") from error
         yield
+
+
+def fuse_adapters(layers: Iterable[nn.Module], *, fold: bool = False) -> None:
+    """Make PEFT's linear layers with LoRA adapters inside these layers `agsel.low_rank.FusedLinear`s, in place.
+
+    Their results are PEFT's but for rounding. Warns, and leaves them alone, if this PEFT is not the tested one there.
+
+    Args:
+        layers: decoder layers; at ZeRO-3, each gathered as a whole.
+        fold: in training add adapters to their weights for the moment, rounded to the weights' type: less arithmetic.
+    """
+    adapted = [module for layer in layers for module in layer.modules() if hasattr(module, "lora_A")]
+    if not adapted:
+        return
+    from agsel.low_rank import FusedLinear, Linear  # slow to import, and rarely needed
+
+    try:
+        upstream.require_tested(FusedLinear.__module__)
+    except RunError as error:
+        warnings.warn(f"adapters are computed by PEFT, which is slower: {error}", stacklevel=2)
+        return
+    for module in adapted:
+        if type(module) is Linear:
+            module.__class__ = FusedLinear
+            vars(module)["folds"] = fold

@@ -114,6 +114,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
             pin_memory=configuration.selection.pin_memory,
             max_skipped_steps=configuration.safety.max_skipped_steps,
             sanity_checks=configuration.safety.sanity_checks,
+            fold_adapters=configuration.selection.fold_adapters,
         )
 
     callback = train_blocks(

@@ -22,6 +22,7 @@ REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies
 BELOW = {
     "agsel.errors",
     "agsel.place",
+    "agsel.adapters",
     "agsel.upstream",
     "agsel.blocks",
     "agsel.compilation",
@@ -51,7 +52,8 @@ FLOORS = {
     "agsel/shipped.py": set(),
     "agsel/upstream.py": {"agsel.errors"},
     "agsel/blocks.py": {"agsel.errors", "torch"},
-    "agsel/adapters.py": {"agsel.errors", "torch", "peft"},
+    "agsel/low_rank.py": {"torch", "peft"},
+    "agsel/adapters.py": {"agsel.errors", "agsel.low_rank", "agsel.upstream", "torch", "peft"},
     "agsel/modes.py": {"torch", "transformers"},
     "agsel/policies": {"agsel.errors", "numpy"},
     "agsel/elements": {"agsel.errors", "agsel.blocks", "agsel.modes", "deepspeed", "safetensors", "torch"},

@@ -175,6 +175,7 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
         (["--select_from", "2", "--select_blocks", "all"], "--select_from.*--select_blocks layers"),
         (["--select_from", "2", "--method", "lisa"], "--select_from.*--select_blocks layers"),
         (["--merge_adapter", "true"], "--use_peft"),
+        (["--fold_adapters", "true"], "--use_peft"),
         (["--method", "ist"], "--use_peft"),
         (["--method", "ist", "--use_peft", "true", "--compile_layers", "true"], "leave out --compile_layers"),
         (["--method", "ist", "--use_peft", "true", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor"),

@@ -22,11 +22,13 @@ from typing import Any
 
 from agsel import upstream, zero
 
-PACKAGES = ("deepspeed", "transformers", "trl")
+PACKAGES = ("deepspeed", "peft", "transformers", "trl")
 MODULES = (
     *sorted(f"{zero.__name__}.{file.stem}" for file in Path(*zero.__path__).glob("[!_]*.py")),
+    "agsel.low_rank",
     "agsel.runs.trainer",
     "agsel.training.attachment",
+    "agsel.training.lean_steps",
     "agsel.training.row_trainer",
     "agsel.training.summary",
 )

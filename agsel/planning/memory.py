@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from agsel.blocks import Block, find_blocks, taking_part
+from agsel.adapters import fuse_adapters
+from agsel.blocks import Block, decoder_layers, find_blocks, taking_part
 from agsel.elements import ElementMask, element_layers, mask_of
 from agsel.elements.choosing import linear_weights
 from agsel.elements.layer import add_values
@@ -91,6 +92,7 @@ class Planner:
         offload_states: keep the optimizer states of blocks that are not selected in host memory.
         policy: of the run, for what it pins to the device and what it drops; None for one that does neither.
         ranks_per_host: that share the host's memory; all by default.
+        fold_adapters: as of `agsel.attach`.
 
     Raises:
         UserError: the model's blocks cannot be found.
@@ -106,7 +108,9 @@ class Planner:
         offload_states: bool = True,
         policy: Policy | None = None,
         ranks_per_host: int | None = None,
+        fold_adapters: bool = False,
     ) -> None:
+        fuse_adapters(decoder_layers(model), fold=fold_adapters)
         self._blocks = [b for b in taking_part(find_blocks(model), blocks, select_from) if b.trainable]
         self._groups = [block.trainable for block in self._blocks]
         self._everything = frozenset(range(len(self._blocks)))

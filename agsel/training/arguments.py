@@ -68,6 +68,13 @@ class SelectionArguments:
             "(`--packing`, `--pad_to_multiple_of`)."
         },
     )
+    fold_adapters: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute with LoRA adapters added to their weights for the moment, rounded to the type of the "
+            "weights, as `--merge_adapter` writes them: less arithmetic in long batches."
+        },
+    )
     force: bool = field(
         default=False,
         metadata={"help": "Start even if the memory plan, which is printed first, says that the run does not fit."},

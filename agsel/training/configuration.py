@@ -180,6 +180,8 @@ def _complete(configuration: Configuration) -> None:
         )
     if configuration.output.merge_adapter and not model.use_peft:
         raise UserError("--merge_adapter is for adapters, and there are none: add --use_peft, or leave it out")
+    if configuration.selection.fold_adapters and not model.use_peft:
+        raise UserError("--fold_adapters is for adapters, and there are none: add --use_peft, or leave it out")
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))

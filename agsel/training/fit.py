@@ -46,6 +46,7 @@ def _plan_of_run(configuration: Configuration, trainer: Trainer, policy: Policy)
         select_from=selection.select_from,
         offload_states=selection.offload_states,
         policy=policy,
+        fold_adapters=selection.fold_adapters,
         ranks_per_host=int(os.environ["LOCAL_WORLD_SIZE"]),
     )
     kinds = () if training.use_cpu else planned_steps(policy)

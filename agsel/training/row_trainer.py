@@ -17,10 +17,10 @@ from trl.trainer import utils as trl_utils
 from agsel import upstream
 from agsel.data.tokens import ENDED, Learning, TokenReport, has_conversations, tokenise
 from agsel.errors import UserError, said_of
-from agsel.runs.trainer import ResumableTrainer
 from agsel.runs.turns import in_turns
 from agsel.training.data import EVALUATION
 from agsel.training.judging import TaskJudge
+from agsel.training.lean_steps import LeanSteps
 
 RELIES_ON = {trl_utils: ("add_fused_lm_head",)}
 """The head whose loss probes ask for, too, because the options of the step's forward do."""
@@ -46,8 +46,8 @@ def choose_learning(training: SFTConfig, rows: Dataset) -> Learning:
     return learning
 
 
-class RowTrainer(ResumableTrainer):
-    """`ResumableTrainer` that is given rows of `agsel.data.formats`, and makes tokens of them.
+class RowTrainer(LeanSteps):
+    """`LeanSteps` that is given rows of `agsel.data.formats`, and makes tokens of them.
 
     Args:
         arguments, options: of `SFTTrainer`.
@@ -63,12 +63,10 @@ class RowTrainer(ResumableTrainer):
     """
 
     def __init__(self, *arguments: Any, learning: Learning, **options: Any) -> None:
-        upstream.require_tested(__name__)
+        upstream.require_tested(__name__, LeanSteps.__module__)
         self.learning = learning
         self.token_reports: dict[str, str] = {}
         self.judge: TaskJudge | None = None
-        self._metrics: Any
-        self._total_train_tokens: Any
         super().__init__(*arguments, **options)
 
     def summed_loss(self, rows: Sequence[dict[str, Any]]) -> Tensor:
@@ -76,13 +74,14 @@ class RowTrainer(ResumableTrainer):
 
         Rows count by what is learnt of them, whatever others are in their batch.
         """
-        metrics, tokens = deepcopy(self._metrics), self._total_train_tokens
+        metrics, tokens, unread = deepcopy(self._metrics), self._total_train_tokens, len(self._unread)
         batch = {n: v.to(self.args.device) if torch.is_tensor(v) else v for n, v in self.data_collator(rows).items()}
         unit = torch.tensor(TOKENS_OF_UNIT, device=self.args.device)
         learnt = (batch["labels"][:, 1:] != -100).sum() * self._scale_of_loss()
         self.current_gradient_accumulation_steps = unit / learnt  # TRL divides experts' balance by it
         loss = self.compute_loss(self.model, batch, num_items_in_batch=unit)
         self._metrics, self._total_train_tokens = metrics, tokens
+        self.forget_measures(unread)
         return loss
 
     def create_model_card(self, *_: Any, **__: Any) -> None:

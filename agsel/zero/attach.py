@@ -10,7 +10,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from agsel import upstream
-from agsel.blocks import Block, find_blocks
+from agsel.adapters import fuse_adapters
+from agsel.blocks import Block, decoder_layers, find_blocks
 from agsel.errors import UserError
 from agsel.policies import Policy
 from agsel.zero import guards, universal
@@ -40,12 +41,14 @@ def attach(
     pin_memory: bool = True,
     max_skipped_steps: int = 50,
     sanity_checks: int = 0,
+    fold_adapters: bool = False,
 ) -> Selection:
     """Train only the blocks that `policy` selects. The training loop stays as it is.
 
     Call it once, right after `deepspeed.initialize`, on every rank. The engine and its ZeRO optimizer become instances
-    of subclasses of their classes; nothing of DeepSpeed is patched. At stage 3 its hooks on the model are registered
-    again, one set for each decoder layer instead of one for every module inside.
+    of subclasses of their classes, as do PEFT's linear layers with LoRA adapters; nothing is patched. At stage 3
+    DeepSpeed's hooks on the model are registered again, one set for each decoder layer instead of one for every module
+    inside.
 
     Args:
         engine: of ZeRO stage 1, 2 or 3, with a client Adam or AdamW built from `agsel.block_param_groups(model)`.
@@ -54,6 +57,7 @@ def attach(
         pin_memory: page-lock that memory; without, copies are slower and the training waits for them.
         max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
         sanity_checks: check weights and states every so many steps, see `agsel.zero.sanity`; 0 never checks.
+        fold_adapters: compute with LoRA adapters added to their weights for the moment, see `agsel.low_rank`.
 
     Returns:
         The selection: `blocks`, `last`, `counts`, `resident`.
@@ -82,6 +86,7 @@ def attach(
         "pin_memory": pin_memory,
         "max_skipped_steps": max_skipped_steps,
         "sanity_checks": sanity_checks,
+        "fold_adapters": fold_adapters,
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
         "trained elements": elements,
@@ -109,6 +114,7 @@ def attach(
     optimizer.selection = selection
     optimizer.elements = WriteThrough(engine.module)
     optimizer.prepare_selection()
+    fuse_adapters(decoder_layers(engine.module), fold=fold_adapters)
     engine.__class__ = SelectiveEngine
     engine.selection = selection
     selection.adopt_states()

@@ -45,6 +45,10 @@ class SelectiveEngine(DeepSpeedEngine):
             self.selection.answer(losses_of(probes, forward, self.module, names, inputs, options, group))
         return super().forward(*inputs, **options)
 
+    def zero_grad(self) -> None:
+        """`DeepSpeedEngine.zero_grad` of what can have a gradient, without a walk through all modules."""
+        self.selection.drop_gradients()
+
     def destroy(self) -> None:
         """`DeepSpeedEngine.destroy`, which also takes agsel's hooks off the model and leaves every block trainable.
 

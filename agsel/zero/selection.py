@@ -172,6 +172,12 @@ class Selection:
         )
         return update
 
+    def drop_gradients(self) -> None:
+        """Of the model's parameters; those that ZeRO has reduced stay."""
+        for parameters in self._parameters:
+            for parameter in parameters:
+                parameter.grad = None
+
     def make_all_trainable(self) -> None:
         """Undo the freezing."""
         for parameters in self._parameters:

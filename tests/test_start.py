@@ -84,13 +84,13 @@ def test_the_table_has_medians_and_ratios() -> None:
 
 
 def test_cpu_time_counts_processes_that_have_ended() -> None:
-    """The child of a shell burns most of a third of a second."""
+    """The child of a shell burns 0.3 s, which the kernel counts in hundredths; the shell itself next to nothing."""
     burn = f"{sys.executable} -c 'import time\nwhile time.process_time() < 0.3: pass'"
     with subprocess.Popen(["sh", "-c", f"{burn}; echo done; read _"], stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdin is not None
         assert process.stdout.readline() == "done\n"
-        assert 0.3 <= start.cpu_seconds(start.psutil.Process(process.pid)) < 3
+        assert 0.25 <= start.cpu_seconds(start.psutil.Process(process.pid)) < 3
         process.stdin.write("\n")
 
 

@@ -8,6 +8,7 @@ Settings: defaults, then the YAML file, then the command line (`--help`). The ru
 
 import agsel.commands  # before what it looks for
 
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -347,6 +348,8 @@ def say_done(configuration: Configuration) -> None:
 
 def command() -> None:
     """What a launcher starts on every rank."""
+    gc.freeze()  # what is imported stays, and every collection, as DeepSpeed's own, would look at it
+    gc.enable()  # launch/train.py imports without
     trainer = main(sys.argv[1:])
     code = exit_code_of_stop() if trainer.was_stopped else 0
     if code != 0:

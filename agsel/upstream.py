@@ -3,8 +3,8 @@
 agsel overrides methods of DeepSpeed, transformers and TRL that no version promises to keep. `upstream.json` holds, for
 every module of agsel that does, a checksum of each of these methods and of the functions that it calls, so that a
 version in which one of them changed is refused by name instead of training wrongly. `null` stands for a method that a
-package does not have, but could put between agsel's and the one of another package. `tools/record_upstream.py` writes
-the file.
+package does not have, but could put between agsel's and the one of another package. Beside them it holds checksums of
+the files: where these are the tested ones, they need not be parsed. `tools/record_upstream.py` writes it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def table() -> dict[str, dict[str, Any]]:
     """What agsel was tested with.
 
     Returns:
-        `versions` of packages, and `checksums` by module of agsel and by name as of `checksum_of`.
+        `versions` of packages, `checksums` by module of agsel and by name as of `checksum_of`, and `files` by name as
+        of `checksum_of_files`.
     """
     return json.loads(TABLE.read_text())
 
@@ -58,8 +59,9 @@ def require_tested(*modules: str) -> None:
         RunError: a method or function is gone or its source differs; only a warning if AGSEL_ALLOW_UNTESTED=1.
     """
     tested = {name: checksum for module in modules for name, checksum in table()["checksums"][module].items()}
-    found = {name: checksum_of(name) for name in tested}
-    changed = {name: found[name] for name in tested if found[name] != tested[name]}
+    files = table()["files"]
+    to_read = [name for name, found in tested.items() if checksum_of_files(name, found) != files.get(name)]
+    changed = {name: found for name in to_read if (found := checksum_of(name)) != tested[name]}
     if not changed:
         return
     message = _describe(changed)
@@ -87,18 +89,44 @@ def checksum_of(name: str) -> str | None:
         name: `package.module:function` or `package.module:Class.method`. A method may be inherited from another class
             of the same package.
     """
+    sources = [_functions(module).get(function) for module, function in _places(name)]
+    return next((checksum(source) for source in sources if source is not None), None)
+
+
+def checksum_of_files(name: str, found: str | None) -> str:
+    """A checksum of what `checksum_of` found and of all that it looked at, without parsing it.
+
+    Args:
+        name: as of `checksum_of`.
+        found: by it.
+    """
+    looked_at = [(*place, _text_checksum(place[0])) for place in _places(name)]
+    return f"{zlib.crc32(repr((found, looked_at)).encode()):08x}"
+
+
+def _places(name: str) -> list[tuple[str, str]]:
+    """(module, function or `Class.method` in it) for all places of a function; the first where it is counts."""
     module, _, path = name.partition(":")
     *owner, function = path.split(".")
     try:
         place: Any = reduce(getattr, owner, importlib.import_module(module))
     except (ImportError, AttributeError):
-        return None
-    if owner:
-        bases = [base for base in getattr(place, "__mro__", ()) if package_of(base.__module__) == package_of(module)]
-        sources = [_functions(base.__module__).get(f"{base.__name__}.{function}") for base in bases]
-    else:
-        sources = [_functions(module).get(function)]
-    return next((checksum(source) for source in sources if source is not None), None)
+        return []
+    if not owner:
+        return [(module, function)]
+    bases = [base for base in getattr(place, "__mro__", ()) if package_of(base.__module__) == package_of(module)]
+    return [(base.__module__, f"{base.__name__}.{function}") for base in bases]
+
+
+@cache
+def _text_checksum(module: str) -> int:
+    """Of the text of a module, as `_functions` has it."""
+    return zlib.crc32(_text(module).encode())
+
+
+@cache
+def _text(module: str) -> str:
+    return inspect.getsource(importlib.import_module(module))
 
 
 def package_of(name: str) -> str:
@@ -120,7 +148,7 @@ def _functions(module: str) -> dict[str, str]:
 
     From the text of the module: decorators of DeepSpeed hide its methods from `inspect.getsource`.
     """
-    source = inspect.getsource(importlib.import_module(module))
+    source = _text(module)
     lines = io.StringIO(source).readlines()
     found: dict[str, str] = {}
     with _no_garbage_collection():

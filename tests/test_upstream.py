@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
+import shutil
 import sys
 import textwrap
-from importlib import import_module
+from importlib import import_module, invalidate_caches
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -200,6 +202,69 @@ def test_changed_packages_can_be_allowed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv(upstream.ALLOW_UNTESTED, "1")
     with pytest.warns(UserWarning, match=r"transformers .* differs from the tested .*_run_epoch"):
         make_resumable()
+
+
+def test_tested_files_are_not_parsed() -> None:
+    """Parsing takes a third of a second, and a run does it before its first step."""
+    upstream._functions.cache_clear()
+    upstream.require_tested(*upstream.table()["checksums"])
+    assert upstream._functions.cache_info().misses == 0
+
+
+FILE = """
+class Base:
+    def method(self):
+        return 1
+
+class Derived(Base):
+    pass
+"""
+DERIVED = "changing.inner:Derived.method"
+CHANGES = {
+    "comment": (FILE + "# a comment", True),
+    "function": (FILE.replace("return 1", "return 2"), False),
+    "another function before it": (FILE.replace("pass", "method = None\n    def method(self): pass"), False),
+    "gone": (FILE.replace("def method", "def other"), False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_file_is_refused_if_the_function_has_changed(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, accepted = CHANGES[change]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(upstream, "version", lambda _: "2")
+    write_module(tmp_path, FILE)
+    tested = upstream.checksum_of(DERIVED)
+    known = {
+        "versions": {"changing": "1"},
+        "checksums": {"agsel.example": {DERIVED: tested}},
+        "files": {DERIVED: upstream.checksum_of_files(DERIVED, tested)},
+    }
+    with mock.patch.dict(upstream.table(), known):
+        upstream.require_tested("agsel.example")
+        write_module(tmp_path, text)
+        if accepted:
+            upstream.require_tested("agsel.example")
+        else:
+            with pytest.raises(
+                RunError, match=r"^changing 2 differs from the tested 1 in changing\.inner:Derived\.method"
+            ):
+                upstream.require_tested("agsel.example")
+
+
+def write_module(folder: Path, text: str) -> None:
+    """As if a new process found it."""
+    (folder / "changing").mkdir(exist_ok=True)
+    (folder / "changing" / "inner.py").write_text(text)
+    for module in ("changing", "changing.inner"):
+        sys.modules.pop(module, None)
+    for cached in (upstream._functions, upstream._text, upstream._text_checksum):
+        cached.cache_clear()
+    linecache.clearcache()
+    shutil.rmtree(folder / "changing" / "__pycache__", ignore_errors=True)
+    invalidate_caches()
 
 
 @pytest.fixture

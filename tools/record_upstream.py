@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import version
-from itertools import dropwhile
+from itertools import chain, dropwhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,12 +38,12 @@ MODULES = (
 def record() -> dict[str, Any]:
     """The content of agsel/upstream.json."""
     found = {module: sorted(names_in(import_module(module))) for module in MODULES}
-    packages = sorted({upstream.package_of(name) for names in found.values() for name in names})
+    checksums = {name: upstream.checksum_of(name) for name in sorted({*chain(*found.values())})}
+    packages = sorted({*map(upstream.package_of, checksums)})
     return {
         "versions": {package: version(package) for package in packages},
-        "checksums": {
-            module: {name: upstream.checksum_of(name) for name in names} for module, names in found.items() if names
-        },
+        "checksums": {module: {name: checksums[name] for name in names} for module, names in found.items() if names},
+        "files": {name: upstream.checksum_of_files(name, checksum) for name, checksum in checksums.items()},
     }
 
 

@@ -79,8 +79,9 @@ def fingerprint_of_rows(rows: Dataset) -> str:
     """Of their number and the content of some, spread evenly: `ROWS_HASHED` to just under twice as many, or all."""
     step = max(1, len(rows) // ROWS_HASHED)
     digest = hashlib.sha256(str(len(rows)).encode())
-    for row in rows.select(range(0, len(rows), step)):
-        digest.update(str([*row.values()]).encode())
+    columns = rows.select(range(0, len(rows), step))[:]
+    for row in zip(*columns.values(), strict=True):
+        digest.update(str([*row]).encode())
     return f"{len(rows)} rows ({digest.hexdigest()[:8]})"
 
 

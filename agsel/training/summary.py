@@ -1,6 +1,5 @@
 """The arithmetic of a run, printed before it starts: batch, steps, blocks, and what is trained."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -95,5 +94,5 @@ def _describe_members(blocks: Sequence[Block]) -> str:
 
 
 def _mean_length(trainer: Trainer) -> float:
-    lengths = [len(row["input_ids"]) for row in itertools.islice(trainer.train_dataset, ROWS_MEASURED)]
-    return math.fsum(lengths) / len(lengths)
+    ids = trainer.train_dataset.select_columns("input_ids")[:ROWS_MEASURED]["input_ids"]
+    return math.fsum(map(len, ids)) / len(ids)

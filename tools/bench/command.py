@@ -91,19 +91,20 @@ def launch_ranks(options: argparse.Namespace, typed: str, configurations: Sequen
 
 def run_ranks(module: str, ranks: int, folder: Path) -> int:
     """Run a module of the benchmark on so many ranks, over the folder of its plan. Returns the exit code."""
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(_free_port())]
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port())]
     command += ["--module", module, str(folder.resolve())]
-    return subprocess.run(command, env=_environment()).returncode
+    return subprocess.run(command, env=environment()).returncode
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """That of the ranks. Where the command was typed, paths mean what they meant there, but `tools` is this one."""
     path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
     on_cpu = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"} | on_cpu
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody uses now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])

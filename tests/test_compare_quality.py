@@ -714,7 +714,13 @@ def test_a_killed_comparison_goes_on_and_ends_as_an_unbroken_one(parts: Path, tm
     out = tmp_path / "out"
     settings = {"save_strategy": "steps", "save_steps": 20, "logging_steps": 1, "max_steps": 600}
     cells = {"full": cell(max_steps=5), "topk": {"method": "topk", "learning_rates": [1e-3]}}
-    plan = written(tmp_path / "plan.yaml", plan_of(parts, output=str(out), settings=settings, cells=cells))
+    changed = {
+        "output": str(out),
+        "settings": settings,
+        "cells": cells,
+        "runs_per_gpu": 1,
+    }  # `full` ends, `topk` begins
+    plan = written(tmp_path / "plan.yaml", plan_of(parts, **changed))
     first = start(plan)
     until = time.monotonic() + 300
     log = out / "topk/0.001/seed-0/train.log"

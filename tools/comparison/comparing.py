@@ -12,7 +12,8 @@ part. Runs take all GPUs; several share one where they fit. The plan's `output` 
 
 What came of the runs is in `runs.jsonl` there, or in the plan's `results`, a file that outlives folders and machines:
 runs that it has are not repeated, wherever they took place, and files of several machines may be joined by `cat`. With
---minutes, nothing begins that would take longer than what is left. --tables draws the tables from that file alone.
+--minutes, nothing begins that would take longer than what is left, by the longest run of its cell; what goes on at the
+end has a minute to save a checkpoint. --tables draws the tables from that file alone, also before the last run.
 
 Each of `--runs` is `METHOD:LEARNING_RATE`, optionally `:STAGE` (1, 2 or 3; default 2), a cell of a plan with one seed.
 The rest comes from the recipe, and whatever follows `--` goes to launch/train.py as it is. The held-out rows are the
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compare(plan: Plan, claim: int, until: float) -> list[Run]:
-    """Do the runs that are not done yet, then write the tables. Returns the runs that failed.
+    """Do the runs that are not done yet, and write the tables after the last. Returns the runs that failed.
 
     Args:
         plan: that is sound.
@@ -97,9 +98,10 @@ def compare(plan: Plan, claim: int, until: float) -> list[Run]:
     with ended_by_signals(children):
         comparison.try_rates()
         comparison.test(chosen_rates(plan, records))
-    write_tables(plan, records)
     if schedule.left:
-        print(f"\nleft      {comparison.said_of_rest()}: no time for more, go on with the same command", flush=True)
+        print(f"left      {comparison.said_of_rest()}: no time for more, go on with the same command", flush=True)
+    else:
+        write_tables(plan, records)
     return [run for run in comparison.seen if records[run]["error"]]
 
 
@@ -135,14 +137,15 @@ class Comparison:
 
     def try_rates(self) -> None:
         """Measure the model before training, and every learning rate on the validation part, if there is a choice."""
-        tried = self._plan.tuning_runs() if self._plan.chooses_rates else []
-        self._perform([Task(Run(BEFORE), "test"), *(Task(run, "validation") for run in tried)])
+        if self._plan.chooses_rates:
+            tried = [Task(run, "validation") for run in self._plan.tuning_runs()]
+            self._perform([Task(Run(BEFORE), "test"), *tried])
 
     def test(self, chosen: dict[str, float]) -> None:
         """Train all seeds at the chosen learning rates, and measure them on the test part."""
         if not self._schedule.left:
             self._total -= (len(self._plan.cells) - len(chosen)) * (len(self._plan.seeds) - 1)
-        self._perform([Task(run, "test") for run in self._plan.final_runs(chosen)])
+        self._perform([Task(run, "test") for run in [Run(BEFORE), *self._plan.final_runs(chosen)]])
 
     def said_of_rest(self) -> str:
         """How many runs there are still to do."""
@@ -183,7 +186,7 @@ def write_tables(plan: Plan, records: Records) -> None:
     origins = [record["environment"] for row in rows for record in row.records]
     text = f"{markdown(plan, records, rows)}\n\n{said_of_origins(origins)}"
     (plan.output / "table.md").write_text(text + "\n")
-    write_csv(plan, rows, plan.output / "table.csv")
+    write_csv(rows, plan.output / "table.csv")
     pareto.draw(rows, plan.output / "pareto.png")
     print(f"\n{text}")
 

@@ -6,7 +6,7 @@ import csv
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Row:
         judged: what the seeds did on each row of the test part, by seed.
         before: what the model did before training, if that is known.
         seeds: how many the plan has.
+        compared: differences of NLL and exact match to other cells, by their names.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     judged: Mapping[int, Judged] = field(default_factory=dict)
     before: Record | None = None
     seeds: int = 1
+    compared: Mapping[str, tuple[Interval | None, Interval | None]] = field(default_factory=dict)
 
     def tested(self, name: str, part: Part = "test") -> list[float]:
         """A result of a part, of every seed that has it."""
@@ -98,7 +100,11 @@ def collect(plan: Plan, records: Records, chosen: Mapping[str, float]) -> list[R
         else:
             runs = [Run(cell.name, rate, seed) for seed in plan.seeds]
             rows.append(_row(records, cell.name, rate, runs, before))
-    return [base, *rows]
+    references = {row.name: row for row in rows if row.name in plan.compare_with}
+    return [
+        replace(row, compared={name: compare(row, references[name]) for name in plan.compare_with})
+        for row in [base, *rows]
+    ]
 
 
 def _row(records: Records, name: str, rate: float | None, runs: Sequence[Run], before: Record | None) -> Row:
@@ -118,9 +124,9 @@ def markdown(plan: Plan, records: Records, rows: Sequence[Row]) -> str:
     return "\n\n".join([*parts, NOTES])
 
 
-def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
+def write_csv(rows: Sequence[Row], path: Path) -> None:
     """One line a cell, plain numbers in nats, seconds, bytes; differences with their intervals."""
-    lines = [{**_plain(row), **_plain_differences(row, plan, rows)} for row in rows]
+    lines = [{**_plain(row), **_plain_differences(row)} for row in rows]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
@@ -224,23 +230,22 @@ def _differences(plan: Plan, rows: Sequence[Row]) -> list[str]:
     names = [f"{what} - {name}" for name in plan.compare_with for what in ("NLL", "exact match, points")]
     lines = []
     for row in rows:
-        pairs = [compare(row, reference) for reference in _references(plan, rows)]
-        texts = [text for nll, share in pairs for text in (_interval(nll, ".4f"), _interval(share, ".1f", 100))]
+        texts = [
+            text
+            for nll, share in row.compared.values()
+            for text in (_interval(nll, ".4f"), _interval(share, ".1f", 100))
+        ]
         lines.append([row.name, *texts])
     return [_lines([["cell", *names], ["---"] + ["---:"] * len(names), *lines])]
 
 
-def _plain_differences(row: Row, plan: Plan, rows: Sequence[Row]) -> dict[str, float]:
+def _plain_differences(row: Row) -> dict[str, float]:
     found: dict[str, float] = {}
-    for reference in _references(plan, rows):
-        for what, interval in zip(("nll", "accuracy"), compare(row, reference), strict=True):
+    for reference, intervals in row.compared.items():
+        for what, interval in zip(("nll", "accuracy"), intervals, strict=True):
             for name, value in (interval._asdict() if interval else {}).items():
-                found[f"{what} - {reference.name}: {name}"] = value
+                found[f"{what} - {reference}: {name}"] = value
     return found
-
-
-def _references(plan: Plan, rows: Sequence[Row]) -> list[Row]:
-    return [next(row for row in rows if row.name == name) for name in plan.compare_with]
 
 
 def compare(row: Row, reference: Row) -> tuple[Interval | None, Interval | None]:

@@ -19,7 +19,12 @@ LETTERS = 12
 
 
 def contents_of(plan: Plan) -> dict[str, str]:
-    """Digests of what the plan names: weights, rows and text. What is no file or folder here has none."""
+    """Digests of what the plan names: weights, rows and text. What is no file or folder here has none.
+
+    Words of a command line may name others: with them there are none.
+    """
+    if plan.words:
+        return {}
     parts = {part: getattr(plan, part) for part in plan.parts}
     named = {
         "model": plan.shared.get("model_name_or_path"),

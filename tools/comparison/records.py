@@ -145,5 +145,6 @@ def new_record(plan: Plan, run: Run, contents: Mapping[str, str]) -> Record:
     """Of a run of which nothing is known yet."""
     identity = {"cell": run.cell, "learning_rate": run.learning_rate, "seed": run.seed}
     evaluation = {part: plan.evaluation_of(run, part) for part in plan.parts}
-    settings = plan.settings_of(run)
+    typed = {"--": list(plan.words)} if plan.words else {}
+    settings = {**plan.settings_of(run), **typed}
     return {**identity, "settings": settings, "evaluation": evaluation, "contents": dict(contents), "error": None}

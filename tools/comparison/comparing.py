@@ -8,8 +8,12 @@ A plan has cells, each some flags of launch/train.py, and learning rates, seeds,
 part; the plans in tools/comparison/ show how it is written. Every learning rate of a cell is tried with the first seed.
 That with the lowest NLL on the validation part is trained with the other seeds, and those runs are measured on the test
 part. Runs take all GPUs; several share one where they fit. The plan's `output` receives a folder for each run,
-`runs.jsonl`, `table.md`, `table.csv` and `pareto.png`. The same command goes on after a stop, and tries again what
-failed.
+`table.md`, `table.csv` and `pareto.png`. The same command goes on after a stop, and tries again what failed.
+
+What came of the runs is in `runs.jsonl` there, or in the plan's `results`, a file that outlives folders and machines:
+runs that it has are not repeated, wherever they took place, and files of several machines may be joined by `cat`. With
+--minutes, nothing begins that would take longer than what is left, by the longest run of its cell; what goes on at the
+end has a minute to save a checkpoint. --tables draws the tables from that file alone, also before the last run.
 
 Each of `--runs` is `METHOD:LEARNING_RATE`, optionally `:STAGE` (1, 2 or 3; default 2), a cell of a plan with one seed.
 The rest comes from the recipe, and whatever follows `--` goes to launch/train.py as it is. The held-out rows are the
@@ -24,29 +28,29 @@ import math
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
 
 from agsel.errors import AgselError, UserError, one_line
 from tools.comparison import pareto
 from tools.comparison.children import Children
-from tools.comparison.comparison_table import collect, markdown, validation_nll, write_csv
+from tools.comparison.chosen_rates import chosen_rates
+from tools.comparison.comparison_table import collect, markdown, write_csv
 from tools.comparison.method_rates import parse_cell, plan_of_rates
+from tools.comparison.origin import contents_of, said_of_origins
 from tools.comparison.places import find_gpus, places, said_of_others
 from tools.comparison.plan import BEFORE, Plan, Run
 from tools.comparison.plan_file import read_plan
-from tools.comparison.records import Record, Records, new_record
+from tools.comparison.records import Record, Records
 from tools.comparison.refusals import require_sound
 from tools.comparison.runs import Runner, Task
 from tools.comparison.schedule import Outcome, Schedule
 
-PACKAGES = ("torch", "deepspeed", "transformers", "trl", "peft")
+OF_BOTH = ("plan", "minutes", "tables")
+"""Arguments with a plan and without."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,43 +58,65 @@ def main(arguments: Sequence[str]) -> None:
     own, words = _split(arguments)
     options = _parser().parse_args(own)
     try:
+        until = time.monotonic() + 60 * options.minutes
         plan = _plan_of(options, words)
+        if options.tables:
+            draw_tables(plan)
+            return
         for line in require_sound(plan):
             print(line, flush=True)
         plan.output.mkdir(parents=True, exist_ok=True)
         with claimed(plan.output) as claim:
-            failed = compare(plan, claim)
+            failed = compare(plan, claim, until)
     except (AgselError, OSError) as error:
         sys.exit(f"agsel: error: {one_line(error)}")
     if failed:
         sys.exit(f"agsel: error: failed: {', '.join(map(str, failed))}; the same command tries them again")
 
 
-def compare(plan: Plan, claim: int) -> list[Run]:
-    """Do all runs that are not done yet, then write the tables. Returns the runs that failed.
+def compare(plan: Plan, claim: int, until: float) -> list[Run]:
+    """Do the runs that are not done yet, and write the tables after the last. Returns the runs that failed.
 
     Args:
         plan: that is sound.
         claim: file descriptor that keeps the output folder from others while a run goes on.
+        until: of the monotonic clock, when all must have ended.
 
     Raises:
-        UserError: the folder has runs with other settings, or there are too few GPUs.
-        RunError: results of the runs cannot be read.
+        UserError: there are runs with other settings, or too few GPUs.
     """
-    records = Records(plan.output / "runs.jsonl")
-    records.require_of(plan)
+    records = Records(plan.records)
+    records.require_of(plan, contents_of(plan))
     gpus = find_gpus()
     for line in said_of_others(gpus):
         print(line, flush=True)
     found = places(gpus, plan.gpus_per_run)
     children = Children([claim])
-    runner = Runner(plan, children, len(found) * plan.runs_per_gpu)
-    comparison = Comparison(plan, records, Schedule(found, plan.runs_per_gpu), runner)
+    runner = Runner(plan, records, children, len(found) * plan.runs_per_gpu)
+    schedule = Schedule(found, plan.runs_per_gpu, until)
+    comparison = Comparison(plan, records, schedule, runner, children)
     with ended_by_signals(children):
-        chosen = comparison.choose_rates()
-        comparison.test(chosen)
-    write_tables(plan, records, chosen)
+        comparison.try_rates()
+        comparison.test(chosen_rates(plan, records))
+    if schedule.left:
+        print(f"left      {comparison.said_of_rest()}: no time for more, go on with the same command", flush=True)
+    else:
+        write_tables(plan, records)
     return [run for run in comparison.seen if records[run]["error"]]
+
+
+def draw_tables(plan: Plan) -> None:
+    """From what is known of the plan's runs.
+
+    Raises:
+        UserError: they have other settings, or nothing is known.
+    """
+    records = Records(plan.records)
+    records.require_of(plan, {})
+    if not [*records]:
+        raise UserError(f"{plan.records} has no runs: leave out --tables, and they are done")
+    plan.output.mkdir(parents=True, exist_ok=True)
+    write_tables(plan, records)
 
 
 class Comparison:
@@ -100,43 +126,35 @@ class Comparison:
         seen: the runs that have ended, now or in an earlier session; those that failed among them.
     """
 
-    def __init__(self, plan: Plan, records: Records, schedule: Schedule, runner: Runner) -> None:
+    def __init__(self, plan: Plan, records: Records, schedule: Schedule, runner: Runner, children: Children) -> None:
         self.seen: dict[Run, None] = {}
-        self._plan, self._records, self._schedule, self._runner = plan, records, schedule, runner
+        self._plan, self._records, self._schedule = plan, records, schedule
+        self._runner, self._children = runner, children
         self._total = 1 + sum(len(cell.learning_rates) + len(plan.seeds) - 1 for cell in plan.cells.values())
         self._seconds: list[float] = []
         for run in records:
             schedule.note(records[run])
 
-    def choose_rates(self) -> dict[str, float]:
-        """The learning rate with which each cell does best on the validation part; a cell that failed has none."""
-        if not self._plan.chooses_rates:
-            return {cell.name: cell.learning_rates[0] for cell in self._plan.cells.values()}
-        self._perform([Task(run, "validation") for run in self._plan.tuning_runs()])
-        chosen = {}
-        for cell in self._plan.cells:
-            tries = [run for run in self._plan.tuning_runs() if run.cell == cell]
-            best = min(tries, key=lambda run: validation_nll(self._records, run))
-            if math.isfinite(validation_nll(self._records, best)):
-                chosen[cell] = best.learning_rate
-        self._total -= (len(self._plan.cells) - len(chosen)) * (len(self._plan.seeds) - 1)
-        return chosen
+    def try_rates(self) -> None:
+        """Measure the model before training, and every learning rate on the validation part, if there is a choice."""
+        if self._plan.chooses_rates:
+            tried = [Task(run, "validation") for run in self._plan.tuning_runs()]
+            self._perform([Task(Run(BEFORE), "test"), *tried])
 
     def test(self, chosen: dict[str, float]) -> None:
         """Train all seeds at the chosen learning rates, and measure them on the test part."""
+        if not self._schedule.left:
+            self._total -= (len(self._plan.cells) - len(chosen)) * (len(self._plan.seeds) - 1)
         self._perform([Task(run, "test") for run in [Run(BEFORE), *self._plan.final_runs(chosen)]])
+
+    def said_of_rest(self) -> str:
+        """How many runs there are still to do."""
+        return f"{self._total - len(self.seen)} of {self._total} runs"
 
     def _perform(self, tasks: Sequence[Task]) -> None:
         self.seen |= dict.fromkeys(task.run for task in tasks if self._records.has(task.run, task.part))
         missing = [task for task in tasks if not self._records.has(task.run, task.part)]
-        known = {run: self._records[run] for run in self._records}
-        for run in dict.fromkeys(task.run for task in missing):
-            if run not in known or known[run]["error"]:  # if this ends before the run, its settings are known
-                begun = {**known.get(run, {}), **new_record(self._plan, run), "error": "has not ended"}
-                self._records.put(run, begun)
-        for outcome in self._schedule.perform(
-            missing, lambda task, place, slot: self._runner.perform(task, place, slot, known.get(task.run))
-        ):
+        for outcome in self._schedule.perform(missing, self._runner.perform, self._children.stop):
             self._records.put(outcome.task.run, outcome.record)
             self._say(outcome)
 
@@ -157,28 +175,20 @@ def said_of(outcome: Outcome) -> str:
     if record["error"]:
         return f"failed: {record['error']}"
     measured = record[outcome.task.part]
-    accuracy = measured.get("accuracy")
+    accuracy = record.get("test", {}).get("accuracy")
     matched = "" if accuracy is None else f", exact match {accuracy:.1%}"
     return f"{outcome.task.part} NLL {measured['nll']:.4f}{matched}"
 
 
-def write_tables(plan: Plan, records: Records, chosen: dict[str, float]) -> None:
+def write_tables(plan: Plan, records: Records) -> None:
     """Into the plan's output; the Markdown is printed, too."""
-    rows = collect(plan, records, chosen)
-    text = f"{markdown(plan, records, rows)}\n\n{setting(plan)}"
+    rows = collect(plan, records, chosen_rates(plan, records))
+    origins = [record["environment"] for row in rows for record in row.records]
+    text = f"{markdown(plan, records, rows)}\n\n{said_of_origins(origins)}"
     (plan.output / "table.md").write_text(text + "\n")
-    write_csv(plan, rows, plan.output / "table.csv")
+    write_csv(rows, plan.output / "table.csv")
     pareto.draw(rows, plan.output / "pareto.png")
     print(f"\n{text}")
-
-
-def setting(plan: Plan) -> str:
-    """Date, hardware and versions."""
-    gpus = find_gpus()
-    device = f"{len(gpus)} x {torch.cuda.get_device_name()}" if gpus else "CPU"
-    shared = f"{plan.gpus_per_run} a run, up to {plan.runs_per_gpu} runs at once on each" if gpus else "no GPU"
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
-    return f"{date.today()}, {device}, {shared}, {versions}."
 
 
 @contextmanager
@@ -216,7 +226,8 @@ def ended_by_signals(children: Children) -> Iterator[None]:
 
 
 def _plan_of(options: argparse.Namespace, words: Sequence[str]) -> Plan:
-    typed = vars(options) != vars(_parser().parse_args([] if options.plan is None else [str(options.plan)]))
+    defaults = vars(_parser().parse_args([]))
+    typed = any(vars(options)[name] != defaults[name] for name in defaults if name not in OF_BOTH)
     if options.plan is None and None in (options.config, options.runs):
         raise UserError("nothing to compare: name a PLAN.yaml, or --config and --runs")
     if options.plan is not None and (typed or words):
@@ -225,6 +236,13 @@ def _plan_of(options: argparse.Namespace, words: Sequence[str]) -> Plan:
             "and what follows --"
         )
     return plan_of_rates(options, words) if options.plan is None else read_plan(options.plan)
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"{text} is no time: write a number above 0")
+    return minutes
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -238,6 +256,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="compare_quality.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("plan", nargs="?", type=Path, metavar="PLAN.yaml")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=math.inf, help="for all; what goes on then saves a checkpoint, if it can"
+    )
+    parser.add_argument("--tables", action="store_true", help="train nothing: draw the tables of what is known")
     typed = parser.add_argument_group("without a plan")
     typed.add_argument("--config", type=Path, help="recipe of launch/recipes/")
     typed.add_argument("--runs", nargs="+", type=parse_cell, metavar="METHOD:RATE[:STAGE]")

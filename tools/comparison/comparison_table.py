@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tools.comparison.chosen_rates import validation_nll
 from tools.comparison.differences import Interval, Judged, accuracy_difference, mean_over_seeds, nll_difference
 from tools.comparison.plan import BEFORE, Part, Plan, Run
 from tools.comparison.records import Record, Records
@@ -17,7 +19,9 @@ NOTES = (
     "NLL: nats per token of the right answers. Mean ± standard deviation over the seeds. Differences: percentile "
     "bootstrap over the rows of the test part, seeds averaged, 95 %. Train time: from the first step to the last, "
     "without start and export; step: the median. Peak: memory that PyTorch kept on the fullest GPU. File: trained "
-    "weights. Forgetting: rise of the NLL of other text."
+    "weights. Forgetting: rise of the NLL of other text. Other task: NLL of its answers; forget ratio: by what "
+    "share its exact matches have become fewer; collapsed: the share of seeds with less than 1 % of them, as GaLLoP's "
+    "authors count. A row with fewer than three seeds decides nothing."
 )
 
 
@@ -30,6 +34,8 @@ class Row:
         errors: of its other runs, with their names.
         judged: what the seeds did on each row of the test part, by seed.
         before: what the model did before training, if that is known.
+        seeds: how many the plan has.
+        compared: differences of NLL and exact match to other cells, by their names.
     """
 
     name: str
@@ -38,10 +44,13 @@ class Row:
     errors: Sequence[str] = ()
     judged: Mapping[int, Judged] = field(default_factory=dict)
     before: Record | None = None
+    seeds: int = 1
+    compared: Mapping[str, tuple[Interval | None, Interval | None]] = field(default_factory=dict)
 
-    def tested(self, name: str) -> list[float]:
-        """A result of the test part, of every seed that has it."""
-        return [record["test"][name] for record in self.records if record["test"].get(name) is not None]
+    def tested(self, name: str, part: Part = "test") -> list[float]:
+        """A result of a part, of every seed that has it."""
+        found = [record.get(part, {}).get(name) for record in self.records]
+        return [value for value in found if value is not None]
 
     def cost(self, name: str) -> float | None:
         """A mean over the seeds of what launch/train.py wrote."""
@@ -66,38 +75,58 @@ class Row:
         before = self.before["test"].get("text_nll") if self.before else None
         return [nll - before for nll in self.tested("text_nll")] if before is not None else []
 
+    @property
+    def forget_ratios(self) -> list[float]:
+        """GaLLoP's, of the other task: max(0, (accuracy before - accuracy) / accuracy before), of every seed."""
+        before = self.before.get("other", {}).get("accuracy") if self.before else None
+        return [max(0.0, (before - share) / before) for share in self.tested("accuracy", "other")] if before else []
+
+    @property
+    def collapse_rate(self) -> float | None:
+        """GaLLoP's, of the other task: the share of the seeds whose accuracy there is 0 in whole per cent."""
+        shares = self.tested("accuracy", "other")
+        return statistics.fmean(math.floor(100 * share) == 0 for share in shares) if shares else None
+
 
 def collect(plan: Plan, records: Records, chosen: Mapping[str, float]) -> list[Row]:
     """A row for the model before training and for every cell, in the order of the plan."""
-    base = _row(plan, records, BEFORE, None, [Run(BEFORE)], None)
+    base = _row(records, BEFORE, None, [Run(BEFORE)], None)
     before = base.records[0] if base.records else None
     rows = []
     for cell in plan.cells.values():
         rate = chosen.get(cell.name)
-        runs = [run for run in records if run.cell == cell.name and rate is None and run.seed == plan.seeds[0]]
-        runs = runs if rate is None else [Run(cell.name, rate, seed) for seed in plan.seeds]
-        rows.append(_row(plan, records, cell.name, rate, runs, before))
-    return [base, *rows]
+        if rate is None:
+            rows.append(Row(cell.name, None, errors=_errors(records, plan.tries(cell.name)), seeds=len(plan.seeds)))
+        else:
+            runs = [Run(cell.name, rate, seed) for seed in plan.seeds]
+            rows.append(_row(records, cell.name, rate, runs, before))
+    references = {row.name: row for row in rows if row.name in plan.compare_with}
+    return [
+        replace(row, compared={name: compare(row, references[name]) for name in plan.compare_with})
+        for row in [base, *rows]
+    ]
 
 
-def _row(
-    plan: Plan, records: Records, name: str, rate: float | None, runs: Sequence[Run], before: Record | None
-) -> Row:
+def _row(records: Records, name: str, rate: float | None, runs: Sequence[Run], before: Record | None) -> Row:
     done = [run for run in runs if records.has(run, "test")]
-    judged = {run.seed: Judged.read(run.folder(plan.output) / "test.jsonl") for run in done}
-    errors = [f"{run}: {records[run]['error']}" for run in runs if run in records and records[run]["error"]]
-    return Row(name, rate, [records[run] for run in done], errors, judged, before)
+    judged = {run.seed: records.judged(run) for run in done}
+    return Row(name, rate, [records[run] for run in done], _errors(records, runs), judged, before, len(runs))
+
+
+def _errors(records: Records, runs: Sequence[Run]) -> list[str]:
+    return [f"{run}: {records[run]['error']}" for run in runs if run in records and records[run]["error"]]
 
 
 def markdown(plan: Plan, records: Records, rows: Sequence[Row]) -> str:
     """All tables."""
-    parts = [_table(COLUMNS, rows), *_differences(plan, rows), *_tries(plan, records)]
+    optional = {name: column for name, column in OPTIONAL.items() if any(column(row) != "-" for row in rows)}
+    parts = [_table(COLUMNS | optional, rows), *_differences(plan, rows), *_tries(plan, records)]
     return "\n\n".join([*parts, NOTES])
 
 
-def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
+def write_csv(rows: Sequence[Row], path: Path) -> None:
     """One line a cell, plain numbers in nats, seconds, bytes; differences with their intervals."""
-    lines = [{**_plain(row), **_plain_differences(row, plan, rows)} for row in rows]
+    lines = [{**_plain(row), **_plain_differences(row)} for row in rows]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
@@ -105,7 +134,14 @@ def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    measured = {"nll": row.tested("nll"), "accuracy": row.tested("accuracy"), "forgetting": row.forgetting}
+    measured = {
+        "nll": row.tested("nll"),
+        "accuracy": row.tested("accuracy"),
+        "forgetting": row.forgetting,
+        "other_nll": row.tested("nll", "other"),
+        "other_accuracy": row.tested("accuracy", "other"),
+        "forget_ratio": row.forget_ratios,
+    }
     numbers = {f"{name}{suffix}": value for name, values in measured.items() for suffix, value in _moments(values)}
     costs = {name: row.cost(name) for name in ("step_seconds", "peak_bytes", "peak_reserved_bytes")}
     return {
@@ -113,6 +149,7 @@ def _plain(row: Row) -> dict[str, Any]:
         "learning_rate": row.learning_rate,
         "seeds": len(row.records),
         **numbers,
+        "collapse_rate": row.collapse_rate,
         "train_seconds": row.train_seconds,
         **costs,
         "trainable_parameters": row.cost("trainable_parameters"),
@@ -139,10 +176,16 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.fmean(values):{form}}{spread}"
 
 
+def _percent(shares: Sequence[float]) -> str:
+    return _spread([100 * share for share in shares], ".1f")
+
+
 def _seeds(row: Row) -> str:
-    """How many there are, and what became of the others."""
+    """How many there are, of how many if some are missing, and what became of the others."""
     failed = f"failed: {'; '.join(row.errors)}" if row.errors else ""
-    return ", ".join(filter(None, [str(len(row.records)) if row.records else "", failed]))
+    done = len(row.records)
+    said = str(done) if done == row.seeds else f"{done} of {row.seeds}" if done or not failed else ""
+    return ", ".join(filter(None, [said, failed]))
 
 
 def _number(value: float | None, form: str, unit: float = 1) -> str:
@@ -154,14 +197,21 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "learning rate": lambda row: _number(row.learning_rate, "g"),
     "seeds": _seeds,
     "NLL": lambda row: _spread(row.tested("nll"), ".4f"),
-    "exact match %": lambda row: _spread([100 * share for share in row.tested("accuracy")], ".1f"),
+    "exact match %": lambda row: _percent(row.tested("accuracy")),
     "train time s": lambda row: _number(row.train_seconds, ".0f"),
     "step ms": lambda row: _number(row.cost("step_seconds"), ".0f", 1e-3),
     "peak GB": lambda row: _number(row.cost("peak_reserved_bytes"), ".1f", 1e9),
     "trainable parameters": lambda row: _number(row.cost("trainable_parameters"), ",.0f"),
     "file MB": lambda row: _number(row.file_bytes, ".1f", 1e6),
-    "forgetting": lambda row: _spread(row.forgetting, "+.3f"),
 }
+OPTIONAL: dict[str, Callable[[Row], str]] = {
+    "forgetting": lambda row: _spread(row.forgetting, "+.3f"),
+    "other task NLL": lambda row: _spread(row.tested("nll", "other"), ".3f"),
+    "other task %": lambda row: _percent(row.tested("accuracy", "other")),
+    "forget ratio %": lambda row: _percent(row.forget_ratios),
+    "collapsed %": lambda row: _number(row.collapse_rate, ".0f", 0.01),
+}
+"""Of what only some plans measure."""
 
 
 def _table(columns: Mapping[str, Callable[[Row], str]], rows: Iterable[Row]) -> str:
@@ -180,23 +230,22 @@ def _differences(plan: Plan, rows: Sequence[Row]) -> list[str]:
     names = [f"{what} - {name}" for name in plan.compare_with for what in ("NLL", "exact match, points")]
     lines = []
     for row in rows:
-        pairs = [compare(row, reference) for reference in _references(plan, rows)]
-        texts = [text for nll, share in pairs for text in (_interval(nll, ".4f"), _interval(share, ".1f", 100))]
+        texts = [
+            text
+            for nll, share in row.compared.values()
+            for text in (_interval(nll, ".4f"), _interval(share, ".1f", 100))
+        ]
         lines.append([row.name, *texts])
     return [_lines([["cell", *names], ["---"] + ["---:"] * len(names), *lines])]
 
 
-def _plain_differences(row: Row, plan: Plan, rows: Sequence[Row]) -> dict[str, float]:
+def _plain_differences(row: Row) -> dict[str, float]:
     found: dict[str, float] = {}
-    for reference in _references(plan, rows):
-        for what, interval in zip(("nll", "accuracy"), compare(row, reference), strict=True):
+    for reference, intervals in row.compared.items():
+        for what, interval in zip(("nll", "accuracy"), intervals, strict=True):
             for name, value in (interval._asdict() if interval else {}).items():
-                found[f"{what} - {reference.name}: {name}"] = value
+                found[f"{what} - {reference}: {name}"] = value
     return found
-
-
-def _references(plan: Plan, rows: Sequence[Row]) -> list[Row]:
-    return [next(row for row in rows if row.name == name) for name in plan.compare_with]
 
 
 def compare(row: Row, reference: Row) -> tuple[Interval | None, Interval | None]:
@@ -230,14 +279,7 @@ def _tries(plan: Plan, records: Records) -> list[str]:
         return []
     lines = [["cell", "learning rate: NLL of the validation part"], ["---", "---"]]
     for cell in plan.cells.values():
-        runs = [Run(cell.name, rate, plan.seeds[0]) for rate in cell.learning_rates]
+        runs = sorted(plan.tries(cell.name), key=lambda run: run.learning_rate)
         tries = [f"{run.learning_rate:g}: {validation_nll(records, run):.4f}" for run in runs if run in records]
         lines.append([cell.name, ", ".join(tries)])
     return [_lines(lines)]
-
-
-def validation_nll(records: Records, run: Run) -> float:
-    """What learning rates are chosen by; of a run that failed, or whose loss is no number, infinite."""
-    part: Part = "validation"
-    nll = records[run][part]["nll"] if records.has(run, part) else float("inf")
-    return nll if nll == nll else float("inf")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from agsel.data.fields import TEMPLATES, Fields, escape
 
-Part = Literal["validation", "test"]
+Part = Literal["validation", "test", "other"]
+PARTS: tuple[Part, ...] = ("validation", "test", "other")
 BEFORE = "before"
 """The name of the model that all cells start from, in tables and files."""
 
@@ -54,11 +56,6 @@ class Run:
         place = output / self.cell
         return place if self.is_untrained else place / f"{self.learning_rate:g}" / f"seed-{self.seed}"
 
-    def has_begun(self, output: Path) -> bool:
-        """Whether its folder has something that training would go on from, or that would be measured."""
-        folder = self.folder(output)
-        return (folder / "result.json").is_file() or any(folder.glob("checkpoint-*"))
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -71,11 +68,14 @@ class Plan:
         seeds: of the runs; learning rates are tried with the first.
         test: flags of launch/evaluate.py that name the rows of the test part.
         validation: the same for the rows that a learning rate is chosen on.
-        evaluate: flags of launch/evaluate.py for both parts.
+        evaluate: flags of launch/evaluate.py for all parts.
+        other: the same for rows of another task, that of which a run has forgotten something.
         forgetting: a plain text file; how much less likely it becomes is what a run has forgotten.
+        results: file of what came of the runs, of any folder and machine; left out, `runs.jsonl` in `output`.
         gpus_per_run: GPUs of each run, or processes on a machine without.
         runs_per_gpu: runs that may share a GPU, or the machine without.
         compare_with: cells that the others are compared with, row by row.
+        of_base: the cells of another plan, which this one goes on from: they may have had other numbers of tries.
         words: further words of the command line of launch/train.py.
     """
 
@@ -86,11 +86,24 @@ class Plan:
     test: dict[str, Any]
     validation: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
     forgetting: str | None = None
+    results: Path | None = None
     gpus_per_run: int = 1
     runs_per_gpu: int = 1
     compare_with: tuple[str, ...] = ()
+    of_base: frozenset[str] = frozenset()
     words: tuple[str, ...] = ()
+
+    @property
+    def records(self) -> Path:
+        """The file of what came of the runs."""
+        return self.results or self.output / "runs.jsonl"
+
+    @property
+    def parts(self) -> list[Part]:
+        """What runs are measured on."""
+        return [part for part in PARTS if getattr(self, part)]
 
     @property
     def chooses_rates(self) -> bool:
@@ -114,12 +127,24 @@ class Plan:
         columns = {name: settings[name] for name in names if settings.get(name) is not None}
         if part == "validation":
             return {**columns, **self.evaluate, **self.validation, "skip_generation": True}
+        if part == "other":
+            return {**columns, **self.evaluate, **self.other}
         forgetting = {"perplexity": self.forgetting} if self.forgetting else {}
         return {**columns, **self.evaluate, **self.test, **forgetting}
 
+    def tries(self, cell: str) -> list[Run]:
+        """Every learning rate of a cell, with the first seed."""
+        return [Run(cell, rate, self.seeds[0]) for rate in self.cells[cell].learning_rates]
+
     def tuning_runs(self) -> list[Run]:
-        """Every learning rate of every cell, with the first seed."""
-        return [Run(cell.name, rate, self.seeds[0]) for cell in self.cells.values() for rate in cell.learning_rates]
+        """Every learning rate of every cell, with the first seed: first rates of all cells, then second ones."""
+        tries = zip_longest(*map(self.tries, self.cells))
+        return [run for of_cells in tries for run in of_cells if run is not None]
+
+    def all_runs(self) -> list[Run]:
+        """Every seed of every cell at every learning rate that might be chosen."""
+        cells = self.cells.values()
+        return [Run(cell.name, rate, seed) for cell in cells for rate in cell.learning_rates for seed in self.seeds]
 
     def final_runs(self, chosen: Mapping[str, float]) -> list[Run]:
         """Every seed of every cell at its chosen learning rate, one seed of all cells after the other."""

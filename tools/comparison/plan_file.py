@@ -18,6 +18,8 @@ OPTIONAL: dict[str, Any] = {
     "settings": {},
     "evaluate": {},
     "validation": {},
+    "other": {},
+    "results": None,
     "forgetting": None,
     "learning_rates": [],
     "gpus_per_run": 1,
@@ -34,7 +36,7 @@ OF_THE_PLAN = {
     "resume_from_checkpoint": "runs go on by themselves: leave it out",
 }
 """Flags of launch/train.py that are given to each run, and the remedy."""
-TAKEN = (BEFORE, "runs.jsonl", "runs.unfinished", "shared.yaml", "table.md", "table.csv", "pareto.png")
+TAKEN = (BEFORE, "runs.jsonl", "shared.yaml", "table.md", "table.csv", "pareto.png")
 """What else is in the folder where each cell has one."""
 
 
@@ -54,13 +56,12 @@ class _UniqueKeys(yaml.SafeLoader):
 def read_plan(path: Path) -> Plan:
     """The plan in a file; its paths are of the folder where the command was typed.
 
+    With `base`, another plan, it has that one's cells before its own, and whatever it does not name itself.
+
     Raises:
         UserError: it is none, or names what it must not.
     """
-    named = {**OPTIONAL, **_read(path)}
-    _require_names(named, path)
-    rates = named["learning_rates"]
-    mapping = _mapping(named, "cells")
+    named = _with_base(path, ())
     settings = _mapping(named, "settings")
     for setting, remedy in OF_THE_PLAN.items():
         if setting in settings:
@@ -68,16 +69,37 @@ def read_plan(path: Path) -> Plan:
     return Plan(
         output=Path(str(named["output"])),
         shared={**read_recipe(Path(str(named["config"]))), **settings},
-        cells={str(name): _cell(str(name), own, rates) for name, own in mapping.items()},
+        cells=named["cells"],
         seeds=tuple(_integers(named, "seeds")),
         test=_mapping(named, "test"),
         validation=_mapping(named, "validation"),
+        other=_mapping(named, "other"),
         evaluate=_mapping(named, "evaluate"),
         forgetting=_text(named, "forgetting"),
+        results=None if named["results"] is None else Path(str(_text(named, "results"))),
         gpus_per_run=_count(named, "gpus_per_run"),
         runs_per_gpu=_count(named, "runs_per_gpu"),
         compare_with=tuple(map(str, _sequence(named, "compare_with"))),
+        of_base=named["of_base"],
     )
+
+
+def _with_base(path: Path, above: Sequence[Path]) -> dict[str, Any]:
+    """What a plan and those that it goes on from name, with `cells` as such, and `of_base`, the names of the others."""
+    own = _read(path)
+    base = own.pop("base", None)
+    if not isinstance(base, str | None) or (base is not None and Path(base) in (*above, path)):
+        raise UserError(f"base in the plan {path} is {base!r}: write the name of another plan, or leave it out")
+    before = _with_base(Path(base), (*above, path)) if base else {"cells": {}, "of_base": frozenset()}
+    named = {**OPTIONAL, **before, **own}
+    _require_names({name: value for name, value in named.items() if name != "of_base"}, path)
+    rates = named["learning_rates"]
+    mapping = _mapping({"cells": {}, **own}, "cells")
+    twice = next((name for name in mapping if name in before["cells"]), None)
+    if twice is not None:
+        raise UserError(f"the plan {path} has a cell {twice}, and so has its base {base}: give it another name")
+    cells = {str(name): _cell(str(name), settings, rates) for name, settings in mapping.items()}
+    return {**named, "cells": {**before["cells"], **cells}, "of_base": frozenset(before["cells"])}
 
 
 def read_recipe(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from agsel.train import default_settings
 from agsel.training.data import load_data, require_data
 from agsel.training.settings import Settings, read_settings
 from tools.comparison.overlaps import said_of_overlaps
-from tools.comparison.plan import Cell, Part, Plan, Run, words_of
+from tools.comparison.plan import PARTS, Cell, Part, Plan, Run, words_of
 from tools.comparison.plan_file import OF_THE_PLAN
 
 NOT_OF_A_CELL = {
@@ -81,9 +81,10 @@ def _require_rates(plan: Plan) -> None:
         folders = {f"{rate:g}" for rate in cell.learning_rates}
         if not all(0 < rate < math.inf for rate in cell.learning_rates) or len(folders) < len(cell.learning_rates):
             raise UserError(f"cell {cell.name}: learning_rates must be different numbers above 0, in six digits")
-    tries = Counter(len(cell.learning_rates) for cell in plan.cells.values())
+    own = [cell for cell in plan.cells.values() if cell.name not in plan.of_base]
+    tries = Counter(len(cell.learning_rates) for cell in own)
     if len(tries) > 1:
-        listed = ", ".join(f"{cell.name} {len(cell.learning_rates)}" for cell in plan.cells.values())
+        listed = ", ".join(f"{cell.name} {len(cell.learning_rates)}" for cell in own)
         raise UserError(f"cells have unequally many learning_rates ({listed}): a fair choice gives each as many tries")
 
 
@@ -93,7 +94,8 @@ def _require_parts(plan: Plan) -> None:
             "the plan has no validation part, and learning rates are to be chosen: add `validation: {dataset: ..., "
             "dataset_split: ...}` with rows that are not in the test part, or give each cell one rate"
         )
-    for part, flags in {"evaluate": plan.evaluate, "validation": plan.validation, "test": plan.test}.items():
+    for part in ("evaluate", *PARTS):
+        flags = getattr(plan, part)
         for name, why in OF_THE_RUNS.items():
             if name in flags:
                 raise UserError(f"{part}: {why}: leave out {name}")
@@ -144,12 +146,12 @@ def _resolve(cell: Cell, plan: Plan, shared: Path) -> _Resolved:
     with said_of(f"cell {cell.name}"):
         settings = _train_settings(cell, plan, shared)
         require_data(settings.values, settings.group(Fields))
-        parts: list[Part] = ["validation", "test"] if plan.validation else ["test"]
-        tasks = [_require_evaluation(plan, run, part) for part in parts]
-        if len({(task.source.name, task.source.split, task.source.config) for task in tasks}) < len(tasks):
+        tasks = {part: _require_evaluation(plan, run, part) for part in plan.parts}
+        own = [tasks[part].source for part in plan.parts if part != "other"]
+        if len({(source.name, source.split, source.config) for source in own}) < len(own):
             raise UserError("validation and test are the same rows: the test part must not choose the learning rate")
         rows = {"the training data": load_data(settings.values, settings.group(Fields)).train}
-        for part, task in zip(parts, tasks, strict=True):
+        for part, task in tasks.items():
             with said_of(f"the {part} part"):
                 rows[f"the {part} part"], _ = read_rows(task.source, task.fields)
     return _Resolved(settings.values, rows)

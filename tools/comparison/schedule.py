@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -43,32 +44,47 @@ class Schedule:
     Args:
         places: where runs take place.
         runs_per_place: at once, at most.
+        until: of the monotonic clock, when all must have ended: what would take longer does not begin.
+
+    Attributes:
+        left: tasks for which there was no time.
     """
 
-    def __init__(self, places: Sequence[Place], runs_per_place: int) -> None:
+    def __init__(self, places: Sequence[Place], runs_per_place: int, until: float = math.inf) -> None:
+        self.left: list[Task] = []
+        self._until = until
+        self._seconds: dict[str, float] = {}
         self._places = places
         self._slots = range(runs_per_place)
         self._peaks: dict[str, float] = {}
         self._alone: set[Run] = set()
 
     def note(self, record: Record) -> None:
-        """Remember how much memory a run of this cell needs."""
+        """Remember how much memory and time a run of this cell needs."""
+        cell, seconds = record["cell"], record.get("seconds", 0.0)
+        if not record["error"]:
+            self._seconds[cell] = max(seconds, self._seconds.get(cell, 0.0))
         peak = (record.get("result") or {}).get("peak_reserved_bytes")
         if peak is not None:
             self._peaks[record["cell"]] = max(peak + CONTEXT_BYTES, self._peaks.get(record["cell"], 0.0))
 
-    def perform(self, tasks: Sequence[Task], work: Perform) -> Iterator[Outcome]:
-        """Do all tasks, and say of each when it is done.
+    def perform(self, tasks: Sequence[Task], work: Perform, stop: Callable[[], None]) -> Iterator[Outcome]:
+        """Do all tasks for which there is time, and say of each when it is done.
 
         Args:
             tasks: in this order, where memory allows.
             work: does one in a slot of a place, in a thread of its own.
+            stop: ends those that go on when the time is up; they come to an end as tasks that are left.
         """
         waiting = list(tasks)
         running: dict[Future[Record], tuple[Task, Place, int, float]] = {}
         with ThreadPoolExecutor(max_workers=len(self._places) * len(self._slots)) as pool:
             while waiting or running:
                 for task in list(waiting):
+                    if time.monotonic() + self._expected(task.run) > self._until:
+                        waiting.remove(task)
+                        self.left.append(task)
+                        continue
                     found = self._find(task.run)
                     if found is not None:
                         waiting.remove(task)
@@ -76,7 +92,15 @@ class Schedule:
                         place.running[slot] = task.run
                         running[pool.submit(work, task, place, slot)] = (task, place, slot, time.monotonic())
                 at_once = len(running)
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                patience = None if self._until == math.inf else max(0.0, self._until - time.monotonic())
+                ended = wait(running, patience, FIRST_COMPLETED).done if running else ()
+                if running and not ended:
+                    stop()
+                    ended = wait(running).done
+                    self.left += [running[future][0] for future in ended if future.result()["error"]]
+                    ended = {future for future in ended if not future.result()["error"]}
+                    running = {future: running[future] for future in ended}
+                for future in ended:
                     task, place, slot, begun = running.pop(future)
                     record = future.result()
                     self.note(record)
@@ -85,6 +109,10 @@ class Schedule:
                         waiting.append(task)
                     else:
                         yield Outcome(task, record, time.monotonic() - begun, at_once)
+
+    def _expected(self, run: Run) -> float:
+        """Seconds: the longest of its cell so far, else of all; a guess, 0, for the first run of all."""
+        return self._seconds.get(run.cell, 0.0 if run.is_untrained else max(self._seconds.values(), default=0.0))
 
     def _find(self, run: Run) -> tuple[Place, int] | None:
         """The emptiest place with room for a run, and a free slot there."""

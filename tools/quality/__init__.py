@@ -1,0 +1,1 @@
+"""The quality study: its second task, and what came of its runs."""

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import distributed
 
-from tests.distributed import free_port
+from tests.distributed import OF_A_RANK, free_port
 
+OF_A_RUN = (*OF_A_RANK, "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "ACCELERATE_USE_DEEPSPEED")
+"""Variables by which a launcher or a library tells a process that it is a rank."""
 ASKED_FOR = {"slow": "run it with `bash tools/test.sh --slow`", "cluster": "run it with `bash tools/cluster_test.sh`"}
 """How to ask for the tests with a marker."""
 
@@ -29,6 +31,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             for item in items:
                 if item.get_closest_marker(marker):
                     item.add_marker(pytest.mark.skip(reason=f"{marker}: {how}"))
+
+
+def of_a_run() -> dict[str, str]:
+    return {name: os.environ[name] for name in OF_A_RUN if name in os.environ}
+
+
+BEFORE_ALL_TESTS = of_a_run()
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left_behind() -> Iterator[None]:
+    """A test that makes a rank of this process says so by failing, and not all that come after it."""
+    yield
+    left = of_a_run()
+    for name in OF_A_RUN:
+        os.environ.pop(name, None)
+    os.environ.update(BEFORE_ALL_TESTS)
+    assert left == BEFORE_ALL_TESTS, "use the fixture untouched_environment"
 
 
 @pytest.fixture

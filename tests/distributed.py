@@ -72,9 +72,9 @@ def _run(words: Sequence[object], port: int, timeout: float, env: dict[str, str]
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
-def launch_worker(script: str | Path, *arguments: object, ranks: int = RANKS, timeout: float = PATIENCE) -> str:
-    """Like `launch`, for a script that must succeed. Returns its output."""
-    result = launch(script, *arguments, ranks=ranks, timeout=timeout)
+def run_ranks(script: str | Path, *arguments: object, ranks: int = RANKS, timeout: float = PATIENCE) -> str:
+    """Like `start_ranks`, for a script that must succeed. Returns its output."""
+    result = start_ranks(script, *arguments, ranks=ranks, timeout=timeout)
     assert result.returncode == 0, result.stdout[-6000:]
     return result.stdout
 

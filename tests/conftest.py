@@ -14,6 +14,7 @@ from torch import distributed
 
 from tests.distributed import OF_A_RANK, free_port
 
+torch.set_num_threads(1)  # more would wait for each other, busily, where other tests use the cores
 OF_A_RUN = (*OF_A_RANK, "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE", "ACCELERATE_USE_DEEPSPEED")
 """Variables by which a launcher or a library tells a process that it is a rank."""
 ASKED_FOR = {"slow": "run it with `bash tools/test.sh --slow`", "cluster": "run it with `bash tools/cluster_test.sh`"}
@@ -64,12 +65,9 @@ def one_rank(untouched_environment: None, monkeypatch: pytest.MonkeyPatch) -> It
     import deepspeed
 
     monkeypatch.setenv("LOCAL_RANK", "0")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # they would wait for each other where other tests use the cores
     monkeypatch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)  # of the test before, whose group is destroyed
     monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # ZeRO-3 replaces it for ever
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
     deepspeed.init_distributed("gloo", verbose=False)
     yield
     distributed.destroy_process_group()
-    torch.set_num_threads(threads)

@@ -24,7 +24,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from tests.distributed import RANKS, launch
+from tests.distributed import RANKS, start_ranks
 
 NAMES = "cases.json"
 """File by which a launch tells which cases it began with."""
@@ -79,7 +79,6 @@ def run_cases(cases: dict[str, Callable[[], Any]]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--cases", nargs="*", default=list(cases))
-    parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     on_gpu = get_accelerator().device_name() == "cuda"
     if on_gpu:
@@ -96,10 +95,11 @@ def run_cases(cases: dict[str, Callable[[], Any]]) -> None:
         _save(result, _file(arguments.output, name, rank))
         if isinstance(result, Failed):
             print(f"case {name} on rank {rank}: {result.story}", flush=True)
-            os._exit(1)  # the launcher ends the other ranks, which may be waiting for this one
+            os._exit(1)  # start_ranks.py ends the other ranks, which may be waiting for this one
         if rank == 0:
             print(f"case {name}: {time.perf_counter() - start:.1f} s", flush=True)
         gc.collect()
+        gc.freeze()  # what is still there stays: it was searched after every case, and by DeepSpeed for every engine
         torch.distributed.barrier()
 
 
@@ -137,7 +137,7 @@ def _launch_once(script: str | Path, output: Path, cases: Sequence[str] | None, 
     """What the launch printed."""
     chosen = [] if cases is None else ["--cases", *cases]
     try:
-        return launch(script, "--output", output, *chosen, ranks=ranks).stdout
+        return start_ranks(script, "--output", output, *chosen, ranks=ranks).stdout
     except subprocess.TimeoutExpired as error:
         return f"{error.output}\nnot at its end after {error.timeout:g} s"
 

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -37,10 +38,23 @@ def launch(
     deepspeed = shutil.which("deepspeed", path=environment()["PATH"])
     assert deepspeed is not None, "the deepspeed command is not installed"
     port = free_port()
-    command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port), str(script)]
+    return _run([deepspeed, "--num_gpus", ranks, "--master_port", port, script, *arguments], port, timeout, env or {})
+
+
+def start_ranks(
+    script: str | Path, *arguments: object, ranks: int = RANKS, timeout: float = PATIENCE
+) -> subprocess.CompletedProcess[str]:
+    """Like `launch`, for a script which is not about its launcher: the `deepspeed` command takes seconds to start."""
+    port = free_port()
+    command = [sys.executable, REPOSITORY / "tests" / "start_ranks.py", ranks, port, script, *arguments]
+    return _run(command, port, timeout, {})
+
+
+def _run(words: Sequence[object], port: int, timeout: float, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = list(map(str, words))
     process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        env=environment() | (env or {}),
+        command,
+        env=environment() | env,
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -58,9 +72,9 @@ def launch(
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
-def launch_worker(script: str | Path, *arguments: object, ranks: int = RANKS, timeout: float = PATIENCE) -> str:
-    """Like `launch`, for a script that must succeed. Returns its output."""
-    result = launch(script, *arguments, ranks=ranks, timeout=timeout)
+def run_ranks(script: str | Path, *arguments: object, ranks: int = RANKS, timeout: float = PATIENCE) -> str:
+    """Like `start_ranks`, for a script that must succeed. Returns its output."""
+    result = start_ranks(script, *arguments, ranks=ranks, timeout=timeout)
     assert result.returncode == 0, result.stdout[-6000:]
     return result.stdout
 

@@ -1,6 +1,6 @@
 """Train with `launch/train.py` and save the logits of the model in memory, to be compared with the exported one.
 
-    deepspeed --num_gpus 2 tests/export_worker.py FOLDER --setting value ...
+    python tests/start_ranks.py 2 PORT tests/export_worker.py FOLDER --setting value ...
 
 trains FOLDER/tied and FOLDER/untied into FOLDER/run-tied and FOLDER/run-untied, and writes `logits.pt` into those.
 """
@@ -29,6 +29,6 @@ def export(folder: Path, name: str, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    folder, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    folder, *arguments = sys.argv[1:]
     for name in ("tied", "untied"):
         export(Path(folder), name, arguments)

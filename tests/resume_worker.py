@@ -1,6 +1,6 @@
 """Train with `launch/train.py` to the end, then again from some of its checkpoints, one resume after the other.
 
-    deepspeed --num_gpus 2 tests/resume_worker.py FOLDER STEP,STEP,... --setting value ...
+    python tests/start_ranks.py 2 PORT tests/resume_worker.py FOLDER STEP,STEP,... --setting value ...
 
 FOLDER/model and FOLDER/rows.jsonl are trained into FOLDER/whole, which keeps a checkpoint of every step. Then
 FOLDER/after-STEP goes on from that step of the run before it, in this order.
@@ -24,7 +24,7 @@ def run(folder: Path, name: str, arguments: list[str]) -> Path:
 
 
 if __name__ == "__main__":
-    folder, steps, *arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    folder, steps, *arguments = sys.argv[1:]
     if get_accelerator().device_name() == "cuda":
         torch.use_deterministic_algorithms(True)
     before = run(Path(folder), "whole", arguments)

@@ -21,7 +21,7 @@ from agsel.evaluation.answers import NUMBER
 from agsel.evaluation.loading import load_model
 from agsel.evaluation.measures import generate, token_losses
 from agsel.evaluation.questions import encode_example
-from tests.distributed import REPOSITORY, environment, launch
+from tests.distributed import REPOSITORY, environment, launch, run_ranks
 from tests.evaluation.loops import loop_of_losses, loop_of_texts
 from tools import arithmetic
 
@@ -133,9 +133,7 @@ def test_a_killed_evaluation_goes_on(by_one: Path, model: Path, rows: Path, text
     done = kept.read_text().count("\n")
     assert done >= 1
     assert not output.exists(), "it had ended before it was killed"
-    result = launch("launch/evaluate.py", *words)
-    assert result.returncode == 0, result.stdout
-    said = re.search(r"goes on   (\d+) of (\d+) batches", result.stdout)
+    said = re.search(r"goes on   (\d+) of (\d+) batches", run_ranks("launch/evaluate.py", *words))
     assert said is not None
     assert done <= int(said[1]) < int(said[2])
     assert output.read_text() == by_one.read_text()
@@ -181,8 +179,7 @@ def test_the_harness_gives_the_same_verdicts(model: Path, tmp_path: Path) -> Non
     (tmp_path / "other.yaml").write_text(other)
     harness = f"{tmp_path / 'same.yaml'},{tmp_path / 'other.yaml'}"
     words = ["--model", model, "--tasks", "gsm8k", "--dataset", rows, "--max_new_tokens", NEW_TOKENS]
-    result = launch("launch/evaluate.py", *words, "--lm_eval", harness, "--output", tmp_path / "results.json")
-    assert result.returncode == 0, result.stdout
+    run_ranks("launch/evaluate.py", *words, "--lm_eval", harness, "--output", tmp_path / "results.json")
     found = json.loads((tmp_path / "results.json").read_text())
     same, others = found["lm_eval"]["gsm8k_local"], found["lm_eval"]["other"]
     assert (same["compared"], same["differences"]) == (200, [])

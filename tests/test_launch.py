@@ -29,7 +29,7 @@ from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory, pictures
 from agsel.monitor.history import read_lines
 from agsel.training.chosen_elements import FILE
 from agsel.training.curves import PICTURES
-from tests.distributed import REPOSITORY, environment, free_port, launch
+from tests.distributed import REPOSITORY, environment, free_port, launch, run_ranks
 from tests.tiny import tiny_batch
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
 
@@ -43,7 +43,7 @@ BAD_INPUT = (
     *REFUSED_ZERO_SETTINGS,
     *("fraction", "unknown", "model", "file", "empty", "field", "row", "masked", "messages", "split", "stage"),
     *("optimizer", "optim", "reentrant", "yaml", "output", "earlier run", "encoder", "bitsandbytes"),
-    *("no template", "no prefix", "unread", "no module", "no policy"),
+    *("no template", "no prefix", "unread", "no module", "no policy", "earlier checkpoint"),
 )
 LAYERS = [f"layers.{index}" for index in range(4)]
 TEXTS = ("plan", "configuration", "environment")
@@ -223,6 +223,7 @@ def test_the_run_folder_tells_which_blocks_were_trained(parts: tuple[Path, Path]
     assert changed == {layer for layer, count in report["counts"].items() if count}
 
 
+@pytest.mark.slow  # tests/test_preemption.py resumes with it, in the same folder
 def test_resuming_with_the_written_configuration_gives_the_same_model(
     two_ranks: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -297,8 +298,7 @@ def test_the_exported_model_reloads_to_equal_logits(stage: int, tmp_path: Path) 
     (tmp_path / "zero.json").write_text(json.dumps(zero))
     choices = {"deepspeed": tmp_path / "zero.json", "bf16": stage == 2, "select_blocks": "all", "method": "random"}
     arguments = [text for name, value in choices.items() for text in (f"--{name}", str(value).lower())]
-    result = launch(REPOSITORY / "tests" / "export_worker.py", tmp_path, *arguments)
-    assert result.returncode == 0, result.stdout[-6000:]
+    run_ranks(REPOSITORY / "tests" / "export_worker.py", tmp_path, *arguments)
     for name in ("tied", "untied"):
         folder = tmp_path / f"run-{name}" / "model"
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -327,6 +327,12 @@ def test_an_error_is_written_in_one_piece() -> None:
 def earlier_run(folder: Path) -> Path:
     (folder / "earlier run" / "model").mkdir(parents=True)
     return folder / "earlier run"
+
+
+def earlier_checkpoint(folder: Path) -> Path:
+    (folder / "earlier checkpoint" / "checkpoint-654").mkdir(parents=True)
+    (folder / "earlier checkpoint" / "config.yaml").write_text("of the earlier run\n")
+    return folder / "earlier checkpoint"
 
 
 def encoder(folder: Path) -> Path:
@@ -378,6 +384,7 @@ def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[
         "yaml": ({"config": tmp_path / "nowhere.yaml"}, "nowhere.yaml (--config)"),
         "output": ({"output_dir": empty / "run"}, "cannot make the run folder (--output_dir)"),
         "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds the model of an earlier run"),
+        "earlier checkpoint": ({"output_dir": earlier_checkpoint(tmp_path)}, "checkpoint-654 of an earlier run"),
         "encoder": ({"model_name_or_path": encoder(tmp_path / "encoder")}, "is a BertForMaskedLM, which generates no"),
         "bitsandbytes": ({"load_in_4bit": True}, "bitsandbytes"),
         "unread": ({"epsilon_start": 0.5, "method": "topk"}, "topk does not read --epsilon_start: leave it out"),
@@ -397,12 +404,17 @@ def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[
 
 
 @pytest.fixture(scope="module")
-def refused(parts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any]]:
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all that is refused."""
+    return tmp_path_factory.mktemp("refused")
+
+
+@pytest.fixture(scope="module")
+def refused(parts: tuple[Path, Path], refusals: Path) -> dict[str, tuple[str, Any]]:
     """For each case the words, and the outcome. One process for all of them."""
-    folder = tmp_path_factory.mktemp("refused")
-    expected = bad_input(parts, folder)
-    cases = {name: settings(*parts, folder / name, **changed) for name, (changed, _) in expected.items()}
-    outcomes = several_runs(folder, cases)
+    expected = bad_input(parts, refusals)
+    cases = {name: settings(*parts, refusals / name, **changed) for name, (changed, _) in expected.items()}
+    outcomes = several_runs(refusals, cases)
     return {name: (words, outcomes[name]) for name, (_, words) in expected.items()}
 
 
@@ -420,6 +432,14 @@ def test_all_bad_input_is_tried(refused: dict[str, Any]) -> None:
     assert set(refused) == set(BAD_INPUT)
 
 
+@pytest.mark.usefixtures("refused")
+def test_a_new_run_does_not_take_over_the_folder_of_another(refusals: Path) -> None:
+    folder = refusals / "earlier checkpoint"
+    assert (folder / "config.yaml").read_text() == "of the earlier run\n"
+    assert {path.name for path in folder.iterdir() if path.name != "logs"} == {"checkpoint-654", "config.yaml"}
+
+
+@pytest.mark.slow  # tests/test_run_faults.py proves it of a damaged checkpoint
 def test_all_ranks_end_with_one_message(parts: tuple[Path, Path], tmp_path: Path) -> None:
     result = launch(TRAIN, *settings(*parts, tmp_path, max_length=3), timeout=120)
     assert result.returncode != 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agsel.runs.checkpoints import Manifest
-from tests.distributed import REPOSITORY, launch_worker
+from tests.distributed import REPOSITORY, run_ranks
 from tests.tiny_run import save_model, save_rows
 
 ON_GPU = torch.cuda.is_available()
@@ -71,7 +71,7 @@ def train_and_resume(folder: Path, stage: int, method: str) -> Path:
         "logging_steps": 1,
     }
     arguments = [str(text) for name, value in chosen.items() for text in (f"--{name}", value)]
-    launch_worker("tests/resume_worker.py", folder, ",".join(map(str, CUTS)), *arguments)
+    run_ranks("tests/resume_worker.py", folder, ",".join(map(str, CUTS)), *arguments)
     return folder
 
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import agsel
 from agsel.training import add_selection, attachment
-from tests.distributed import REPOSITORY, launch_worker
+from tests.distributed import REPOSITORY, run_ranks
 from tests.tiny import tiny_batch, tiny_model
 from tests.tiny_run import save_model
 
@@ -25,7 +25,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of the worker, and what it printed."""
     folder = tmp_path_factory.mktemp("trainers")
     save_model(folder / "model")
-    return folder, launch_worker(REPOSITORY / "tests" / "trainer_worker.py", folder)
+    return folder, run_ranks(REPOSITORY / "tests" / "trainer_worker.py", folder)
 
 
 def test_a_plain_trainer_trains_the_selected_blocks_with_its_own_settings(worker: tuple[Path, str]) -> None:

@@ -20,8 +20,8 @@ from tests.distributed import (
     environment,
     free_port,
     kill_session,
-    launch_worker,
     remove_shared_memory,
+    run_ranks,
 )
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
 from tests.watchdog_worker import SECONDS
@@ -138,7 +138,7 @@ def test_one_of_many_ranks_speaks_after_the_job_was_suspended(stopped: list[int]
 
 @pytest.mark.slow
 def test_a_slow_rank_and_one_that_has_finished_are_left_alone() -> None:
-    output = launch_worker(WORKER, "slow")
+    output = run_ranks(WORKER, "slow")
     assert output.count("finished") == 2
     assert output.count("gave up waiting") == 1, "the other limit, for ranks that live but do not come"
     assert "agsel: error:" not in output

@@ -2,7 +2,7 @@
 
 And to TRL's with adapters at ZeRO-3, without and with gradient checkpointing.
 
-    deepspeed --num_gpus 2 tests/trainer_worker.py FOLDER
+    python tests/start_ranks.py 2 PORT tests/trainer_worker.py FOLDER
 
 FOLDER/model is there. Writes FOLDER/result.json and FOLDER/adapters-*.json on the first rank.
 """

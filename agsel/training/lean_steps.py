@@ -8,13 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import Trainer
-from trl import SFTTrainer
 from trl.trainer import utils as trl_utils
 
 from agsel.runs.trainer import ResumableTrainer
 
 RELIES_ON = {
-    SFTTrainer: ("log",),
     Trainer: ("_run_epoch", "_maybe_log_save_evaluate"),
     trl_utils: ("add_fused_lm_head",),
 }

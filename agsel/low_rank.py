@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-RELIES_ON = {Linear: ("forward",)}
-"""Of which `FusedLinear.forward` is the common case."""
-
 
 class FusedLinear(Linear):
     """PEFT's linear layer with LoRA adapters; made from one by `agsel.adapters.fuse_adapters`.

@@ -28,6 +28,7 @@ BELOW = {
     "agsel.compilation",
     "agsel.elements",
     "agsel.policies",
+    "agsel.recomputation",
     "agsel.zero",
 }
 TRAINERS = {"accelerate", "datasets", "deepspeed", "numpy", "torch", "transformers", "trl"}
@@ -52,6 +53,7 @@ FLOORS = {
     "agsel/shipped.py": set(),
     "agsel/upstream.py": {"agsel.errors"},
     "agsel/blocks.py": {"agsel.errors", "torch"},
+    "agsel/recomputation.py": {"torch"},
     "agsel/low_rank.py": {"torch", "peft"},
     "agsel/adapters.py": {"agsel.errors", "agsel.low_rank", "agsel.upstream", "torch", "peft"},
     "agsel/modes.py": {"torch", "transformers"},
@@ -68,6 +70,7 @@ FLOORS = {
         "agsel.elements",
         "agsel.modes",
         "agsel.policies",
+        "agsel.recomputation",
         "deepspeed",
         "psutil",
         "torch",

@@ -14,6 +14,7 @@ from agsel.adapters import fuse_adapters
 from agsel.blocks import Block, decoder_layers, find_blocks
 from agsel.errors import UserError
 from agsel.policies import Policy
+from agsel.recomputation import recompute_inputs
 from agsel.zero import guards, universal
 from agsel.zero.consensus import require_equal_settings
 from agsel.zero.engine import SelectiveEngine
@@ -119,6 +120,7 @@ def attach(
     engine.selection = selection
     selection.adopt_states()
     engine.hooks = selection.timetable.watch(engine, blocks) + optimizer.watch(engine)
+    engine.hooks += recompute_inputs(decoder_layers(engine.module))
     selection.plan_step()
     return selection
 

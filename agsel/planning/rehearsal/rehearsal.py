@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
+from agsel.blocks import decoder_layers
 from agsel.compilation import compile_layers
 from agsel.errors import one_line
 from agsel.planning.rehearsal.choice import Choosing, ChoosingPartitioned
@@ -23,6 +24,7 @@ from agsel.planning.rehearsal.kernels import gpu_kernels, loss_kernels
 from agsel.planning.rehearsal.ledger import Ledger
 from agsel.planning.rehearsal.trace import Trace
 from agsel.planning.rehearsal.workload import Step, Workload
+from agsel.recomputation import recompute_inputs
 
 
 class CannotRehearseError(Exception):
@@ -92,12 +94,16 @@ class Rehearsal:
                 self._micro_batch()
         self._ledger.clear()
         rank = self._kind_of_rank(step)(self._model, self._workload, step, self._ledger)
+        recomputes = not (step.stock or step.choosing)
+        handles = recompute_inputs(decoder_layers(self._model)) if recomputes else []
         with rank.hooks(), self._ledger:
             rank.begin()
             self._micro_batch()
             rank.finish()
             self._ledger.phase = "step"
             rank.update()
+        for handle in handles:
+            handle.remove()
         return Peak(dict(self._ledger.peak), self._ledger.flops, self._ledger.trace)
 
     def _kind_of_rank(self, step: Step) -> type[Rank]:

@@ -41,7 +41,7 @@ class FusedLinear(Linear):
         (name,) = self.active_adapters
         if name not in self.lora_A or name in self.lora_variant or self.lora_bias[name]:
             return False
-        if type(self.base_layer) is not nn.Linear or torch.is_autocast_enabled(inputs.device.type):
+        if type(self.base_layer) is not nn.Linear or _is_autocast(inputs):
             return False
         dropout, modules = self.lora_dropout[name], (self.base_layer, self.lora_A[name], self.lora_B[name])
         drops = self.training and getattr(dropout, "p", 0) > 0
@@ -49,6 +49,10 @@ class FusedLinear(Linear):
         weights = [weight for module in modules for weight in module.parameters()]
         trains_base = any(weight.requires_grad for weight in self.base_layer.parameters())
         return not (drops or is_hooked or trains_base) and all(weight.dtype == inputs.dtype for weight in weights)
+
+
+def _is_autocast(inputs: Tensor) -> bool:
+    return not inputs.is_meta and torch.is_autocast_enabled(inputs.device.type)
 
 
 def _is_less_folded(inputs: Tensor, weight: Tensor) -> bool:

@@ -138,8 +138,11 @@ def _unpack(packed: Callable[[], Tensor]) -> Tensor:
 
 
 def _can_recompute(module: nn.Module) -> bool:
-    """Whether it has a last product and others, and its forward has one argument."""
-    if not isinstance(getattr(module, LAST, None), nn.Module) or not _first_products(module):
+    """Whether it has a last product of two others, and its forward has one argument.
+
+    Of a single one before, the halves may be copied, or the function of it kept: its output is then not kept anyway.
+    """
+    if not isinstance(getattr(module, LAST, None), nn.Module) or len(_first_products(module)) != 2:
         return False
     return len(inspect.signature(module.forward).parameters) == 1
 

@@ -114,7 +114,7 @@ def _is_same(made: Tensor, kept: Tensor) -> bool:
     return made.shape == kept.shape and (kept.is_meta or bool(made.equal(kept)))
 
 
-def _pack(made: int, make: Callable[[], Tensor], last: nn.Module, tensor: Tensor) -> Callable[[], Tensor]:
+def _pack(made: tuple[int, int], make: Callable[[], Tensor], last: nn.Module, tensor: Tensor) -> Callable[[], Tensor]:
     """In place of a tensor that the last product saves, what returns it in the backward."""
     if _memory_of(tensor) == made:
         return partial(_view_of, make, tensor.shape, tensor.stride())
@@ -124,9 +124,12 @@ def _pack(made: int, make: Callable[[], Tensor], last: nn.Module, tensor: Tensor
     return partial(_given_back, tensor)
 
 
-def _memory_of(tensor: Tensor) -> int:
-    """Equal for all views of it; on the meta device, too, where there are no addresses."""
-    return tensor.untyped_storage()._cdata
+def _memory_of(tensor: Tensor) -> tuple[int, int]:
+    """Equal for other shapes of it, but not for others in the same memory, as ZeRO's flat weights are.
+
+    On the meta device, too, where there are no addresses.
+    """
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _view_of(make: Callable[[], Tensor], shape: torch.Size, stride: tuple[int, ...]) -> Tensor:

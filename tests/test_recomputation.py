@@ -123,6 +123,20 @@ def test_adapters_and_elements(make: Callable[[], Any]) -> None:
     assert not any(kept_inputs(model))
 
 
+@pytest.mark.parametrize("make", [adapted_model, lambda: adapted_model(dora=True), lambda: model_of("llama")])
+def test_weights_may_lie_in_one_piece_of_memory(make: Callable[[], Any]) -> None:
+    """As ZeRO 1 and 2 lay them."""
+    model = make()
+    for layer in decoder_layers(model):
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        flat = torch.cat([parameter.detach().flatten() for parameter in trained])
+        for parameter, piece in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+            parameter.data = piece.view(parameter.shape)
+    expected = gradients(model)
+    recompute_inputs(decoder_layers(model))
+    assert_same(gradients(model), expected)
+
+
 def fuse(model: Any) -> Any:
     fuse_adapters(decoder_layers(model))
     return model

@@ -129,7 +129,7 @@ def _memory_of(tensor: Tensor) -> tuple[int, int]:
 
     On the meta device, too, where there are no addresses.
     """
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _view_of(make: Callable[[], Tensor], shape: torch.Size, stride: tuple[int, ...]) -> Tensor:

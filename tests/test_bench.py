@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from agsel.planning.flops import flops_per_token
 from agsel.planning.shapes import MODEL_SHAPES
@@ -139,7 +139,7 @@ def test_skipped_steps_are_no_measurement(tmp_path: Path) -> None:
 
 
 def test_profiles_are_of_the_training_step(folder: Path) -> None:
-    profile = (folder / "profile-tiny-ZeRO-2-2x16-2ranks-exploit.txt").read_text()
+    profile = (folder / "profile-tiny-ZeRO-2-2-x-16-2-ranks-exploit.txt").read_text()
     assert "selective_step.py" in profile
     assert "Ordered by: cumulative time" in profile
     assert "Ordered by: internal time" in profile
@@ -207,6 +207,12 @@ def test_flops_are_those_that_torch_counts() -> None:
     assert counter.get_total_flops() == expected + rotary_table
 
 
+def test_the_arithmetic_of_layers_that_are_no_linear_ones_counts() -> None:
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=97))
+    products = 2 * 12 * 16**2 + 97 * 16
+    assert flops_per_token(model, 8) == 6 * products + 6 * 2 * 16 * 8
+
+
 def test_options_multiply_and_what_a_method_ignores_is_measured_once() -> None:
     options = {"models": "tiny", "stages": [2, 3], "methods": ["full", "exploit"], "fractions": [0.1, 0.2]}
     configurations = expand([options, options | {"liger": "loss", "stages": 2, "methods": "bound"}])
@@ -260,7 +266,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 72
+    assert len(configurations) == 90
     assert {configuration.method for configuration in configurations} == set(METHODS)
 
 
@@ -501,7 +507,7 @@ def test_the_plan_of_the_scaling_table_is_one() -> None:
 def test_what_a_method_is_follows_from_its_entry() -> None:
     """Only launch/train.py builds an engine of its own, and it takes a policy; so do all that move states."""
     assert [name for name, method in METHODS.items() if method.start is None] == ["trainer"]
-    over_adapters = ["exploit-lora-256", "ist-lora-256"]
+    over_adapters = ["exploit-lora-256", "exploit-lora-256-folded", "ist-lora-256"]
     over_elements = ["elements", "exploit-elements"]
     moving = ["fixed", "exploit", "explore", "topk", "lisa", "agsel-badam", *over_adapters, *over_elements, "trainer"]
     assert [name for name, method in METHODS.items() if method.moves_states] == moving

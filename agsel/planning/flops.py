@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def flops_per_token(model: nn.Module, sequence: int) -> float:
@@ -13,7 +14,8 @@ def flops_per_token(model: nn.Module, sequence: int) -> float:
     matrices are left out, so that all methods are measured against the same arithmetic.
     """
     config: Any = model.config
-    linear = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "lora_" not in name]
-    weights = sum(module.in_features * module.out_features for module in linear)
+    modules = [module for name, module in model.named_modules() if "lora_" not in name]
+    weights = sum(module.in_features * module.out_features for module in modules if isinstance(module, nn.Linear))
+    weights += sum(module.nx * module.nf for module in modules if isinstance(module, Conv1D))
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 6.0 * (weights + config.num_hidden_layers * config.num_attention_heads * head_size * sequence)

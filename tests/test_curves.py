@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,25 @@ def test_settings_stand_beside_losses_and_accuracies(tmp_path: Path) -> None:
     experiment = HParamsPluginData.FromString(metadata.plugin_data.content).experiment
     assert {metric.name.tag for metric in experiment.metric_infos} == {"train/loss", "eval/gsm8k_accuracy"}
     assert {setting.name for setting in experiment.hparam_infos} == {"seed", "method", "elements"}
+
+
+def test_norms_are_of_every_step_whatever_is_logged(tmp_path: Path) -> None:
+    """And not once more of those before a resume."""
+    history = SelectionHistory(("a", "b"))
+    history.add(1, "explore", ["a"], {"a": 1.0, "b": 2.0})
+    curves, arguments = Curves(lambda: history), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    curves.logging_dir = str(tmp_path)
+    curves.on_train_begin(arguments, ON_FIRST_RANK, TrainerControl())
+    history.add(2, "explore", ["b"], {"a": 3.0, "b": 4.0})
+    history.add(3, "exploit", ["b"], {"b": 5.0})
+    history.add(4, "skipped", [], {"a": math.inf, "b": 6.0})
+    state = TrainerState(is_world_process_zero=True, global_step=4)
+    curves.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0, "block_norm/b": 6.0})
+    history.add(5, "exploit", ["a"], {"a": 7.0})
+    state.global_step = 5
+    curves.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0})
+    found = {name: [(e.step, e.value) for e in events_in(tmp_path).Scalars(f"block_norm/{name}")] for name in "ab"}
+    assert found == {"a": [(2, 3), (5, 7)], "b": [(2, 4), (3, 5), (4, 6)]}
 
 
 def test_only_the_callback_of_the_trainer_itself_is_replaced(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from agsel.monitor.history import METRICS, SELECTION, STARTS, SelectionHistory, StepLines
 from agsel.monitor.status import block_ranges, count_levels, duration, has_results_of_tasks, status_line
-from agsel.monitor.tensorboard import LAYOUT, normalised_entropy, selection_scalars, tag_of
+from agsel.monitor.tensorboard import LAYOUT, NORM, normalised_entropy, selection_scalars, tag_of
 
 __all__ = [
     "LAYOUT",
     "METRICS",
+    "NORM",
     "SELECTION",
     "STARTS",
     "SelectionHistory",

@@ -4,6 +4,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+NORM = "block_norm/"
+"""Before the name of a block: its gradient norm."""
 LAYOUT: dict[str, dict[str, Any]] = {
     "train": {
         "loss": ["Multiline", ["train/loss", "eval/loss"]],
@@ -24,7 +26,7 @@ LAYOUT: dict[str, dict[str, Any]] = {
         "exploring": ["Multiline", ["selection/explored", "selection/epsilon"]],
         "entropy of the counts": ["Multiline", ["selection/entropy"]],
         "blocks": ["Multiline", ["selection/blocks", "selection/lowest_block"]],
-        "gradient norms of blocks": ["Multiline", ["block_norm/.*"]],
+        "gradient norms of blocks": ["Multiline", [f"{NORM}.*"]],
     },
 }
 """For TensorBoard's page of custom scalars: groups in the order in which people read them."""
@@ -65,7 +67,7 @@ def selection_scalars(
         scalars["selection/epsilon"] = epsilon
     if selected:
         scalars["selection/lowest_block"] = float(min(list(counts).index(name) for name in selected))
-    return scalars | {f"block_norm/{name}": norm for name, norm in norms.items() if math.isfinite(norm)}
+    return scalars | {f"{NORM}{name}": norm for name, norm in norms.items() if math.isfinite(norm)}
 
 
 def normalised_entropy(counts: Collection[int]) -> float:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from agsel.monitor import (
+    NORM,
     SelectionHistory,
     block_ranges,
     count_levels,
@@ -24,8 +25,6 @@ from agsel.training.record import Record
 from agsel.zero import Selection, StepReport
 
 MOST_OF_ONE_BLOCK = 0.9
-NORM = "block_norm/"
-"""Numbers that are logged, but not kept in the Trainer's state: there are too many."""
 
 
 class SelectionCallback(TrainerCallback):
@@ -97,6 +96,7 @@ class SelectionCallback(TrainerCallback):
         if self._gauges is not None and "loss" in numbers:
             numbers |= self._gauges.read(numbers.get("num_tokens")) | self._scalars()
             choice, times = self._choice(), self._times(state)
+        # There are too many norms for the Trainer's state.
         kept = {name: value for name, value in numbers.items() if not name.startswith(NORM)}
         state.log_history[-1] |= kept
         if self._gauges is not None and self.record:

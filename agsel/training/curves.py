@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.utils.tensorboard.summary import hparams
+import numpy as np
+from torch.utils.tensorboard.summary import Summary, hparams
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from agsel.errors import one_line
-from agsel.monitor import LAYOUT, SelectionHistory, pictures, tag_of
+from agsel.monitor import LAYOUT, NORM, SelectionHistory, pictures, tag_of
 
 logger = logging.getLogger("agsel")
 
@@ -46,6 +47,7 @@ class Curves(TensorBoardCallback):
         self._history = history
         self._next_pictures = time.monotonic() + SECONDS_BETWEEN_PICTURES
         self._last: dict[str, float] = {}
+        self._steps_written = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,6 +56,7 @@ class Curves(TensorBoardCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self.tb_writer is None:
             return
+        self._steps_written = len(self._history().steps)  # by the process that this one goes on from
         self.tb_writer.add_custom_scalars(LAYOUT)
         for title, text in self.texts.items():
             self.tb_writer.add_text(title, f"```\n{text}\n```")
@@ -73,7 +76,9 @@ class Curves(TensorBoardCallback):
             return
         numbers = {tag_of(name): value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         for tag, value in numbers.items():
-            self.tb_writer.add_scalar(tag, value, state.global_step)
+            if not tag.startswith(NORM):
+                self.tb_writer.add_scalar(tag, value, state.global_step)
+        self._write_norms()
         self._last |= numbers
         if time.monotonic() >= self._next_pictures:
             self._draw(state.global_step)
@@ -93,6 +98,17 @@ class Curves(TensorBoardCallback):
         for summary in hparams(settings, found):
             self.tb_writer.file_writer.add_summary(summary)
         super().on_train_end(args, state, control, **kwargs)
+
+    def _write_norms(self) -> None:
+        """Of every step since the last time, not only of those that are logged; a step at once, which is quicker."""
+        history = self._history()
+        for step, norms in zip(history.steps[self._steps_written :], history.norms[self._steps_written :], strict=True):
+            measured = [
+                Summary.Value(tag=f"{NORM}{history.blocks[index]}", simple_value=norms[index])
+                for index in np.flatnonzero(np.isfinite(norms))
+            ]
+            self.tb_writer.file_writer.add_summary(Summary(value=measured), step)
+        self._steps_written = len(history.steps)
 
     def _draw(self, step: int) -> None:
         history, began = self._history(), time.monotonic()

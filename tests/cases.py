@@ -63,6 +63,9 @@ class Results(dict[str, Any]):
             result.judge(name)
         return result
 
+    def __or__(self, other: Any) -> Results:
+        return Results(super().__or__(other))
+
 
 def require_dtype(dtype: str) -> None:
     """Skip the case if DeepSpeed does not train in this type here: some processors have no fp16.

@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from tests.cases import CannotRun, Results, launch_cases, require_dtype
+from tests.cases import CannotRun, Failed, Results, launch_cases, require_dtype
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,10 @@ def test_half_precision_cannot_run_where_the_accelerator_says_so(supported: bool
         else:
             with pytest.raises(CannotRun, match=r"has no fp16 here \(get_accelerator\(\)\.is_fp16_supported\(\)\)"):
                 require_dtype("fp16")
+
+
+def test_joined_results_are_judged_too() -> None:
+    joined = Results(right=1) | Results(wrong=Failed("the story"))
+    assert joined["right"] == 1
+    with pytest.raises(pytest.fail.Exception, match=r"case wrong failed .*\n.*the story"):
+        joined["wrong"]

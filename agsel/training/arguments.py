@@ -72,8 +72,8 @@ class SelectionArguments:
         default=False,
         metadata={
             "help": "Compute with LoRA adapters added to their weights for the moment, rounded to the type of the "
-            "weights, as `--merge_adapter` writes them: less arithmetic in long batches. Rounding loses a part of small "
-            "changes: learning lags behind at low learning rates, 1e-4 for example."
+            "weights, as `--merge_adapter` writes them: less arithmetic in long batches. Rounding loses a part of "
+            "small changes: learning lags behind at low learning rates, 1e-4 for example."
         },
     )
     force: bool = field(

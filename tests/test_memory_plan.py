@@ -412,7 +412,9 @@ def run_of(model: nn.Module, elements: str | None = None, force: bool = False) -
     )
     configuration: Any = SimpleNamespace(
         training=training,
-        selection=SimpleNamespace(compile_layers=False, offload_states=True, select_from=0, force=force),
+        selection=SimpleNamespace(
+            compile_layers=False, offload_states=True, select_from=0, fold_adapters=False, force=force
+        ),
         elements=SimpleNamespace(elements=elements),
         blocks_of=lambda model: taking_part(find_blocks(model)),
         taking_part="layers",

@@ -7,6 +7,7 @@ before it have given, which are kept anyway. It is made again by the MLP's own c
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -68,12 +69,13 @@ class _Recomputation:
             self._outputs[name] = _Output(output)
 
     def _begin(self, last: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._end()  # what a forward has left that was interrupted
         outputs, self._outputs = self._outputs, {}
         if len(outputs) < PRODUCTS_BEFORE or not self._keeps_input(last, inputs) or _has_saved_tensors_hooks():
             return
         make = partial(_input_of_last, self._mlp, outputs)
         if self._can_make(make, inputs[0]):
-            self._hooks = saved_tensors_hooks(partial(_pack, _place_of(inputs[0]), make, last), _unpack)
+            self._hooks = saved_tensors_hooks(partial(_pack, weakref.ref(inputs[0]), make, last), _unpack)
             self._hooks.__enter__()
 
     def _keeps_input(self, last: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
@@ -93,7 +95,7 @@ class _Recomputation:
 
     def _end(self, *_: Any) -> None:
         hooks, self._hooks = self._hooks, None
-        if hooks is not None:
+        if hooks is not None and _innermost_hooks() == (hooks.pack_hook, hooks.unpack_hook):
             hooks.__exit__()
 
 
@@ -151,13 +153,19 @@ def _is_same(make: Callable[[], Tensor], kept: Tensor) -> bool | None:
 def _has_saved_tensors_hooks() -> bool:
     """Of somebody else, who offloads what is saved, or makes it again; or whether such hooks are forbidden."""
     state: Any = torch._C._autograd
-    return not state._saved_tensors_hooks_is_enabled() or state._top_saved_tensors_default_hooks(False) is not None
+    return not state._saved_tensors_hooks_is_enabled() or _innermost_hooks() is not None
 
 
-def _pack(made: tuple[int, int], make: Callable[[], Tensor], last: nn.Module, tensor: Tensor) -> Callable[[], Tensor]:
+def _innermost_hooks() -> tuple[Any, Any] | None:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _pack(
+    kept: weakref.ref[Tensor], make: Callable[[], Tensor], last: nn.Module, tensor: Tensor
+) -> Callable[[], Tensor]:
     """In place of a tensor that the last product saves, what returns it in the backward."""
-    place = _place_of(tensor)
-    if place == made:
+    place, inputs = _place_of(tensor), kept()
+    if inputs is not None and place == _place_of(inputs):
         return partial(_view_of, make, tensor.shape, tensor.stride())
     for parameter in last.parameters():  # to which ZeRO-3 gives other memory in the backward
         if place == _place_of(parameter):

@@ -361,6 +361,20 @@ def test_a_forward_that_fails_leaves_no_hooks_behind() -> None:
     assert_same(learn(mlp, some_inputs()), learn(Gated(gated), some_inputs()))
 
 
+def test_a_forward_that_is_interrupted_is_tidied_up_after_by_the_next() -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    mlp = Gated(gated)
+    recompute_inputs([mlp])
+    expected = learn(mlp, some_inputs())
+    with mlp.down_proj.register_forward_pre_hook(interrupt), pytest.raises(KeyboardInterrupt):
+        mlp(some_inputs())
+    assert_same(learn(mlp, some_inputs()), expected)
+    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    assert not is_kept(mlp)
+
+
 def test_whoever_handles_what_is_saved_is_given_all_of_it() -> None:
     """As offloading does, and checkpointing around a layer."""
 

@@ -45,10 +45,15 @@ class FusedLinear(Linear):
             return False
         dropout, modules = self.lora_dropout[name], (self.base_layer, self.lora_A[name], self.lora_B[name])
         drops = self.training and getattr(dropout, "p", 0) > 0
-        is_hooked = any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+        is_hooked = any(hooks for module in modules for hooks in _hooks_of(module))
         weights = [weight for module in modules for weight in module.parameters()]
         trains_base = any(weight.requires_grad for weight in self.base_layer.parameters())
         return not (drops or is_hooked or trains_base) and all(weight.dtype == inputs.dtype for weight in weights)
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    backward = module._backward_pre_hooks, module._backward_hooks
+    return module._forward_pre_hooks, module._forward_hooks, *backward
 
 
 def _is_autocast(inputs: Tensor) -> bool:

@@ -496,6 +496,15 @@ def test_a_folder_of_another_plan_is_not_gone_on_with(parts: Path, tmp_path: Pat
     Runner(longer, Records(tmp_path / "runs.jsonl"), Children(), 1)
 
 
+def test_comparisons_that_share_a_file_keep_each_others_runs(parts: Path, tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts)))
+    other = Run("topk", 1e-2, 0)
+    first, second = Records(tmp_path / "runs.jsonl"), Records(tmp_path / "runs.jsonl")
+    first.put(RUN, record_of(plan))
+    second.put(other, record_of(plan, other))
+    assert {*Records(tmp_path / "runs.jsonl")} == {RUN, other}
+
+
 def test_files_of_several_machines_are_joined_and_a_failure_takes_nothing_away(parts: Path, tmp_path: Path) -> None:
     plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts)))
     other = Run("topk", 1e-2, 0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from agsel.training import lean_steps
 from agsel.training.lean_steps import LeanSteps
 from tests.elements.test_summed_loss import mixture, trainer_of
 from tests.tiny import tiny_model
@@ -90,6 +91,21 @@ def test_every_other_loss_is_left_to_trl(tmp_path: Path, model: Any, settings: d
     assert steps(trainer, trainer.compute_loss, None) == pytest.approx(expected, nan_ok=True)
     assert not trainer._unread
     assert trainer._metrics["train"]
+
+
+def test_measures_that_nobody_reads_for_long_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(tmp_path, tiny_model(), logging_nan_inf_filter=False)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    found = []
+    for separate in (lean_steps.SEPARATE, 2):
+        monkeypatch.setattr(lean_steps, "SEPARATE", separate)
+        trainer._total_train_tokens, trainer._unread = 0, []
+        for batch in 3 * batches_of(trainer):
+            trainer.training_step(trainer.model, batch)
+        found.append((len(trainer._unread), logged(trainer)))
+    assert found[0][0] > 3 > found[1][0]
+    assert found[0][1] == found[1][1]
 
 
 def test_evaluation_is_left_to_trl(tmp_path: Path) -> None:

@@ -88,6 +88,32 @@ def test_results_and_gradients_are_those_of_peft(bias: bool, trains: bool, fold:
     assert_close(results(fused(layer, fold=fold), trains=trains, needs_inputs=needs_inputs), expected)
 
 
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.ones(WIDTH),
+        torch.arange(WIDTH * 50).view(WIDTH, 50).t(),
+        torch.arange(WIDTH * 50).view(WIDTH, 5, 10).permute(2, 1, 0),
+        torch.arange(WIDTH * 100).view(5, 10, 2 * WIDTH)[..., ::2],
+        torch.ones(1, 1, WIDTH).expand(5, 10, WIDTH),
+        torch.ones(2, 0, WIDTH),
+    ],
+    ids=["one token", "transposed", "permuted", "every second", "expanded", "no token"],
+)
+def test_inputs_of_any_layout(inputs: Tensor, fold: bool) -> None:
+    layer = adapted_layer(bias=True)
+
+    def of(module: Any) -> dict[str, Tensor | None]:
+        module.zero_grad()
+        given = inputs.double().div(100).requires_grad_()
+        outputs = module(given)
+        outputs.transpose(0, -1).square().sum().backward()
+        return {"outputs": outputs.detach(), "inputs": given.grad} | {n: p.grad for n, p in module.named_parameters()}
+
+    assert_close(of(fused(layer, fold=fold)), of(layer))
+
+
 @pytest.mark.parametrize("only", ["lora_A", "lora_B"])
 def test_one_half_of_an_adapter_may_train_alone(only: str) -> None:
     layer = adapted_layer()
@@ -209,6 +235,12 @@ def hooked() -> Any:
     return layer
 
 
+def hooked_backward() -> Any:
+    layer = adapted_layer()
+    layer.lora_B["default"].register_full_backward_hook(lambda *_: None)
+    return layer
+
+
 def mixed_types() -> Any:
     layer = adapted_layer()
     layer.lora_A["default"].float()
@@ -217,7 +249,18 @@ def mixed_types() -> Any:
 
 
 @pytest.mark.parametrize(
-    "make", [dropping, with_bias_in_adapter, switched_off, merged, two_adapters, with_trained_bias, hooked, mixed_types]
+    "make",
+    [
+        dropping,
+        with_bias_in_adapter,
+        switched_off,
+        merged,
+        two_adapters,
+        with_trained_bias,
+        hooked,
+        hooked_backward,
+        mixed_types,
+    ],
 )
 def test_everything_else_is_left_to_peft(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make()

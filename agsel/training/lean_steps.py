@@ -17,6 +17,8 @@ RELIES_ON = {
     trl_utils: ("add_fused_lm_head",),
 }
 """The loss is TRL's of its fused head, the measures are those that its `log` averages; where losses are filtered."""
+SEPARATE = 1000
+"""Measures of micro-batches that nobody has read; each takes half a kilobyte of the device, and much less joined."""
 
 
 class LeanSteps(ResumableTrainer):
@@ -50,12 +52,14 @@ class LeanSteps(ResumableTrainer):
             loss = loss * self.accelerator.num_processes
         read = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].shape[1]
         measures = (learnt, outputs.entropy.detach().sum(), outputs.is_top1.sum(), torch.as_tensor(read).to(learnt))
-        self._unread.append(torch.stack([measure.double() for measure in measures]))
+        self._unread.append(torch.stack([measure.double() for measure in measures])[None])
         return loss
 
     def training_step(self, *arguments: Any, **options: Any) -> Tensor:
         """The Trainer's. In the logs, a loss that is no number counts as the mean of those before it."""
         loss = super().training_step(*arguments, **options)
+        if len(self._unread) > SEPARATE:
+            self._unread = [torch.cat(self._unread)]
         if not self._filters_losses:
             return loss
         mean = self._tr_loss / (1 + self.state.global_step - self._globalstep_last_logged)
@@ -91,7 +95,7 @@ class LeanSteps(ResumableTrainer):
         """Every rank has as many."""
         if not self._unread:
             return
-        unread, self._unread = torch.stack(self._unread), []
+        unread, self._unread = torch.cat(self._unread), []
         if dist.is_initialized():
             dist.all_reduce(unread)
         found = self._metrics["train"]

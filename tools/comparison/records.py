@@ -41,14 +41,17 @@ class Records:
         self._path = path
         self._records: dict[Run, Record] = {}
         self._questions: dict[str, dict[str, list[int]]] = {}
+        self._read()
+
+    def _read(self) -> None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
             for line in map(json.loads, lines):
                 self._take(line)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is damaged: bring back an earlier state of it, or move it away; runs that have ended are "
-                "found in their folders"
+                f"{self._path} is damaged: bring back an earlier state of it, or move it away; runs that have ended "
+                "are found in their folders"
             ) from error
 
     def _take(self, line: dict[str, Any]) -> None:
@@ -71,7 +74,13 @@ class Records:
         return self._records.get(run)
 
     def put(self, run: Run, record: Record) -> None:
-        """Keep what came of a run, in the file too. `judged` in it is taken apart, if it is not yet."""
+        """Keep what came of a run, in the file too, with what another comparison has written there since.
+
+        Args:
+            run: that has ended.
+            record: of it; `judged` is taken apart, if it is not yet.
+        """
+        self._read()
         judged = record.get("judged")
         if isinstance(judged, Judged):
             record = {**record, "judged": self._compact(judged)}

@@ -78,7 +78,7 @@ class _Product(torch.autograd.Function):
     ) -> Tensor:
         """Saves activations only for an adapter that trains."""
         outputs, reduced = functional.linear(inputs, weight, bias), functional.linear(inputs, down)
-        _rows(outputs).addmm_(_rows(reduced), up.t(), alpha=scaling)
+        outputs.view(-1, len(weight)).addmm_(_rows(reduced), up.t(), alpha=scaling)  # a copy would lose it
         trains_down, trains_up = ctx.needs_input_grad[3:5]
         ctx.scaling = scaling
         ctx.save_for_backward(weight, down, up, inputs if trains_down else None, reduced if trains_up else None)

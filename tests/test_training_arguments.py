@@ -30,6 +30,7 @@ def test_the_command_line_is_frozen() -> None:
         "offload_states": True,
         "pin_memory": True,
         "compile_layers": False,
+        "fold_adapters": False,
         "force": False,
     }
     assert defaults(method_arguments(AdaGradSelect, ())) == {

@@ -1,10 +1,10 @@
 """Other packages' private methods that agsel depends on: whether they are the ones that it was tested with.
 
-agsel overrides methods of DeepSpeed, transformers and TRL that no version promises to keep. `upstream.json` holds, for
-every module of agsel that does, a checksum of each of these methods and of the functions that it calls, so that a
-version in which one of them changed is refused by name instead of training wrongly. `null` stands for a method that a
-package does not have, but could put between agsel's and the one of another package. Beside them it holds checksums of
-the files: where these are the tested ones, they need not be parsed. `tools/record_upstream.py` writes it.
+agsel overrides methods of DeepSpeed, PEFT, transformers and TRL that no version promises to keep. `upstream.json`
+holds, for every module of agsel that does, a checksum of each of these methods and of the functions that it calls, so
+that a version in which one of them changed is refused by name instead of training wrongly. `null` stands for a method
+that a package does not have, but could put between agsel's and the one of another package. Beside them it holds
+checksums of the files: where these are the tested ones, they need not be parsed. `tools/record_upstream.py` writes it.
 """
 
 from __future__ import annotations

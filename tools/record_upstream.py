@@ -1,4 +1,4 @@
-"""Record in agsel/upstream.json what agsel depends on inside of DeepSpeed, transformers and TRL, as installed.
+"""Record in agsel/upstream.json what agsel depends on inside of DeepSpeed, PEFT, transformers and TRL, as installed.
 
 python tools/record_upstream.py
 

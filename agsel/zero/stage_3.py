@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.partitioned_param_coordinator import InflightParamRegistry, PartitionedParameterCoordinator
@@ -110,6 +111,7 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
 
         And let DeepSpeed gather the weights of a decoder layer as a whole.
         """
+        self._zero_padding()
         stock_buffer = self.grad_partitions_flat_buffer
         self._gradients = GradientPartitions(self.fp16_groups, stock_buffer.dtype, stock_buffer.device)
         self.grad_partitions_flat_buffer = stock_buffer.new_empty(0)
@@ -117,6 +119,20 @@ class SelectiveZeroOptimizerStage3(SelectiveStep, DeepSpeedZeroOptimizer_Stage3)
         self._gather_stream: Any = getattr(self.parameter_offload, GATHER_STREAM)
         self._undo = gather_jointly(self.module)
         self._gather_whole_layers()
+
+    def _zero_padding(self) -> None:
+        """DeepSpeed fills parameters up for the last ranks with whatever is in memory, and saves it with the states.
+
+        It would tell the checkpoints of equal runs apart, and may be NaN.
+        """
+        rank = dist.get_rank(self.dp_process_group)
+        weights: list[Any] = [*self.module.parameters()]
+        pieces = [(weight, weight.ds_tensor) for weight in weights]
+        for parameters, master in zip(self.fp16_groups, self.masters(), strict=True):
+            numels = [parameter.partition_numel() for parameter in parameters]
+            pieces += zip(parameters, master.detach().split(numels), strict=True)
+        for parameter, piece in pieces:
+            piece[max(0, parameter.ds_numel - rank * piece.numel()) :].zero_()
 
     def _gather_whole_layers(self) -> None:
         """For small layers, DeepSpeed's hooks on each module inside take the host longer than the GPU computes.

@@ -53,22 +53,8 @@ def folder(run: str) -> str:
     return os.path.join(os.environ["AGSEL_TEST_CHECKPOINTS"], run)
 
 
-def blank_padding(engine: Any, selection: Any) -> None:
-    """ZeRO-3 fills each parameter up for the last rank, with whatever is in memory."""
-    selection.residency.synchronize()
-    for partition in selection.residency.partitions:
-        begin = 0
-        for parameter in engine.optimizer.parameters_of_partition(partition.index):
-            size = parameter.partition_numel()
-            filled = parameter.ds_numel - torch.distributed.get_rank() * size
-            partition.master.data[begin + max(0, filled) : begin + size].zero_()
-            begin += size
-
-
 def outcome(engine: Any, selection: Any, record: Any) -> dict[str, Any]:
     weights = whole_weights(engine)
-    if engine.zero_optimization_stage() == 3:
-        blank_padding(engine, selection)
     return {
         "losses": record.losses[-(STEPS - SAVED_AFTER) :],
         "selected": record.selected[-(STEPS - SAVED_AFTER) :],

@@ -136,6 +136,7 @@ METHODS: dict[str, Method] = {
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
     ),
     "exploit-lora-256-folded": selecting("the same with --fold_adapters", exploiting, lora_rank=256, folds=True),
+    "exploit-lora-16": selecting("the same over LoRA r=16, not folded", exploiting, lora_rank=16),
     "ist-lora-256": selecting(
         "agsel, IST over LoRA r=256", lambda fraction: agsel.Ist(fraction=fraction), lora_rank=256
     ),

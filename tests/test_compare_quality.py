@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -503,6 +504,20 @@ def test_comparisons_that_share_a_file_keep_each_others_runs(parts: Path, tmp_pa
     first.put(RUN, record_of(plan))
     second.put(other, record_of(plan, other))
     assert {*Records(tmp_path / "runs.jsonl")} == {RUN, other}
+
+
+def test_comparisons_that_write_at_once_lose_nothing(parts: Path, tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts)))
+    runs = [Run("topk", 1e-2, seed) for seed in range(40)]
+
+    def put(own: list[Run]) -> None:
+        records = Records(tmp_path / "runs.jsonl")
+        for run in own:
+            records.put(run, record_of(plan, run))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(put, [runs[i::4] for i in range(4)]))
+    assert {*Records(tmp_path / "runs.jsonl")} == {*runs}
 
 
 def test_files_of_several_machines_are_joined_and_a_failure_takes_nothing_away(parts: Path, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +83,16 @@ class Records:
             run: that has ended.
             record: of it; `judged` is taken apart, if it is not yet.
         """
-        self._read()
         judged = record.get("judged")
-        if isinstance(judged, Judged):
-            record = {**record, "judged": self._compact(judged)}
-        self._records[run] = record
-        lines = [{"questions": name, **common} for name, common in self._questions.items()]
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        texts = [json.dumps(line, separators=(",", ":"), default=str) for line in (*lines, *self._records.values())]
-        replace_file(self._path, "".join(f"{text}\n" for text in texts))
+        with _locked(self._path.parent):
+            self._read()
+            if isinstance(judged, Judged):
+                record = {**record, "judged": self._compact(judged)}
+            self._records[run] = record
+            lines = [{"questions": name, **common} for name, common in self._questions.items()]
+            texts = [json.dumps(line, separators=(",", ":"), default=str) for line in (*lines, *self._records.values())]
+            replace_file(self._path, "".join(f"{text}\n" for text in texts))
 
     def _compact(self, judged: Judged) -> dict[str, Any]:
         common = {"rows": judged.rows, "tokens": judged.tokens.astype(int).tolist()}
@@ -134,6 +138,17 @@ class Records:
                     f"{self._path} has {run} with another {', '.join(differing)}: choose another file (results) for "
                     "the changed plan, or delete the lines of that cell there"
                 )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Inside, no other comparison of this machine changes a file of results there."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def differences_of(new: Record, known: Record) -> list[str]:

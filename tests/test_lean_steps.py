@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from agsel.training import lean_steps
 from agsel.training.lean_steps import LeanSteps
@@ -34,6 +34,8 @@ def steps(trainer: LeanSteps, loss_of: Any, items: int | None) -> list[float]:
 
 
 def logged(trainer: LeanSteps) -> dict[str, float]:
+    if isinstance(trainer, LeanSteps):
+        trainer.read_measures()
     trainer.log({"loss": 1.0})
     return {name: value for name, value in trainer.state.log_history[-1].items() if name not in ("step", "epoch")}
 
@@ -135,3 +137,22 @@ def test_operations_are_counted_as_by_the_trainer(tmp_path: Path) -> None:
     assert len({batch["input_ids"].numel() for batch in batches}) > 1
     for batch in batches:
         assert trainer.floating_point_ops(batch) == Trainer.floating_point_ops(trainer, batch) > 0
+
+
+def test_a_log_of_one_rank_alone_waits_for_no_other(tmp_path: Path) -> None:
+    """What all ranks have measured is read where all of them log, and at the end of an epoch."""
+    settings = {"max_steps": 5, "logging_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no"}
+    trainer = trainer_of(tmp_path, tiny_model(), **settings)
+
+    class OwnLog(TrainerCallback):
+        def on_step_end(self, arguments: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step % 2:
+                assert trainer._unread
+                trainer.log({"own": 1.0})
+
+    trainer.add_callback(OwnLog())
+    trainer.train()
+    measured = [("own" in entry, "entropy" in entry) for entry in trainer.state.log_history]
+    own, of_all, end = (True, False), (False, True), (False, True)
+    assert measured == [own, of_all, own, of_all, own, end]
+    assert trainer.args.logging_nan_inf_filter

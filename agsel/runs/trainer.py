@@ -46,6 +46,7 @@ class ResumableTrainer(SFTTrainer):
     last_good: Path | None = None
     _requests: StopRequests | None = None
     _start_seconds: float | None = None
+    _staging: Path | None = None
 
     @property
     def was_stopped(self) -> bool:
@@ -65,7 +66,6 @@ class ResumableTrainer(SFTTrainer):
         """
         upstream.require_tested(__name__)
         self._requests, self._run, self._group = requests, run, group
-        self._staging: Path | None = None
         self.add_callback(_StepBorders(self, requests))
 
     def train(self, resume_from_checkpoint: str | None = None, **options: Any) -> TrainOutput:

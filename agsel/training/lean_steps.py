@@ -7,16 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import Trainer
 from trl.trainer import utils as trl_utils
 
 from agsel.runs.trainer import ResumableTrainer
 
-RELIES_ON = {
-    Trainer: ("_run_epoch", "_maybe_log_save_evaluate"),
-    trl_utils: ("add_fused_lm_head",),
-}
-"""The loss is TRL's of its fused head, the measures are those that its `log` averages; where losses are filtered."""
+RELIES_ON = {trl_utils: ("add_fused_lm_head",)}
+"""The loss is TRL's of its fused head."""
 SEPARATE = 1000
 """Measures of micro-batches that nobody has read; each takes half a kilobyte of the device, and much less joined."""
 
@@ -36,7 +32,6 @@ class LeanSteps(ResumableTrainer):
         self._operations_per_token: float | None = None
         super().__init__(*arguments, **options)
         self._filters_losses = self.args.logging_nan_inf_filter
-        self.args.logging_nan_inf_filter = False
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -72,10 +67,20 @@ class LeanSteps(ResumableTrainer):
             self._operations_per_token = super().floating_point_ops(inputs) / tokens
         return round(self._operations_per_token * tokens)
 
-    def log(self, logs: dict[str, float], *arguments: Any) -> None:
-        """The measures of the steps since the last log are read now."""
-        self._read_measures()
-        super().log(logs, *arguments)
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """The Trainer's, where every rank logs: the measures of the steps since the last time are read first."""
+        if self.control.should_log or self.control.should_evaluate:
+            self.read_measures()
+        super()._maybe_log_save_evaluate(*arguments, **options)
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """The Trainer's, which leaves the filter of losses to `training_step`; what follows may log on any rank."""
+        self.args.logging_nan_inf_filter = False
+        try:
+            super()._run_epoch(*arguments, **options)
+        finally:
+            self.args.logging_nan_inf_filter = self._filters_losses
+        self.read_measures()
 
     def forget_measures(self, before: int) -> None:
         """Those of the forwards since there were so many that nobody had read."""
@@ -91,8 +96,8 @@ class LeanSteps(ResumableTrainer):
             and ("attention_mask" in inputs or "position_ids" in inputs)
         )
 
-    def _read_measures(self) -> None:
-        """Every rank has as many."""
+    def read_measures(self) -> None:
+        """On all ranks, of which every one has as many; the next log has their means, as TRL's."""
         if not self._unread:
             return
         unread, self._unread = torch.cat(self._unread), []

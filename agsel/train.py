@@ -45,7 +45,7 @@ from agsel.training.environment import describe_environment, write_environment
 from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
 from agsel.training.fit import plan_of_run, require_room_for_choosing
 from agsel.training.generation import require_generation_config
-from agsel.training.hub import require_hub
+from agsel.training.hub import push_model, require_hub
 from agsel.training.identity import describe_settings, describe_trainer
 from agsel.training.judging import TaskJudge
 from agsel.training.lora import require_taking_part, settle_targets
@@ -144,6 +144,9 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         about = Run(configuration.resolved, compared, result, callback.history, counts, environment)
         first_rank_does(partial(describe_in_folder, about, configuration), group)
         say_done(configuration)
+        if configuration.training.push_to_hub:
+            place = first_rank_does(partial(push_model, configuration.training, run_folder / "model"), group)
+            on_first_rank(f"pushed    {place}")
     return trainer
 
 

@@ -179,7 +179,7 @@ def environment_file(run_folder: Path, launch: str) -> Iterator[Path]:
         launch: name of this launch.
     """
     variables = {name: value for name, value in os.environ.items() if PASSED_ON.fullmatch(name)} | {LAUNCH: launch}
-    path = run_folder.absolute() / f"_environment-{launch}.sh"  # hidden from --push_to_hub by its first letter
+    path = run_folder.absolute() / f"_environment-{launch}.sh"  # an upload of the folder to a model hub leaves it out
     try:
         run_folder.mkdir(parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import constants
 from peft import PeftModel
 from transformers import (
     AutoTokenizer,
@@ -31,9 +27,8 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from agsel.blocks import find_blocks, taking_part
 from agsel.data.tokens import Learning
 from agsel.errors import UserError
-from agsel.training import hub, packages, room
+from agsel.training import packages, room
 from agsel.training.generation import mend, require_generation_config
-from agsel.training.hub import require_hub
 from agsel.training.lora import settle_targets
 from agsel.training.model import agree_on_settings, init_kwargs, require_model
 from agsel.training.packages import require_packages
@@ -492,66 +487,6 @@ def test_a_package_that_a_setting_needs_is_named(
     with pytest.raises(UserError) as refusal:
         require_packages(model, arguments)
     assert words in one_line(refusal)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Knows two tokens, one of which may write."""
-
-    def do_GET(self) -> None:
-        role = {"Bearer writes": "write", "Bearer reads": "read"}.get(self.headers["authorization"])
-        self.send_response(200 if role and self.path == "/api/whoami-v2" else 401)
-        self.end_headers()
-        self.wfile.write(json.dumps({"name": "someone", "auth": {"accessToken": {"role": role}}}).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    with HTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield
-        server.shutdown()
-
-
-@pytest.mark.usefixtures("online")
-def test_a_token_that_may_write_is_accepted() -> None:
-    require_hub(training(push_to_hub=True, hub_token="writes"))
-
-
-@pytest.mark.usefixtures("online")
-@pytest.mark.parametrize(
-    ("token", "words"),
-    [
-        ("reads", "needs a token that may write"),
-        ("unknown", "does not know the token"),
-        (None, "needs a token: `hf au"),
-    ],
-)
-def test_a_token_that_may_not_push_is_refused(monkeypatch: pytest.MonkeyPatch, token: str | None, words: str) -> None:
-    monkeypatch.setattr(hub, "get_token", lambda: token)
-    with pytest.raises(UserError) as refusal:
-        require_hub(training(push_to_hub=True))
-    assert words in one_line(refusal)
-    assert "leave out --push_to_hub" in str(refusal.value)
-
-
-def test_a_hub_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(UserError, match=r"^--push_to_hub: no answer from http://127\.0\.0\.1:1/api/whoami-v2"):
-        require_hub(training(push_to_hub=True, hub_token="writes"))
-
-
-def test_nothing_is_asked_of_the_hub_without_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    require_hub(training())
-    with pytest.raises(UserError, match=r"^--push_to_hub cannot work offline: unset HF_HUB_OFFLINE"):
-        require_hub(training(push_to_hub=True))
-    assert huggingface_hub.is_offline_mode()
 
 
 @pytest.mark.parametrize(

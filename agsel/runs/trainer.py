@@ -165,6 +165,9 @@ class ResumableTrainer(SFTTrainer):
         if self.args.should_save:
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the Trainer would upload the whole run folder, logs included, and not the model that is in it."""
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 

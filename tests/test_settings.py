@@ -57,8 +57,8 @@ def refuse(run: Callable[[], object], *words: str) -> None:
         ("save_strategy: no", "save_strategy", "no"),
         ("logging_strategy: 'no'", "logging_strategy", "no"),
         ("packing: on", "packing", True),
-        ("lora_target_modules: q_proj", "lora_target_modules", ["q_proj"]),
-        ("lora_target_modules: [q_proj, v_proj]", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("lora_target_modules: q_proj\nuse_peft: true", "lora_target_modules", ["q_proj"]),
+        ("lora_target_modules: [q_proj, v_proj]\nuse_peft: true", "lora_target_modules", ["q_proj", "v_proj"]),
         ("report_to: none", "report_to", "none"),
         ("datasets: {path: a.jsonl}", "datasets", [{"path": "a.jsonl"}]),
         (

@@ -1,0 +1,128 @@
+"""Settings of TRL and transformers that a run would take and not heed are refused, in one line that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from agsel.errors import UserError
+from agsel.training.settings import Settings, read_settings
+from agsel.training.unheeded import DEFAULTS, NEEDS, NEVER
+
+Read = Callable[..., Settings]
+
+pytestmark = pytest.mark.usefixtures("untouched_environment")
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """Settings of a command line, and of a file with these."""
+
+    def of(*words: object, **in_file: Any) -> Settings:
+        path = tmp_path / "settings.yaml"
+        given = {"model_name_or_path": "some/model", "output_dir": str(tmp_path / "run"), "bf16": False}
+        path.write_text(yaml.safe_dump(given | in_file))
+        return read_settings(["--config", str(path), *map(str, words)], {"deepspeed": "zero2", "use_cpu": True})
+
+    return of
+
+
+def refused(run: Callable[[], object], *words: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        run()
+    assert "\n" not in str(refusal.value)
+    for part in words:
+        assert part in str(refusal.value)
+
+
+ASKED: dict[str, Any] = {
+    "accelerator_config": {"split_batches": True},
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "dataset_text_field": "content",
+    "ddp_backend": "gloo",
+    "ddp_bucket_cap_mb": 25,
+    "fsdp": "full_shard",
+    "fsdp_config": {"min_num_params": 1},
+    "label_names": ["labels"],
+    "lora_task_type": "SEQ_CLS",
+    "optim_args": "momentum_dtype=bfloat16",
+    "optim_target_modules": "all-linear",
+}
+"""What asks for something, of the settings that are not switches."""
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_is_never_heeded_is_refused_by_name(read: Read, name: str) -> None:
+    refused(
+        lambda: read(**{name: ASKED.get(name, True)}), f"--{name} ", ": leave it out" * (name != "dataset_text_field")
+    )
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_what_asks_for_nothing_is_accepted(read: Read, name: str) -> None:
+    """As `ddp_find_unused_parameters: false`, which many files have."""
+    read(**{name: DEFAULTS[name]})
+    if name not in ASKED:
+        read(**{name: False})
+
+
+VALUES: dict[str, Any] = {
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "fp4",
+    "eval_delay": 2,
+    "eval_steps": 5,
+    "hub_model_id": "me/mine",
+    "hub_revision": "main",
+    "liger_kernel_config": {"rope": False},
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "lora_modules_to_save": ["lm_head"],
+    "lora_r": 8,
+    "lora_target_modules": ["q_proj"],
+    "lora_target_parameters": ["weight"],
+}
+SWITCHED_OFF = {"eval_strategy": "no"}
+DEPENDENT = [(switch, name) for switch, (_, names) in NEEDS.items() for name in names]
+
+
+@pytest.mark.parametrize(("switch", "name"), DEPENDENT)
+def test_what_needs_another_setting_is_refused_without_it(read: Read, switch: str, name: str) -> None:
+    refused(lambda: read(**{name: VALUES.get(name, True)}), f"--{name} has no effect as it stands", f"--{switch}")
+
+
+@pytest.mark.parametrize(("switch", "name"), DEPENDENT)
+def test_what_the_user_has_turned_off_needs_nothing(read: Read, switch: str, name: str) -> None:
+    """A recipe with adapters trains without them by `--use_peft false`; `config.yaml` names every setting."""
+    off, given = SWITCHED_OFF.get(switch, False), {name: VALUES.get(name, True)}
+    assert not read("--" + switch, off, **given).values[switch] or off == "no"
+    read(**given, **{switch: off})
+
+
+def test_what_the_command_line_adds_to_a_file_is_heeded_or_refused(read: Read) -> None:
+    refused(lambda: read("--lora_r", 8, use_peft=False), "--lora_r has no effect as it stands: add --use_peft")
+    assert read("--lora_r", 8, use_peft=True).values["lora_r"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"eval_on_start": True, "eval_strategy": "no"}, "--eval_on_start true needs evaluations"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "--save_strategy best needs evaluations"),
+        ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, "--label_smoothing_factor has no effect with --loss_"),
+        ({"activation_offloading": True}, "--activation_offloading moves activations off a GPU"),
+        ({"use_cpu": False}, "use_cpu is false, and DeepSpeed trains without a GPU: leave it out"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be 0 or more, got -1 (--max_grad_norm)"),
+        ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"label_smoothing_factor": -0.1}, "label_smoothing_factor must be 0 or more"),
+    ],
+)
+def test_what_contradicts_the_run_is_refused(read: Read, changed: dict[str, Any], words: str) -> None:
+    refused(lambda: read(**changed), words)
+
+
+def test_a_debug_option_is_written_down_as_it_was_given(read: Read) -> None:
+    assert read("--debug", "underflow_overflow").values["debug"] in ("underflow_overflow", ["underflow_overflow"])

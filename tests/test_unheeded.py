@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from agsel.errors import UserError
+from agsel.training.configuration import configure
 from agsel.training.settings import Settings, read_settings
 from agsel.training.unheeded import DEFAULTS, NEEDS, NEVER
 
@@ -122,6 +123,24 @@ def test_what_the_command_line_adds_to_a_file_is_heeded_or_refused(read: Read) -
 )
 def test_what_contradicts_the_run_is_refused(read: Read, changed: dict[str, Any], words: str) -> None:
     refused(lambda: read(**changed), words)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"adam_beta1": 1.5}, "AdamW does not take --adam_beta1"),
+        ({"adam_epsilon": -1}, "AdamW does not take --adam_beta1, --adam_beta2 or --adam_epsilon: Invalid epsilon"),
+        ({"bf16_full_eval": True}, "--bf16_full_eval would make DeepSpeed train in that type"),
+        ({"bf16": True, "fp16_full_eval": True}, "--fp16_full_eval would make DeepSpeed train in that type"),
+        ({"load_in_4bit": True}, "--load_in_4bit leaves weights that only adapters can train: add --use_peft"),
+    ],
+)
+def test_what_would_train_otherwise_is_refused(read: Read, changed: dict[str, Any], words: str) -> None:
+    refused(lambda: configure(read(**changed)), words)
+
+
+def test_evaluations_in_the_type_of_training_are_accepted(read: Read) -> None:
+    assert configure(read(bf16=True, bf16_full_eval=True)).training.bf16_full_eval
 
 
 def test_a_debug_option_is_written_down_as_it_was_given(read: Read) -> None:

@@ -163,25 +163,18 @@ def _complete(configuration: Configuration) -> None:
     model.dtype = model.dtype or engine_dtype
     if engine_dtype == "float32" and model.dtype != "float32":
         raise UserError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
-    _require_schedule(training)
+    _require_type_of_evaluation(training)
+    _require_optimizer(training)
     require_scope(configuration.taking_part, configuration.selection.select_from)
     method = configuration.selection.method
-    if policy_class(method).needs_adapters and not model.use_peft:
-        raise UserError(
-            f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
-            "all-linear, or use another method"
-        )
     if configuration.elements.elements is not None:
         _require_plain_weights(model)
+    _require_adapters(configuration)
     if policy_class(method).asks_for_losses() and smooths_labels(training):
         raise UserError(
             f"--method {method} asks the model for losses, and with --label_smoothing_factor the trainer makes "
             "them: leave it out"
         )
-    if configuration.output.merge_adapter and not model.use_peft:
-        raise UserError("--merge_adapter is for adapters, and there are none: add --use_peft, or leave it out")
-    if configuration.selection.fold_adapters and not model.use_peft:
-        raise UserError("--fold_adapters is for adapters, and there are none: add --use_peft, or leave it out")
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
@@ -208,9 +201,47 @@ def _require_plain_weights(model: ModelConfig) -> None:
             raise UserError(f"--elements trains single weights of the model itself: leave out --{name}, or --elements")
 
 
-def _require_schedule(training: SFTConfig) -> None:
-    """Make a schedule of the learning rate like that of the run, which is made after everything else."""
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+def _require_adapters(configuration: Configuration) -> None:
+    """Without `--use_peft` nothing may need it."""
+    if configuration.model.use_peft:
+        return
+    method = configuration.selection.method
+    if policy_class(method).needs_adapters:
+        raise UserError(
+            f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
+            "all-linear, or use another method"
+        )
+    for holder, name in ((configuration.output, "merge_adapter"), (configuration.selection, "fold_adapters")):
+        if getattr(holder, name):
+            raise UserError(f"--{name} is for adapters, and there are none: add --use_peft, or leave it out")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(configuration.model, name):
+            raise UserError(f"--{name} leaves weights that only adapters can train: add --use_peft, or leave it out")
+
+
+def _require_type_of_evaluation(training: SFTConfig) -> None:
+    """DeepSpeed would be told to train in it, too."""
+    for trained, evaluated in (("bf16", "bf16_full_eval"), ("fp16", "fp16_full_eval")):
+        if getattr(training, evaluated) and not getattr(training, trained):
+            raise UserError(
+                f"--{evaluated} would make DeepSpeed train in that type: leave it out, evaluations have the type of "
+                f"training, or set --{trained}"
+            )
+
+
+def _require_optimizer(training: SFTConfig) -> None:
+    """Make optimizer and schedule like those of the run, which are made after everything else."""
+    try:
+        optimizer = torch.optim.AdamW(
+            [torch.nn.Parameter(torch.zeros(1))],
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"AdamW does not take --adam_beta1, --adam_beta2 or --adam_epsilon: {one_line(error)}"
+        ) from error
     steps = max(training.max_steps, STEPS_TRIED)
     try:
         get_scheduler(

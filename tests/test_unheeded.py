@@ -80,6 +80,7 @@ VALUES: dict[str, Any] = {
     "hub_revision": "main",
     "liger_kernel_config": {"rope": False},
     "lora_alpha": 8,
+    "metric_for_best_model": "loss",
     "lora_dropout": 0.1,
     "lora_modules_to_save": ["lm_head"],
     "lora_r": 8,
@@ -112,7 +113,7 @@ def test_what_the_command_line_adds_to_a_file_is_heeded_or_refused(read: Read) -
     ("changed", "words"),
     [
         ({"eval_on_start": True, "eval_strategy": "no"}, "--eval_on_start true needs evaluations"),
-        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "--save_strategy best needs evaluations"),
+        ({"save_strategy": "best"}, "--save_strategy best needs evaluations"),
         ({"label_smoothing_factor": 0.1, "loss_type": "dft"}, "--label_smoothing_factor has no effect with --loss_"),
         ({"activation_offloading": True}, "--activation_offloading moves activations off a GPU"),
         ({"use_cpu": False}, "use_cpu is false, and DeepSpeed trains without a GPU: leave it out"),

@@ -52,7 +52,10 @@ NEEDS = {
     "use_liger_kernel": ("add --use_liger_kernel", ("liger_kernel_config",)),
     "eval_strategy": (
         "set --eval_strategy to steps or epoch",
-        ("do_eval", "eval_steps", "eval_delay", "load_best_model_at_end"),
+        (
+            *("do_eval", "eval_steps", "eval_delay", "load_best_model_at_end", "metric_for_best_model"),
+            "greater_is_better",
+        ),
     ),
     "push_to_hub": ("add --push_to_hub", ("hub_model_id", "hub_revision", "hub_private_repo")),
 }

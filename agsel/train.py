@@ -139,6 +139,8 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     else:
         export(trainer, configuration, group)
         result = describe_result(trainer, cost, group)
+        if result["exported_step"] < result["steps"]:
+            on_first_rank(f"best      the model is that of step {result['exported_step']} (--load_best_model_at_end)")
         assert callback.selection is not None, "it has trained"
         counts = callback.selection.counts
         about = Run(configuration.resolved, compared, result, callback.history, counts, environment)

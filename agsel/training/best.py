@@ -1,9 +1,11 @@
-"""The best checkpoint of a run: whether `--metric_for_best_model` is a number that its evaluations find."""
+"""The best checkpoint of a run: whether its evaluations find the metric, and whether its weights are exported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from transformers import Trainer
 
 from agsel.errors import UserError, suggestion
 from agsel.evaluation.tasks import read_tasks
@@ -44,6 +46,17 @@ def require_metric(values: Mapping[str, Any]) -> None:
             f"--metric_for_best_model {metric}: the Trainer would keep the highest, and lower is better: set "
             "--greater_is_better false too"
         )
+
+
+def exported_step(trainer: Trainer) -> int:
+    """The step whose weights a run exports at its end: the last, or with `--load_best_model_at_end` the best.
+
+    Args:
+        trainer: that has trained to its end.
+    """
+    state = trainer.state
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if is_best else state.global_step
 
 
 def _metrics_of_tasks(tasks: str | None) -> list[str]:

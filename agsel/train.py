@@ -19,7 +19,7 @@ import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 import agsel
 from agsel.data.fields import Fields
@@ -48,7 +48,7 @@ from agsel.training.generation import require_generation_config
 from agsel.training.hub import push_model, require_hub
 from agsel.training.identity import describe_settings, describe_trainer
 from agsel.training.judging import TaskJudge
-from agsel.training.lora import require_taking_part, settle_targets
+from agsel.training.lora import adapter_of, require_taking_part, settle_targets
 from agsel.training.merging import merge_adapter
 from agsel.training.model import init_kwargs, require_model
 from agsel.training.output import curves_of, on_first_rank
@@ -205,7 +205,7 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
             train_dataset=data.train,
             eval_dataset=data.held_out,
             quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            peft_config=adapter_of(model),
             learning=learning,
         )
     require_labels(trainer.train_dataset, data.train, training.max_length)

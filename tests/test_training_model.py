@@ -570,7 +570,7 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     every_two_steps |= {"eval_dataset": rows}
     changed = {
         "mended": {"save_strategy": "steps", "save_steps": 1, "model_init_kwargs": eager},
-        "adapted": adapted | {"lora_target_modules": "q_proj"},
+        "adapted": adapted | {"lora_target_modules": "q_proj", "model_revision": "second"},
         "adapted-3": adapted | {"lora_target_modules": "all-linear", "use_dora": True, "deepspeed": "zero3"},
         "from": {"select_fraction": 1.0, "select_from": 0.5},
         "best": {"load_best_model_at_end": True, "greater_is_better": True, "max_steps": 4} | every_two_steps,
@@ -602,9 +602,9 @@ def test_a_run_adapts_the_one_module_that_is_named(runs: tuple[Path, dict[str, A
     folder, outcomes = runs
     code, output, _ = outcomes["adapted"]
     assert code == 0, output
-    assert json.loads((folder / "adapted" / "model" / "adapter_config.json").read_text())["target_modules"] == [
-        "q_proj"
-    ]
+    written = json.loads((folder / "adapted" / "model" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["q_proj"]
+    assert written["revision"] == "second", "of the base model, for whoever loads the adapter"
 
 
 @pytest.mark.parametrize("name", ["adapted", "adapted-3"])

@@ -1,15 +1,16 @@
-"""Which modules get adapters, asked before the model is loaded."""
+"""The adapters of a run: which modules get them, asked before the model is loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 from agsel.blocks import Block, find_blocks
 from agsel.errors import UserError, suggestion
@@ -35,6 +36,14 @@ def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
         model.lora_target_modules = targets = _name_or_expression(targets, names)
     if isinstance(targets, list):
         _require_modules(targets, names, "--lora_target_modules")
+
+
+def adapter_of(model: ModelConfig) -> Any:
+    """PEFT's configuration of the adapters, None without: TRL's, and with the revision of the model they belong to."""
+    adapter = get_peft_config(model)
+    if adapter is not None:
+        adapter.revision = model.model_revision
+    return adapter
 
 
 def require_taking_part(model: nn.Module, blocks: Collection[Block]) -> None:

@@ -50,7 +50,7 @@ from agsel.training.identity import describe_settings, describe_trainer
 from agsel.training.judging import TaskJudge
 from agsel.training.lora import adapter_of, require_taking_part, settle_targets
 from agsel.training.merging import merge_adapter
-from agsel.training.model import init_kwargs, require_model
+from agsel.training.model import init_kwargs, known_init_kwargs, require_model
 from agsel.training.output import curves_of, on_first_rank
 from agsel.training.packages import require_packages
 from agsel.training.record import Record
@@ -198,7 +198,7 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
     learning = choose_learning(training, data.train)
     require_chat_template(tokenizer, training, data.train, learning)
     training.model_init_kwargs = init_kwargs(model, training)
-    with complaints_of_libraries():
+    with complaints_of_libraries(), known_init_kwargs(training):
         trainer = RowTrainer(
             model.model_name_or_path,
             args=training,

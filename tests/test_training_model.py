@@ -579,6 +579,8 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "images": {"dataset_name": images},
         "pushed": {"push_to_hub": True},
         "pointer": {"model_name_or_path": folder},
+        "misnamed": {"model_init_kwargs": json.dumps({"atention": "eager"})},
+        "divided": {"model_init_kwargs": json.dumps({"tp_plan": "auto"})},
     }
     (folder / "config.json").write_text(POINTER)
     cases = {
@@ -657,6 +659,8 @@ def test_a_run_from_a_layer_on_changes_those_layers_alone(runs: tuple[Path, dict
         ("pointer", "config.json is the pointer that Git LFS leaves"),
         ("beyond", "the model has layers 0 to 3: choose a lower one (--select_from)"),
         ("around", "head would not be trained"),
+        ("misnamed", "--model_init_kwargs atention is nothing that the model takes"),
+        ("divided", "--model_init_kwargs tp_plan divides the model in another way than DeepSpeed does"),
     ],
 )
 def test_a_run_that_would_fail_ends_at_its_start_in_one_line(

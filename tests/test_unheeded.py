@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
+from deepspeed.accelerator import get_accelerator
 
 from agsel.errors import UserError
 from agsel.training.configuration import configure
@@ -119,6 +122,18 @@ def test_what_the_command_line_adds_to_a_file_is_heeded_or_refused(read: Read) -
         ({"use_cpu": False}, "use_cpu is false, and DeepSpeed trains without a GPU: leave it out"),
         ({"max_grad_norm": -1}, "max_grad_norm must be 0 or more, got -1 (--max_grad_norm)"),
         ({"weight_decay": -0.1}, "weight_decay must be 0 or more"),
+        ({"weight_decay": math.inf}, "weight_decay must be 0 or more, got inf (--weight_decay)"),
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha must be 0 or more"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers must be 0 or more"),
+        ({"dataloader_persistent_workers": True}, "has none to keep: add --dataloader_num_workers"),
+        ({"seed": 2**32}, "seed must be 4294967295 or less, got 4294967296 (--seed)"),
+        ({"save_steps": 0}, "save_steps must be above 0, got 0: --save_strategy no turns it off"),
+        ({"eval_strategy": "steps", "eval_steps": -3}, "eval_steps must be above 0, got -3"),
+        (
+            {"model_init_kwargs": "attn_implementation=eager"},
+            "write a JSON object, as '{\"name\": 1}' (--mod",
+        ),
+        ({"gradient_checkpointing_kwargs": '{"use_reentrant": }'}, "write a JSON object"),
         ({"label_smoothing_factor": -0.1}, "label_smoothing_factor must be 0 or more"),
     ],
 )
@@ -138,6 +153,15 @@ def test_what_contradicts_the_run_is_refused(read: Read, changed: dict[str, Any]
 )
 def test_what_would_train_otherwise_is_refused(read: Read, changed: dict[str, Any], words: str) -> None:
     refused(lambda: configure(read(**changed)), words)
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_fp16_is_refused_where_deepspeed_has_none(read: Read, supported: bool) -> None:
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=supported):
+        if supported:
+            configure(read(fp16=True))
+        else:
+            refused(lambda: configure(read(fp16=True)), "DeepSpeed does not train in fp16 on this device", "--fp16")
 
 
 def test_evaluations_in_the_type_of_training_are_accepted(read: Read) -> None:

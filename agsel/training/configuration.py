@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
@@ -163,7 +164,7 @@ def _complete(configuration: Configuration) -> None:
     model.dtype = model.dtype or engine_dtype
     if engine_dtype == "float32" and model.dtype != "float32":
         raise UserError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
-    _require_type_of_evaluation(training)
+    _require_types(training)
     _require_optimizer(training)
     require_scope(configuration.taking_part, configuration.selection.select_from)
     method = configuration.selection.method
@@ -219,8 +220,10 @@ def _require_adapters(configuration: Configuration) -> None:
             raise UserError(f"--{name} leaves weights that only adapters can train: add --use_peft, or leave it out")
 
 
-def _require_type_of_evaluation(training: SFTConfig) -> None:
-    """DeepSpeed would be told to train in it, too."""
+def _require_types(training: SFTConfig) -> None:
+    """The type of training, and that of evaluations, in which DeepSpeed would be told to train, too."""
+    if training.fp16 and not get_accelerator().is_fp16_supported():
+        raise UserError("DeepSpeed does not train in fp16 on this device: leave out --fp16, or set --bf16")
     for trained, evaluated in (("bf16", "bf16_full_eval"), ("fp16", "fp16_full_eval")):
         if getattr(training, evaluated) and not getattr(training, trained):
             raise UserError(

@@ -6,6 +6,7 @@ All of it is plain values, read and checked before anything is started.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from argparse import Namespace
@@ -41,7 +42,17 @@ AT_LEAST_1 = (
     "max_length",
     "dataset_num_proc",
 )
-AT_LEAST_0 = ("learning_rate", "weight_decay", "max_grad_norm", "label_smoothing_factor")
+AT_LEAST_0 = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "dataloader_num_workers",
+)
+OBJECTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "model_init_kwargs")
+"""On the command line they are JSON; what is none would be taken for text."""
+LARGEST_SEED = 2**32 - 1
 NOT_WRITTEN = ("hub_token", "local_rank")
 OF_TRL_ALONE = {
     "streaming": "agsel checks every row before it trains: leave it out",
@@ -287,14 +298,39 @@ def _require_possible(settings: dict[str, Any]) -> None:
         raise UserError("no model: name a folder or a hub model (--model_name_or_path)")
     if settings["dataset_streaming"]:
         raise UserError("agsel checks every row before it trains: streaming is not supported (--dataset_streaming)")
+    _require_in_range(settings)
+    for name in OBJECTS:
+        _require_object(name, settings[name])
+    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
+        raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")
+
+
+def _require_in_range(settings: dict[str, Any]) -> None:
     for name in AT_LEAST_1:
         if settings[name] is not None and settings[name] < 1:
             raise UserError(f"{name} must be 1 or more, got {settings[name]} (--{name})")
     for name in AT_LEAST_0:
-        if not settings[name] >= 0:
+        if settings[name] is not None and not 0 <= settings[name] < math.inf:
             raise UserError(f"{name} must be 0 or more, got {settings[name]} (--{name})")
-    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
-        raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")
+    if settings["seed"] > LARGEST_SEED:
+        raise UserError(f"seed must be {LARGEST_SEED} or less, got {settings['seed']} (--seed)")
+    for kind in ("logging", "save", "eval"):
+        steps = settings[f"{kind}_steps"]
+        if settings[f"{kind}_strategy"] == "steps" and steps is not None and not steps > 0:
+            raise UserError(
+                f"{kind}_steps must be above 0, got {steps}: --{kind}_strategy no turns it off (--{kind}_steps)"
+            )
+
+
+def _require_object(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        return
+    try:
+        is_object = isinstance(json.loads(value), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise UserError(f"{name} is {value!r}: write a JSON object, as '{{\"name\": 1}}' (--{name})")
 
 
 def _require_device(use_cpu: bool, defaults: Mapping[str, Any]) -> None:

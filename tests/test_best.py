@@ -1,12 +1,15 @@
-"""The metric of the best checkpoint: one that the evaluations find, and whose best value is meant."""
+"""The best checkpoint: its metric is one that the evaluations find, and it is found again."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
 from agsel.errors import UserError
+from agsel.runs.trainer import find_best
 from agsel.training.best import require_metric
 
 GIVEN: dict[str, Any] = {
@@ -54,3 +57,23 @@ def test_a_metric_that_would_fail_or_mislead_is_refused(changed: dict[str, Any],
     with pytest.raises(UserError, match=words) as refusal:
         require_metric(GIVEN | changed)
     assert "\n" not in str(refusal.value)
+
+
+def state(best: str | None, step: int | None) -> TrainerState:
+    return TrainerState(best_model_checkpoint=best, best_global_step=step)
+
+
+def test_the_best_checkpoint_is_found_where_the_run_folder_is_now(tmp_path: Path) -> None:
+    """The Trainer knows it by the path that it had, and forgets what is not there."""
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    moved, kept, lost, none = state(None, 2), state("elsewhere/checkpoint-2", 2), state(None, 3), state(None, None)
+    for known in (moved, kept, lost, none):
+        find_best(known, tmp_path / "checkpoint-4")
+    assert moved.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert kept.best_model_checkpoint == "elsewhere/checkpoint-2"
+    assert lost.best_model_checkpoint is None
+    assert none.best_model_checkpoint is None
+    new = state(None, 2)
+    find_best(new, None)
+    assert new.best_model_checkpoint is None

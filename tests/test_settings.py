@@ -256,6 +256,11 @@ WRONG_DEEPSPEED: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": (zero(train_micro_batch_size_per_gpu=0), "(--deepspeed)"),
     "null batch": (zero() | {"train_micro_batch_size_per_gpu": None}, "(--deepspeed)"),
     "text for fp16": (zero(fp16="yes"), "(--deepspeed)"),
+    "optimizer": (zero() | {"optimizer": {"type": "AdamW"}}, "has an `optimizer` section: remove it"),
+    "scheduler": (
+        zero() | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}},
+        "has a `scheduler` section, which would take the place of --lr_scheduler_type: remove it",
+    ),
     "zenflow": (
         zero(zero_optimization__zenflow={"topk_ratio": 0.1}),
         "zero_optimization.zenflow is not supported",

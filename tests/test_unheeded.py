@@ -18,6 +18,7 @@ from agsel.training.settings import Settings, read_settings
 from agsel.training.unheeded import DEFAULTS, NEEDS, NEVER
 
 Read = Callable[..., Settings]
+OF_AGSEL = {"deepspeed": "zero2", "use_cpu": True, "dtype": None}
 
 pytestmark = pytest.mark.usefixtures("untouched_environment")
 
@@ -30,7 +31,9 @@ def read(tmp_path: Path) -> Read:
         path = tmp_path / "settings.yaml"
         given = {"model_name_or_path": "some/model", "output_dir": str(tmp_path / "run"), "bf16": False}
         path.write_text(yaml.safe_dump(given | in_file))
-        return read_settings(["--config", str(path), *map(str, words)], {"deepspeed": "zero2", "use_cpu": True})
+        return read_settings(
+            ["--config", str(path), *map(str, words)], {"deepspeed": "zero2", "use_cpu": True, "dtype": None}
+        )
 
     return of
 
@@ -146,6 +149,10 @@ def test_what_contradicts_the_run_is_refused(read: Read, changed: dict[str, Any]
     [
         ({"adam_beta1": 1.5}, "AdamW does not take --adam_beta1"),
         ({"adam_epsilon": -1}, "AdamW does not take --adam_beta1, --adam_beta2 or --adam_epsilon: Invalid epsilon"),
+        (
+            {"bf16": True, "dtype": "float16"},
+            "--dtype float16 would round the weights before they are trained in bf",
+        ),
         ({"bf16_full_eval": True}, "--bf16_full_eval would make DeepSpeed train in that type"),
         ({"bf16": True, "fp16_full_eval": True}, "--fp16_full_eval would make DeepSpeed train in that type"),
         ({"load_in_4bit": True}, "--load_in_4bit leaves weights that only adapters can train: add --use_peft"),
@@ -162,6 +169,11 @@ def test_fp16_is_refused_where_deepspeed_has_none(read: Read, supported: bool) -
             configure(read(fp16=True))
         else:
             refused(lambda: configure(read(fp16=True)), "DeepSpeed does not train in fp16 on this device", "--fp16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto", None])
+def test_a_run_says_the_type_in_which_it_trains(read: Read, dtype: str | None) -> None:
+    assert configure(read(bf16=True, dtype=dtype)).dtype == "bfloat16"
 
 
 def test_evaluations_in_the_type_of_training_are_accepted(read: Read) -> None:

@@ -81,6 +81,11 @@ class Configuration:
         return self.training.hf_deepspeed_config.config["zero_optimization"]["stage"]
 
     @property
+    def dtype(self) -> str:
+        """The type of training, whatever that of the weights that are loaded, `--dtype`."""
+        return "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
+
+    @property
     def taking_part(self) -> Literal["layers", "all"]:
         """`select_blocks`, or what the method takes where it is left open. `full` from a layer on has layers only."""
         method = policy_class(self.selection.method)
@@ -160,10 +165,14 @@ def _complete(configuration: Configuration) -> None:
     """Derive what the user left open, and check what depends on several groups."""
     training, model = configuration.training, configuration.model
     agree_on_settings(model, training)
-    engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    model.dtype = model.dtype or engine_dtype
-    if engine_dtype == "float32" and model.dtype != "float32":
+    model.dtype = model.dtype or configuration.dtype
+    if configuration.dtype == "float32" and model.dtype != "float32":
         raise UserError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
+    if model.dtype not in (configuration.dtype, "float32", "auto"):
+        raise UserError(
+            f"--dtype {model.dtype} would round the weights before they are trained in {configuration.dtype}: leave it "
+            "out, it is of the weights that are loaded"
+        )
     _require_types(training)
     _require_optimizer(training)
     require_scope(configuration.taking_part, configuration.selection.select_from)

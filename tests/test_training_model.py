@@ -452,6 +452,10 @@ def test_one_lora_target_is_a_name_unless_only_the_expression_fits(
         ({"lora_target_modules": ["proj"]}, "no module 'proj' (--lora_target_modules)"),
         ({"lora_target_modules": ["*q_proj"]}, "no module '*q_proj' (--lora_target_modules); did you mean 'q_proj'?"),
         ({"lora_modules_to_save": ["head"]}, "no module 'head' (--lora_modules_to_save)"),
+        (
+            {"lora_target_parameters": ["experts.up"]},
+            "the model has no parameter 'experts.up' (--lora_target_parameters): correct the name",
+        ),
     ],
 )
 def test_a_lora_target_that_is_in_no_module_is_refused(whole: Path, changed: dict[str, Any], words: str) -> None:

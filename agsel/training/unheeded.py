@@ -94,6 +94,11 @@ def require_heeded(values: Mapping[str, Any], on_command_line: Collection[str], 
         raise UserError("--label_smoothing_factor has no effect with --loss_type dft: leave one of them out")
     if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
         raise UserError("--dataloader_persistent_workers has none to keep: add --dataloader_num_workers")
+    if not values["dataloader_in_order"]:
+        raise UserError(
+            "--dataloader_in_order false gives batches to steps as they come, and a resumed run would repeat some and "
+            "miss others: leave it out"
+        )
     if values["activation_offloading"] and values["use_cpu"]:
         raise UserError("--activation_offloading moves activations off a GPU, and there is none: leave it out")
 

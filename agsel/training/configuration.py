@@ -180,8 +180,8 @@ def _complete(configuration: Configuration) -> None:
         )
     if configuration.output.merge_adapter and not model.use_peft:
         raise UserError("--merge_adapter is for adapters, and there are none: add --use_peft, or leave it out")
-    if configuration.selection.fold_adapters and not model.use_peft:
-        raise UserError("--fold_adapters is for adapters, and there are none: add --use_peft, or leave it out")
+    if configuration.selection.fold_adapters:
+        _require_foldable(model)
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
@@ -206,6 +206,20 @@ def _require_plain_weights(model: ModelConfig) -> None:
     for name in ("use_peft", "load_in_4bit", "load_in_8bit"):
         if getattr(model, name):
             raise UserError(f"--elements trains single weights of the model itself: leave out --{name}, or --elements")
+
+
+def _require_foldable(model: ModelConfig) -> None:
+    """`--fold_adapters` would be without effect on other adapters, which PEFT computes."""
+    if not model.use_peft:
+        raise UserError("--fold_adapters is for adapters, and there are none: add --use_peft, or leave it out")
+    if model.lora_dropout:
+        raise UserError(
+            f"--fold_adapters computes without dropout, and --lora_dropout is {model.lora_dropout:g}: set it to 0, or "
+            "leave out --fold_adapters"
+        )
+    for name in ("use_dora", "load_in_4bit", "load_in_8bit"):
+        if getattr(model, name):
+            raise UserError(f"--fold_adapters is for LoRA on ordinary weights: leave out --{name}, or --fold_adapters")
 
 
 def _require_schedule(training: SFTConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -43,10 +44,15 @@ def fuse_adapters(layers: Iterable[nn.Module], *, fold: bool = False) -> None:
     Args:
         layers: decoder layers; at ZeRO-3, each gathered as a whole.
         fold: in training add adapters to their weights for the moment, rounded to the weights' type: less arithmetic.
+
+    Raises:
+        UserError: adapters that are to be folded cannot be.
     """
     adapted = [module for layer in layers for module in layer.modules() if hasattr(module, "lora_A")]
     if not adapted:
         return
+    if fold:
+        _require_foldable(adapted)
     from agsel.low_rank import FusedLinear, Linear  # slow to import, and rarely needed
 
     try:
@@ -58,3 +64,11 @@ def fuse_adapters(layers: Iterable[nn.Module], *, fold: bool = False) -> None:
         if type(module) is Linear:
             module.__class__ = FusedLinear
             vars(module)["folds"] = fold
+
+
+def _require_foldable(modules: Iterable[Any]) -> None:
+    for module in modules:
+        if any(getattr(dropout, "p", 0) > 0 for dropout in module.lora_dropout.values()):
+            raise UserError("adapters with dropout cannot be folded: set lora_dropout to 0, or do not fold them")
+        if module.lora_variant:
+            raise UserError("only ordinary LoRA adapters can be folded, not DoRA or other variants: do not fold them")

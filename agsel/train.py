@@ -179,6 +179,7 @@ def default_settings() -> dict[str, Any]:
         "use_cpu": get_accelerator().device_name() == "cpu",
         "dtype": None,  # that of training
         "assistant_only_loss": None,  # yes for datasets of messages
+        "lora_dropout": 0.0,  # as in PEFT; with dropout, agsel's faster layers cannot be used
     }
 
 

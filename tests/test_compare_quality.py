@@ -223,16 +223,19 @@ def test_a_cell_that_stands_twice_is_refused(refusal: Callable[..., str], tmp_pa
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)
 def test_the_plans_of_the_repository_are_sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path) -> None:
-    """With files of the columns of GSM8K in the places where they are expected."""
+    """With files of the columns of GSM8K in the places where they are expected, and one with those of MetaMathQA."""
     monkeypatch.chdir(tmp_path)
-    rows = [json.dumps({"question": f"{number} + 1?", "answer": f"#### {number + 1}"}) for number in range(14973)]
+    rows = [json.dumps({"question": f"{number} + 1?", "answer": f"#### {number + 1}"}) for number in range(16292)]
     files = {"gsm8k/train": (0, 7473), "arithmetic/train": (7473, 13473)}
-    files |= {"arithmetic/validation": (13473, 13973), "arithmetic/test": (13973, 14973)}
+    files |= {"arithmetic/validation": (13473, 13973), "arithmetic/test": (13973, 14973), "gsm8k/test": (14973, 16292)}
     for name, (first, last) in files.items():
         file = Path("data", f"{name}.jsonl")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(rows[first:last]))
-    Path("data/plain_text.txt").write_text("text")
+    Path("data/metamathqa").mkdir()
+    Path("data/metamathqa/train.jsonl").write_text('{"query": "1 + 1?", "response": "The answer is: 2"}')
+    for name in ("plain_text", "metamathqa/text"):
+        Path(f"data/{name}.txt").write_text("text")
     for name in ("launch", "tools"):
         Path(name).symlink_to(REPOSITORY / name)
     assert require_sound(read_plan(path)) == [], "no row is in two parts"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from agsel import upstream
 from agsel.adapters import fuse_adapters, scaled_adapters
 from agsel.blocks import decoder_layers
+from agsel.errors import UserError
 from agsel.low_rank import FusedLinear
 from tests.tiny import adapted_model, tiny_batch, tiny_model
 
@@ -264,7 +265,7 @@ def mixed_types() -> Any:
 )
 def test_everything_else_is_left_to_peft(make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make()
-    twin = fused(layer, fold=True)
+    twin = fused(layer, fold=make is not dropping)
     inputs = torch.randn(ROWS, LENGTH, WIDTH, dtype=torch.float64)
     assert products_of(twin, monkeypatch, tokens=50) == []
     torch.manual_seed(3)
@@ -337,3 +338,12 @@ def test_the_peft_here_is_the_tested_one() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fuse_adapters([adapted_layer()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"lora_dropout": 0.1}, "with dropout cannot be folded"), ({"use_dora": True}, "not DoRA")]
+)
+def test_adapters_that_cannot_be_folded_are_refused(settings: dict[str, Any], words: str) -> None:
+    fuse_adapters([adapted_layer(**settings)])
+    with pytest.raises(UserError, match=words):
+        fuse_adapters([adapted_layer(**settings)], fold=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from agsel.train import default_settings
 from agsel.training.configuration import Configuration, configure, write_configuration
 from agsel.training.settings import GROUPS, read_settings
 from agsel.training.usage import MOST_USED, WORDS
@@ -149,6 +150,9 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
     assert again.training.gradient_checkpointing_kwargs == {"every_n_layers": 2}
 
 
+FOLDED = ["--fold_adapters", "true", "--use_peft", "true"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -176,6 +180,8 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
         (["--select_from", "2", "--method", "lisa"], "--select_from.*--select_blocks layers"),
         (["--merge_adapter", "true"], "--use_peft"),
         (["--fold_adapters", "true"], "--use_peft"),
+        ([*FOLDED, "--lora_dropout", "0.1"], "--lora_dropout is 0.1: set it to 0"),
+        ([*FOLDED, "--lora_dropout", "0", "--use_dora", "true"], "leave out --use_dora, or --fold_adapters"),
         (["--method", "ist"], "--use_peft"),
         (["--method", "ist", "--use_peft", "true", "--compile_layers", "true"], "leave out --compile_layers"),
         (["--method", "ist", "--use_peft", "true", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor"),
@@ -208,6 +214,16 @@ def test_a_deepspeed_configuration_that_contradicts_the_settings_is_refused(reci
     zero = json.loads((REPOSITORY / "ds_configs" / "zero2.json").read_text()) | {"train_micro_batch_size_per_gpu": 3}
     with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu=3 vs .*per_device_train_batch_size=.*auto"):
         parse("--config", recipe, "--deepspeed", json.dumps(zero))
+
+
+def test_adapters_have_no_dropout_unless_it_is_asked_for(recipe: Path) -> None:
+    def dropout(*given: object) -> float:
+        return configure(
+            read_settings([*map(str, ("--config", recipe, *given))], default_settings())
+        ).model.lora_dropout
+
+    assert dropout(*FOLDED) == 0
+    assert dropout("--use_peft", "true", "--lora_dropout", 0.1) == 0.1
 
 
 def test_config_may_be_given_in_one_word(recipe: Path) -> None:

@@ -15,10 +15,10 @@ from deepspeed.accelerator import get_accelerator
 from agsel.errors import UserError
 from agsel.training.configuration import configure
 from agsel.training.settings import Settings, read_settings
-from agsel.training.unheeded import DEFAULTS, NEEDS, NEVER
+from agsel.training.unheeded import NEEDS, NEVER, OF_UPSTREAM
 
 Read = Callable[..., Settings]
-OF_AGSEL = {"deepspeed": "zero2", "use_cpu": True, "dtype": None}
+OF_AGSEL = {"deepspeed": "zero2", "use_cpu": True, "dtype": None, "lora_dropout": 0.0}
 
 pytestmark = pytest.mark.usefixtures("untouched_environment")
 
@@ -31,9 +31,7 @@ def read(tmp_path: Path) -> Read:
         path = tmp_path / "settings.yaml"
         given = {"model_name_or_path": "some/model", "output_dir": str(tmp_path / "run"), "bf16": False}
         path.write_text(yaml.safe_dump(given | in_file))
-        return read_settings(
-            ["--config", str(path), *map(str, words)], {"deepspeed": "zero2", "use_cpu": True, "dtype": None}
-        )
+        return read_settings(["--config", str(path), *map(str, words)], OF_AGSEL)
 
     return of
 
@@ -72,7 +70,7 @@ def test_what_is_never_heeded_is_refused_by_name(read: Read, name: str) -> None:
 @pytest.mark.parametrize("name", NEVER)
 def test_what_asks_for_nothing_is_accepted(read: Read, name: str) -> None:
     """As `ddp_find_unused_parameters: false`, which many files have."""
-    read(**{name: DEFAULTS[name]})
+    read(**{name: OF_UPSTREAM[name]})
     if name not in ASKED:
         read(**{name: False})
 
@@ -87,7 +85,7 @@ VALUES: dict[str, Any] = {
     "liger_kernel_config": {"rope": False},
     "lora_alpha": 8,
     "metric_for_best_model": "loss",
-    "lora_dropout": 0.1,
+    "lora_dropout": 0.05,
     "lora_modules_to_save": ["lm_head"],
     "lora_r": 8,
     "lora_target_modules": ["q_proj"],

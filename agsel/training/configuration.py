@@ -185,6 +185,8 @@ def _complete(configuration: Configuration) -> None:
             f"--method {method} asks the model for losses, and with --label_smoothing_factor the trainer makes "
             "them: leave it out"
         )
+    if configuration.selection.fold_adapters:
+        _require_foldable(model)
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
@@ -209,6 +211,18 @@ def _require_plain_weights(model: ModelConfig) -> None:
     for name in ("use_peft", "load_in_4bit", "load_in_8bit"):
         if getattr(model, name):
             raise UserError(f"--elements trains single weights of the model itself: leave out --{name}, or --elements")
+
+
+def _require_foldable(model: ModelConfig) -> None:
+    """`--fold_adapters` would be without effect on other adapters, which PEFT computes."""
+    if model.lora_dropout:
+        raise UserError(
+            f"--fold_adapters computes without dropout, and --lora_dropout is {model.lora_dropout:g}: set it to 0, or "
+            "leave out --fold_adapters"
+        )
+    for name in ("use_dora", "load_in_4bit", "load_in_8bit"):
+        if getattr(model, name):
+            raise UserError(f"--fold_adapters is for LoRA on ordinary weights: leave out --{name}, or --fold_adapters")
 
 
 def _require_adapters(configuration: Configuration) -> None:

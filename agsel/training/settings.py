@@ -114,7 +114,7 @@ def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Sett
     values = _plain(parsed)
     _require_possible(values)
     _require_device(values["use_cpu"], defaults)
-    require_heeded(values, _names_of(words), in_file)
+    require_heeded(values, defaults, _names_of(words), in_file)
     values["deepspeed"] = parsed.deepspeed = read_deepspeed(parsed.deepspeed)
     require_deepspeed(values["deepspeed"])
     ignored = {name: in_file[name] for name in unread(policy, in_file) if in_file[name] != before_file[name]}

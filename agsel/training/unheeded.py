@@ -62,10 +62,15 @@ NEEDS = {
 """What is read only with another setting: that setting, how to set it, and what needs it."""
 OF_EVALUATIONS = {"eval_on_start": True, "save_strategy": "best"}
 """With these values a run without evaluations would fail, or never save."""
-DEFAULTS = {field.name: field.default for group in UPSTREAM for field in fields(group)}
+OF_UPSTREAM = {field.name: field.default for group in UPSTREAM for field in fields(group)}
 
 
-def require_heeded(values: Mapping[str, Any], on_command_line: Collection[str], in_file: Collection[str]) -> None:
+def require_heeded(
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    on_command_line: Collection[str],
+    in_file: Collection[str],
+) -> None:
     """Refuse settings that the run would not heed.
 
     What is of no use without another setting is accepted where the user has turned that one off: on the command line,
@@ -73,6 +78,7 @@ def require_heeded(values: Mapping[str, Any], on_command_line: Collection[str], 
 
     Args:
         values: all settings by name.
+        defaults: of those whose default is not TRL's.
         on_command_line: names of those that stand there.
         in_file: names of those that stand in the file of `--config`.
 
@@ -80,14 +86,14 @@ def require_heeded(values: Mapping[str, Any], on_command_line: Collection[str], 
         UserError: names the first such setting, and the remedy.
     """
     for name, reason in NEVER.items():
-        if _asks(name, values):
+        if _asks(name, values, defaults):
             raise UserError(f"--{name} {reason}")
     for switch, (remedy, names) in NEEDS.items():
         if values[switch] not in (False, "no"):
             continue
         for name in names:
             is_left = switch in on_command_line or (switch in in_file and name not in on_command_line)
-            if _asks(name, values) and not is_left:
+            if _asks(name, values, defaults) and not is_left:
                 raise UserError(f"--{name} has no effect as it stands: {remedy}, or leave it out")
     _require_evaluations(values)
     if values["label_smoothing_factor"] and values["loss_type"] == "dft":
@@ -103,9 +109,9 @@ def require_heeded(values: Mapping[str, Any], on_command_line: Collection[str], 
         raise UserError("--activation_offloading moves activations off a GPU, and there is none: leave it out")
 
 
-def _asks(name: str, values: Mapping[str, Any]) -> bool:
+def _asks(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
     """Whether a setting asks for anything: `--ddp_find_unused_parameters false` does not."""
-    return values[name] != DEFAULTS[name] and bool(values[name])
+    return values[name] != {**OF_UPSTREAM, **defaults}[name] and bool(values[name])
 
 
 def _require_evaluations(values: Mapping[str, Any]) -> None:

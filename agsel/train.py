@@ -19,7 +19,7 @@ import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 import agsel
 from agsel.data.fields import Fields
@@ -48,9 +48,9 @@ from agsel.training.generation import require_generation_config
 from agsel.training.hub import push_model, require_hub
 from agsel.training.identity import describe_settings, describe_trainer
 from agsel.training.judging import TaskJudge
-from agsel.training.lora import require_taking_part, settle_targets
+from agsel.training.lora import adapter_of, require_taking_part, settle_targets
 from agsel.training.merging import merge_adapter
-from agsel.training.model import init_kwargs, require_model
+from agsel.training.model import init_kwargs, known_init_kwargs, require_model
 from agsel.training.output import curves_of, on_first_rank
 from agsel.training.packages import require_packages
 from agsel.training.record import Record
@@ -139,6 +139,8 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     else:
         export(trainer, configuration, group)
         result = describe_result(trainer, cost, group)
+        if result["exported_step"] < result["steps"]:
+            on_first_rank(f"best      the model is that of step {result['exported_step']} (--load_best_model_at_end)")
         assert callback.selection is not None, "it has trained"
         counts = callback.selection.counts
         about = Run(configuration.resolved, compared, result, callback.history, counts, environment)
@@ -197,14 +199,14 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
     learning = choose_learning(training, data.train)
     require_chat_template(tokenizer, training, data.train, learning)
     training.model_init_kwargs = init_kwargs(model, training)
-    with complaints_of_libraries():
+    with complaints_of_libraries(), known_init_kwargs(training):
         trainer = RowTrainer(
             model.model_name_or_path,
             args=training,
             train_dataset=data.train,
             eval_dataset=data.held_out,
             quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
+            peft_config=adapter_of(model),
             learning=learning,
         )
     require_labels(trainer.train_dataset, data.train, training.max_length)

@@ -386,7 +386,7 @@ def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[
         "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds the model of an earlier run"),
         "earlier checkpoint": ({"output_dir": earlier_checkpoint(tmp_path)}, "checkpoint-654 of an earlier run"),
         "encoder": ({"model_name_or_path": encoder(tmp_path / "encoder")}, "is a BertForMaskedLM, which generates no"),
-        "bitsandbytes": ({"load_in_4bit": True}, "bitsandbytes"),
+        "bitsandbytes": ({"load_in_4bit": True, "use_peft": True}, "bitsandbytes"),
         "unread": ({"epsilon_start": 0.5, "method": "topk"}, "topk does not read --epsilon_start: leave it out"),
         "no module": ({"method": "no_such_module:Rule"}, "no module 'no_such_module' (--method no_such_module:Rule)"),
         "no policy": ({"method": "tests.round_robin:dataclass"}, "is no subclass of agsel.Policy"),

@@ -242,7 +242,7 @@ def described(method: str, **changed: Any) -> dict[str, Any]:
         taking_part="layers",
         elements=SimpleNamespace(elements=None),
         zero_stage=2,
-        model=SimpleNamespace(dtype="float32"),
+        dtype="float32",
     )
     return describe_settings(configuration, Dataset.from_dict({"prompt": ["w1"], "completion": ["w2"]}))
 

@@ -225,14 +225,6 @@ def test_what_cannot_be_evaluated_on_is_refused(tmp_path: Path, name: str) -> No
     refuse(partial(load, **{"dataset_name": path, "eval_strategy": "steps"} | changed), words)
 
 
-def test_the_best_likelihood_is_not_the_lowest_without_a_word(tmp_path: Path) -> None:
-    path = texts(tmp_path / "rows.jsonl", 3)
-    values = NOTHING | {"dataset_name": path, "eval_dataset": path, "eval_strategy": "steps"}
-    values |= {"metric_for_best_model": "eval_gsm8k_nll", "greater_is_better": None}
-    refuse(lambda: require_data(values, Fields()), "eval_gsm8k_nll: ", "lower is better: set --greater_is_better false")
-    require_data(values | {"greater_is_better": False}, Fields())
-
-
 def test_a_row_to_evaluate_on_is_said_to_be_one(tmp_path: Path) -> None:
     train, other = texts(tmp_path / "a.jsonl", 3), lines(tmp_path / "b.jsonl", {"prompt": "a", "completion": None})
     read = partial(load, dataset_name=train, eval_dataset=other, eval_strategy="steps")

@@ -57,8 +57,8 @@ def refuse(run: Callable[[], object], *words: str) -> None:
         ("save_strategy: no", "save_strategy", "no"),
         ("logging_strategy: 'no'", "logging_strategy", "no"),
         ("packing: on", "packing", True),
-        ("lora_target_modules: q_proj", "lora_target_modules", ["q_proj"]),
-        ("lora_target_modules: [q_proj, v_proj]", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("lora_target_modules: q_proj\nuse_peft: true", "lora_target_modules", ["q_proj"]),
+        ("lora_target_modules: [q_proj, v_proj]\nuse_peft: true", "lora_target_modules", ["q_proj", "v_proj"]),
         ("report_to: none", "report_to", "none"),
         ("datasets: {path: a.jsonl}", "datasets", [{"path": "a.jsonl"}]),
         (
@@ -256,6 +256,11 @@ WRONG_DEEPSPEED: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": (zero(train_micro_batch_size_per_gpu=0), "(--deepspeed)"),
     "null batch": (zero() | {"train_micro_batch_size_per_gpu": None}, "(--deepspeed)"),
     "text for fp16": (zero(fp16="yes"), "(--deepspeed)"),
+    "optimizer": (zero() | {"optimizer": {"type": "AdamW"}}, "has an `optimizer` section: remove it"),
+    "scheduler": (
+        zero() | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}},
+        "has a `scheduler` section, which would take the place of --lr_scheduler_type: remove it",
+    ),
     "zenflow": (
         zero(zero_optimization__zenflow={"topk_ratio": 0.1}),
         "zero_optimization.zenflow is not supported",

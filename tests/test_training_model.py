@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -27,6 +28,8 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from agsel.blocks import find_blocks, taking_part
 from agsel.data.tokens import Learning
 from agsel.errors import UserError
+from agsel.monitor import METRICS
+from agsel.monitor.history import read_lines
 from agsel.training import packages, room
 from agsel.training.generation import mend, require_generation_config
 from agsel.training.lora import settle_targets
@@ -449,6 +452,10 @@ def test_one_lora_target_is_a_name_unless_only_the_expression_fits(
         ({"lora_target_modules": ["proj"]}, "no module 'proj' (--lora_target_modules)"),
         ({"lora_target_modules": ["*q_proj"]}, "no module '*q_proj' (--lora_target_modules); did you mean 'q_proj'?"),
         ({"lora_modules_to_save": ["head"]}, "no module 'head' (--lora_modules_to_save)"),
+        (
+            {"lora_target_parameters": ["experts.up"]},
+            "the model has no parameter 'experts.up' (--lora_target_parameters): correct the name",
+        ),
     ],
 )
 def test_a_lora_target_that_is_in_no_module_is_refused(whole: Path, changed: dict[str, Any], words: str) -> None:
@@ -563,16 +570,21 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     images = save_rows(folder / "images.jsonl", 8, row_5={"question": "w3 <image>"})
     eager = json.dumps({"attn_implementation": "eager"})
     adapted = {"use_peft": True, "merge_adapter": True, "learning_rate": 0.01, "max_steps": 4}
+    every_two_steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    every_two_steps |= {"eval_dataset": rows}
     changed = {
         "mended": {"save_strategy": "steps", "save_steps": 1, "model_init_kwargs": eager},
-        "adapted": adapted | {"lora_target_modules": "q_proj"},
+        "adapted": adapted | {"lora_target_modules": "q_proj", "model_revision": "second"},
         "adapted-3": adapted | {"lora_target_modules": "all-linear", "use_dora": True, "deepspeed": "zero3"},
         "from": {"select_fraction": 1.0, "select_from": 0.5},
+        "best": {"load_best_model_at_end": True, "greater_is_better": True, "max_steps": 4} | every_two_steps,
         "beyond": {"select_from": 4},
         "around": {"use_peft": True, "lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},
         "images": {"dataset_name": images},
         "pushed": {"push_to_hub": True},
         "pointer": {"model_name_or_path": folder},
+        "misnamed": {"model_init_kwargs": json.dumps({"atention": "eager"})},
+        "divided": {"model_init_kwargs": json.dumps({"tp_plan": "auto"})},
     }
     (folder / "config.json").write_text(POINTER)
     cases = {
@@ -596,9 +608,9 @@ def test_a_run_adapts_the_one_module_that_is_named(runs: tuple[Path, dict[str, A
     folder, outcomes = runs
     code, output, _ = outcomes["adapted"]
     assert code == 0, output
-    assert json.loads((folder / "adapted" / "model" / "adapter_config.json").read_text())["target_modules"] == [
-        "q_proj"
-    ]
+    written = json.loads((folder / "adapted" / "model" / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["q_proj"]
+    assert written["revision"] == "second", "of the base model, for whoever loads the adapter"
 
 
 @pytest.mark.parametrize("name", ["adapted", "adapted-3"])
@@ -615,6 +627,22 @@ def test_the_merged_model_is_the_adapted_one(runs: tuple[Path, dict[str, Any]], 
     torch.testing.assert_close(of_merged, of_adapted, rtol=0, atol=1e-6)
     assert (of_merged - of_base).abs().max() > 1e-3
     AutoTokenizer.from_pretrained(folder / name / "merged")
+
+
+def test_a_run_exports_the_best_checkpoint_and_says_so(runs: tuple[Path, dict[str, Any]]) -> None:
+    """The highest loss, here, that of the first of two."""
+    folder, outcomes = runs
+    code, output, step = outcomes["best"]
+    assert (code, step) == (0, 4), output
+    assert output.count("best      the model is that of step 2 (--load_best_model_at_end)") == 1
+    of_step = [load_file(folder / "best" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 4)]
+    exported = load_file(folder / "best" / "model" / "model.safetensors")
+    same = [all(torch.equal(weight, exported[name]) for name, weight in of.items()) for of in of_step]
+    assert same == [True, False]
+    logged = [line for line in read_lines(folder / "best" / METRICS) if "eval_loss" in line]
+    result = json.loads((folder / "best" / "result.json").read_text())
+    assert result["eval_loss"] == logged[0]["eval_loss"] > logged[1]["eval_loss"]
+    assert "| the model is that of step | 2 |" in (folder / "best" / "model" / "README.md").read_text()
 
 
 def test_a_run_from_a_layer_on_changes_those_layers_alone(runs: tuple[Path, dict[str, Any]]) -> None:
@@ -635,6 +663,8 @@ def test_a_run_from_a_layer_on_changes_those_layers_alone(runs: tuple[Path, dict
         ("pointer", "config.json is the pointer that Git LFS leaves"),
         ("beyond", "the model has layers 0 to 3: choose a lower one (--select_from)"),
         ("around", "head would not be trained"),
+        ("misnamed", "--model_init_kwargs atention is nothing that the model takes"),
+        ("divided", "--model_init_kwargs tp_plan divides the model in another way than DeepSpeed does"),
     ],
 )
 def test_a_run_that_would_fail_ends_at_its_start_in_one_line(

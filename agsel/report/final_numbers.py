@@ -43,7 +43,7 @@ def loss(run: Run) -> float | None:
 
 def eval_loss(run: Run) -> float | None:
     """Of the last evaluation."""
-    return _of_result(run, "eval_loss") or run.last("eval_loss")
+    return run.last("eval_loss")
 
 
 def training_seconds(run: Run) -> float | None:

@@ -125,7 +125,8 @@ class ResumableTrainer(SFTTrainer):
         self._say_lead_time(time.monotonic() - began)
 
     def training_begins(self) -> None:
-        """The start is over, and has taken as long as this process is there."""
+        """The start is over, and has taken as long as this process is there. The best checkpoint is where it is now."""
+        find_best(self.state, self.last_saved)
         self._start_seconds = time.time() - psutil.Process().create_time()
 
     def _say_lead_time(self, save_seconds: float) -> None:
@@ -216,6 +217,20 @@ class _StepBorders(TrainerCallback):
         """The end was no end of an epoch: what is due there is not due."""
         if self._requests.agreed:
             control.should_evaluate = control.should_save = control.should_log = False
+
+
+def find_best(state: TrainerState, resumed_from: Path | None) -> None:
+    """Let a state that was read from a checkpoint know the best one beside it, though their folder has moved since.
+
+    Args:
+        state: whose best checkpoint the Trainer forgets if it is not where it was.
+        resumed_from: the checkpoint, None for a run from the beginning.
+    """
+    if resumed_from is None or not state.best_global_step or state.best_model_checkpoint is not None:
+        return
+    beside = resumed_from.with_name(f"{checkpoints.PREFIX}{state.best_global_step}")
+    if beside.is_dir():
+        state.best_model_checkpoint = str(beside)
 
 
 def _is_of_collective(error: BaseException) -> bool:

@@ -118,11 +118,14 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         "loss": ("training loss at the end", "{:.4f}".format),
         "eval_loss": ("evaluation loss", "{:.4f}".format),
         "steps": ("optimizer steps", "{:,}".format),
+        "exported_step": ("the model is that of step", "{:,}".format),
         "train_seconds": ("time", duration),
         "parameters": ("parameters", "{:,}".format),
         "trainable_parameters": ("of these in blocks that take part", "{:,}".format),
         "peak_bytes": ("peak GPU memory", lambda number: f"{number / 1e9:.1f} GB"),
     }
+    if result.get("exported_step") == result["steps"]:
+        del texts["exported_step"]
     return [(text, show(result[name])) for name, (text, show) in texts.items() if result.get(name) is not None]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import torch
 import yaml
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import get_scheduler
 from transformers.integrations import get_available_reporting_integrations
@@ -78,6 +79,11 @@ class Configuration:
     def zero_stage(self) -> int:
         """The ZeRO stage of the DeepSpeed configuration."""
         return self.training.hf_deepspeed_config.config["zero_optimization"]["stage"]
+
+    @property
+    def dtype(self) -> str:
+        """The type of training, whatever that of the weights that are loaded, `--dtype`."""
+        return "bfloat16" if self.training.bf16 else "float16" if self.training.fp16 else "float32"
 
     @property
     def taking_part(self) -> Literal["layers", "all"]:
@@ -159,27 +165,26 @@ def _complete(configuration: Configuration) -> None:
     """Derive what the user left open, and check what depends on several groups."""
     training, model = configuration.training, configuration.model
     agree_on_settings(model, training)
-    engine_dtype = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
-    model.dtype = model.dtype or engine_dtype
-    if engine_dtype == "float32" and model.dtype != "float32":
+    model.dtype = model.dtype or configuration.dtype
+    if configuration.dtype == "float32" and model.dtype != "float32":
         raise UserError(f"--dtype {model.dtype} cannot train in fp32: leave it out, or set --bf16 or --fp16")
-    _require_schedule(training)
+    if model.dtype not in (configuration.dtype, "float32", "auto"):
+        raise UserError(
+            f"--dtype {model.dtype} would round the weights before they are trained in {configuration.dtype}: leave it "
+            "out, it is of the weights that are loaded"
+        )
+    _require_types(training)
+    _require_optimizer(training)
     require_scope(configuration.taking_part, configuration.selection.select_from)
     method = configuration.selection.method
-    if policy_class(method).needs_adapters and not model.use_peft:
-        raise UserError(
-            f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
-            "all-linear, or use another method"
-        )
     if configuration.elements.elements is not None:
         _require_plain_weights(model)
+    _require_adapters(configuration)
     if policy_class(method).asks_for_losses() and smooths_labels(training):
         raise UserError(
             f"--method {method} asks the model for losses, and with --label_smoothing_factor the trainer makes "
             "them: leave it out"
         )
-    if configuration.output.merge_adapter and not model.use_peft:
-        raise UserError("--merge_adapter is for adapters, and there are none: add --use_peft, or leave it out")
     if configuration.selection.fold_adapters:
         _require_foldable(model)
     if configuration.selection.compile_layers:
@@ -210,8 +215,6 @@ def _require_plain_weights(model: ModelConfig) -> None:
 
 def _require_foldable(model: ModelConfig) -> None:
     """`--fold_adapters` would be without effect on other adapters, which PEFT computes."""
-    if not model.use_peft:
-        raise UserError("--fold_adapters is for adapters, and there are none: add --use_peft, or leave it out")
     if model.lora_dropout:
         raise UserError(
             f"--fold_adapters computes without dropout, and --lora_dropout is {model.lora_dropout:g}: set it to 0, or "
@@ -222,9 +225,49 @@ def _require_foldable(model: ModelConfig) -> None:
             raise UserError(f"--fold_adapters is for LoRA on ordinary weights: leave out --{name}, or --fold_adapters")
 
 
-def _require_schedule(training: SFTConfig) -> None:
-    """Make a schedule of the learning rate like that of the run, which is made after everything else."""
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+def _require_adapters(configuration: Configuration) -> None:
+    """Without `--use_peft` nothing may need it."""
+    if configuration.model.use_peft:
+        return
+    method = configuration.selection.method
+    if policy_class(method).needs_adapters:
+        raise UserError(
+            f"--method {method} trains LoRA or DoRA adapters: add --use_peft, best with --lora_target_modules "
+            "all-linear, or use another method"
+        )
+    for holder, name in ((configuration.output, "merge_adapter"), (configuration.selection, "fold_adapters")):
+        if getattr(holder, name):
+            raise UserError(f"--{name} is for adapters, and there are none: add --use_peft, or leave it out")
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(configuration.model, name):
+            raise UserError(f"--{name} leaves weights that only adapters can train: add --use_peft, or leave it out")
+
+
+def _require_types(training: SFTConfig) -> None:
+    """The type of training, and that of evaluations, in which DeepSpeed would be told to train, too."""
+    if training.fp16 and not get_accelerator().is_fp16_supported():
+        raise UserError("DeepSpeed does not train in fp16 on this device: leave out --fp16, or set --bf16")
+    for trained, evaluated in (("bf16", "bf16_full_eval"), ("fp16", "fp16_full_eval")):
+        if getattr(training, evaluated) and not getattr(training, trained):
+            raise UserError(
+                f"--{evaluated} would make DeepSpeed train in that type: leave it out, evaluations have the type of "
+                f"training, or set --{trained}"
+            )
+
+
+def _require_optimizer(training: SFTConfig) -> None:
+    """Make optimizer and schedule like those of the run, which are made after everything else."""
+    try:
+        optimizer = torch.optim.AdamW(
+            [torch.nn.Parameter(torch.zeros(1))],
+            lr=training.learning_rate,
+            betas=(training.adam_beta1, training.adam_beta2),
+            eps=training.adam_epsilon,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"AdamW does not take --adam_beta1, --adam_beta2 or --adam_epsilon: {one_line(error)}"
+        ) from error
     steps = max(training.max_steps, STEPS_TRIED)
     try:
         get_scheduler(

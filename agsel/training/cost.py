@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from agsel.replacing import replace_file
+from agsel.training.best import exported_step
 from agsel.training.configuration import Configuration
 from agsel.zero.consensus import gather
 from agsel.zero.parameters import block_infos, global_numel
@@ -61,7 +62,7 @@ class CostCallback(TrainerCallback):
 
 
 def describe_result(trainer: Trainer, cost: CostCallback, group: Any) -> dict[str, Any]:
-    """What the run cost, and its last losses. Every rank must call it.
+    """What the run cost, its last loss, and the evaluation loss of the model it exports. Every rank must call it.
 
     Args:
         trainer: that has trained.
@@ -72,9 +73,16 @@ def describe_result(trainer: Trainer, cost: CostCallback, group: Any) -> dict[st
     result = cost.describe(trainer.state)
     for name in ("peak_bytes", "peak_reserved_bytes"):
         result[name] = max((peak[name] for peak in peaks if peak), default=None)
-    for name in ("loss", "eval_loss"):
-        result[name] = next((entry[name] for entry in reversed(trainer.state.log_history) if name in entry), None)
+    result["exported_step"] = exported_step(trainer)
+    result["loss"] = _last(trainer, "loss", trainer.state.global_step)
+    result["eval_loss"] = _last(trainer, "eval_loss", result["exported_step"])
     return result
+
+
+def _last(trainer: Trainer, name: str, step: int) -> float | None:
+    """What was logged by a step at last."""
+    logged = reversed(trainer.state.log_history)
+    return next((entry[name] for entry in logged if name in entry and entry["step"] <= step), None)
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:

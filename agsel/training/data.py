@@ -17,6 +17,7 @@ from agsel.data.fields import Fields
 from agsel.data.formats import ROW_NUMBER, choose_format, join, read_rows
 from agsel.data.sources import BUILDERS, Source, local_files, open_source
 from agsel.errors import UserError, said_of, suggestion
+from agsel.training.best import require_metric
 
 Values = Mapping[str, Any]
 """Settings by name."""
@@ -66,12 +67,7 @@ def require_data(values: Values, fields: Fields) -> None:
     if held_out is not None:
         with said_of(EVALUATION):
             _look_at(held_out, fields)
-    metric = values.get("metric_for_best_model")
-    if metric is not None and metric.endswith("_nll") and values.get("greater_is_better") is None:
-        raise UserError(
-            f"--metric_for_best_model {metric}: the Trainer would keep the highest, and lower is better: set "
-            "--greater_is_better false too"
-        )
+    require_metric(values)
 
 
 def load_data(values: Values, fields: Fields) -> RunData:

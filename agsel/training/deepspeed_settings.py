@@ -16,6 +16,10 @@ from agsel.errors import UserError, one_line
 
 REFUSED_ZERO_SETTINGS = ("offload_optimizer", "offload_param", "zenflow", "elastic_checkpoint")
 """What `agsel.attach` would refuse; DeepSpeed stumbles over some of it earlier, in many lines."""
+TAKEN_OVER = {
+    "optimizer": "an `optimizer` section: remove it, agsel makes an AdamW with one param group per block",
+    "scheduler": "a `scheduler` section, which would take the place of --lr_scheduler_type: remove it",
+}
 AUTO = "auto"
 FILLED = {
     "train_micro_batch_size_per_gpu": 1,
@@ -46,11 +50,14 @@ def require_deepspeed(settings: dict[str, Any]) -> None:
     if not isinstance(zero, dict):
         raise UserError("zero_optimization is no JSON object (--deepspeed): use zero1, zero2 or zero3")
     _require_supported(zero)
+    for name, what in TAKEN_OVER.items():
+        if name in settings:
+            raise UserError(f"the DeepSpeed configuration (--deepspeed) has {what}")
     for name, setting in NEEDED.items():
         if name not in settings:
             raise UserError(f'{name} is missing (--deepspeed): write "auto" for it, which is --{setting}')
     for name in _open_values(settings):
-        if name not in FILLED and not name.startswith(("optimizer.", "scheduler.")):
+        if name not in FILLED:
             raise UserError(
                 f'{name} is "auto" (--deepspeed), and nothing fills it in: give it a value, or leave it out'
             )

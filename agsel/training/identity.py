@@ -27,7 +27,7 @@ def describe_settings(configuration: Configuration, rows: Dataset) -> dict[str, 
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     return {
         "stage": configuration.zero_stage,
-        "dtype": configuration.model.dtype,
+        "dtype": configuration.dtype,
         "data": fingerprint_of_rows(rows),
         "examples per step": per_step,
         "seed": training.seed if training.data_seed is None else training.data_seed,

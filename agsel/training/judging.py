@@ -19,6 +19,7 @@ from agsel.evaluation.tasks import Task, read_tasks
 from agsel.evaluation.work import Measured, Measurer, Part, Unit, cut_into_units, put_together
 from agsel.monitor.progress import Progress
 from agsel.training.arguments import TaskArguments
+from agsel.training.best import OF_TASKS
 from agsel.zero.consensus import first_rank_does, gather
 
 BATCH_SIZE = 128
@@ -55,7 +56,7 @@ class TaskJudge:
             f"eval_{part.name}_{name}": float(value)
             for part, of_part in zip(self._parts, rows, strict=True)
             for name, value in summarise(part, of_part).items()
-            if name in ("nll", "accuracy")
+            if name in OF_TASKS
         }
 
     def _measure(self, trainer: Trainer, units: Sequence[Unit]) -> dict[int, list[Measured]]:

@@ -1,15 +1,16 @@
-"""Which modules get adapters, asked before the model is loaded."""
+"""The adapters of a run: which modules get them, asked before the model is loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 from agsel.blocks import Block, find_blocks
 from agsel.errors import UserError, suggestion
@@ -29,12 +30,22 @@ def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
     architecture = getattr(transformers, config.architectures[0], None)
     if architecture is None:  # a model's own code is not run before it is loaded
         return
-    names = module_names(architecture, config)
-    _require_modules(model.lora_modules_to_save or [], names, "--lora_modules_to_save")
+    blank = blank_model(architecture, config)
+    names, parameters = ([name for name, _ in found] for found in (blank.named_modules(), blank.named_parameters()))
+    _require_names(model.lora_modules_to_save or [], names, "--lora_modules_to_save")
+    _require_names(model.lora_target_parameters or [], parameters, "--lora_target_parameters", "parameter")
     if isinstance(targets, str) and targets.lower() != ALL_LINEAR:
         model.lora_target_modules = targets = _name_or_expression(targets, names)
     if isinstance(targets, list):
-        _require_modules(targets, names, "--lora_target_modules")
+        _require_names(targets, names, "--lora_target_modules")
+
+
+def adapter_of(model: ModelConfig) -> Any:
+    """PEFT's configuration of the adapters, None without: TRL's, and with the revision of the model they belong to."""
+    adapter = get_peft_config(model)
+    if adapter is not None:
+        adapter.revision = model.model_revision
+    return adapter
 
 
 def require_taking_part(model: nn.Module, blocks: Collection[Block]) -> None:
@@ -56,10 +67,10 @@ def require_taking_part(model: nn.Module, blocks: Collection[Block]) -> None:
         )
 
 
-def module_names(architecture: type[transformers.PreTrainedModel], config: PreTrainedConfig) -> list[str]:
-    """Of all modules of a model that is not loaded."""
+def blank_model(architecture: type[transformers.PreTrainedModel], config: PreTrainedConfig) -> nn.Module:
+    """A model that is not loaded, for its names."""
     with torch.device("meta"):
-        return [name for name, _ in architecture(config).named_modules()]
+        return architecture(config)
 
 
 def _name_or_expression(target: str, names: Collection[str]) -> list[str] | str:
@@ -78,11 +89,11 @@ def _is_expression_for(target: str, names: Collection[str]) -> bool:
         return False
 
 
-def _require_modules(wanted: Iterable[str], names: Collection[str], setting: str) -> None:
+def _require_names(wanted: Iterable[str], names: Collection[str], setting: str, kind: str = "module") -> None:
     for target in wanted:
         if not any(_is_named(target, name) for name in names):
             alike = suggestion(target, {name.rpartition(".")[2] for name in names})
-            raise UserError(f"the model has no module {target!r} ({setting}){alike or ': correct the name'}")
+            raise UserError(f"the model has no {kind} {target!r} ({setting}){alike or ': correct the name'}")
 
 
 def _require_known_targets(model: ModelConfig, config: PreTrainedConfig) -> None:

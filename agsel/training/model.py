@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ SAID_TWICE: dict[str, tuple[str, Any]] = {
 """What `--model_init_kwargs` calls a setting, the setting, and its default."""
 OTHER_WEIGHTS = {"gguf_file", "subfolder", "transformers_weights", "use_safetensors", "variant"}
 """In `--model_init_kwargs`: the weights are elsewhere than in the usual files."""
+DIVIDING = ("tp_plan", "tp_size", "device_map", "device_mesh", "distributed_config", "max_memory")
+"""In `--model_init_kwargs`: the model is divided, as only ZeRO may."""
 
 
 def require_model(model: ModelConfig, training: SFTConfig) -> PreTrainedConfig:
@@ -55,9 +58,15 @@ def agree_on_settings(model: ModelConfig, training: SFTConfig) -> None:
     """Let `--model_init_kwargs` and the settings of the same meaning say the same: what is given wins over a default.
 
     Raises:
-        UserError: both are given, and differ.
+        UserError: both are given, and differ; or the model would be divided.
     """
     given = dict(training.model_init_kwargs or {})
+    dividing = next((name for name in DIVIDING if given.get(name) is not None), None)
+    if dividing is not None:
+        raise UserError(
+            f"--model_init_kwargs {dividing} divides the model in another way than DeepSpeed does: leave it out, ZeRO "
+            "divides it (--deepspeed)"
+        )
     if "torch_dtype" in given:  # its older name
         given["dtype"] = given.pop("torch_dtype")
     for name, (setting, default) in SAID_TWICE.items():
@@ -77,6 +86,24 @@ def init_kwargs(model: ModelConfig, training: SFTConfig) -> dict[str, Any]:
     """What `from_pretrained` is told: the user's `--model_init_kwargs`, and the settings that they have agreed on."""
     told = {name: getattr(model, setting) for name, (setting, _) in SAID_TWICE.items() if hasattr(model, setting)}
     return (training.model_init_kwargs or {}) | told
+
+
+@contextmanager
+def known_init_kwargs(training: SFTConfig) -> Iterator[None]:
+    """Take a complaint about an unknown argument for one about `--model_init_kwargs`, if it stands there.
+
+    Raises:
+        UserError: in place of a TypeError that names it.
+    """
+    try:
+        yield
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in (training.model_init_kwargs or {}):
+            raise
+        raise UserError(
+            f"--model_init_kwargs {unknown[1]} is nothing that the model takes, {one_line(error)}: correct its name"
+        ) from error
 
 
 @contextmanager

@@ -6,6 +6,7 @@ All of it is plain values, read and checked before anything is started.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from argparse import Namespace
@@ -28,6 +29,7 @@ from agsel.policies import Policy
 from agsel.training.arguments import SelectionArguments
 from agsel.training.deepspeed_settings import read_deepspeed, require_deepspeed
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
+from agsel.training.unheeded import require_heeded
 from agsel.training.usage import OWN, UPSTREAM, describe
 
 Group = TypeVar("Group")
@@ -40,6 +42,17 @@ AT_LEAST_1 = (
     "max_length",
     "dataset_num_proc",
 )
+AT_LEAST_0 = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "dataloader_num_workers",
+)
+OBJECTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "model_init_kwargs")
+"""On the command line they are JSON; what is none would be taken for text."""
+LARGEST_SEED = 2**32 - 1
 NOT_WRITTEN = ("hub_token", "local_rank")
 OF_TRL_ALONE = {
     "streaming": "agsel checks every row before it trains: leave it out",
@@ -100,6 +113,8 @@ def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Sett
     _refuse_unknown(unknown_words, vars(parsed), "on the command line")
     values = _plain(parsed)
     _require_possible(values)
+    _require_device(values["use_cpu"], defaults)
+    require_heeded(values, defaults, _names_of(words), in_file)
     values["deepspeed"] = parsed.deepspeed = read_deepspeed(parsed.deepspeed)
     require_deepspeed(values["deepspeed"])
     ignored = {name: in_file[name] for name in unread(policy, in_file) if in_file[name] != before_file[name]}
@@ -119,11 +134,13 @@ def _print_help(policy: type[Policy], defaults: Mapping[str, Any], *, everything
 
 
 def _plain(parsed: Namespace) -> dict[str, Any]:
-    return {
-        name: value.value if isinstance(value, Enum) else value
-        for name, value in vars(parsed).items()
-        if name not in NOT_WRITTEN
-    }
+    return {name: _without_enums(value) for name, value in vars(parsed).items() if name not in NOT_WRITTEN}
+
+
+def _without_enums(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_enums(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def _parser_for(policy: type[Policy]) -> _Parser:
@@ -281,17 +298,46 @@ def _require_possible(settings: dict[str, Any]) -> None:
         raise UserError("no model: name a folder or a hub model (--model_name_or_path)")
     if settings["dataset_streaming"]:
         raise UserError("agsel checks every row before it trains: streaming is not supported (--dataset_streaming)")
-    if settings["save_only_model"]:
-        raise UserError(
-            "--save_only_model would make checkpoints that cannot be resumed: leave it out, the trained model is "
-            "written to model/ anyway"
-        )
-    if settings["enable_jit_checkpoint"]:
-        raise UserError("--enable_jit_checkpoint would take SIGTERM from agsel, which saves the run then: leave it out")
+    _require_in_range(settings)
+    for name in OBJECTS:
+        _require_object(name, settings[name])
+    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
+        raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")
+
+
+def _require_in_range(settings: dict[str, Any]) -> None:
     for name in AT_LEAST_1:
         if settings[name] is not None and settings[name] < 1:
             raise UserError(f"{name} must be 1 or more, got {settings[name]} (--{name})")
-    if not settings["learning_rate"] >= 0:
-        raise UserError(f"learning_rate must be 0 or more, got {settings['learning_rate']} (--learning_rate)")
-    if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
-        raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")
+    for name in AT_LEAST_0:
+        if settings[name] is not None and not 0 <= settings[name] < math.inf:
+            raise UserError(f"{name} must be 0 or more, got {settings[name]} (--{name})")
+    if settings["seed"] > LARGEST_SEED:
+        raise UserError(f"seed must be {LARGEST_SEED} or less, got {settings['seed']} (--seed)")
+    for kind in ("logging", "save", "eval"):
+        steps = settings[f"{kind}_steps"]
+        if settings[f"{kind}_strategy"] == "steps" and steps is not None and not steps > 0:
+            raise UserError(
+                f"{kind}_steps must be above 0, got {steps}: --{kind}_strategy no turns it off (--{kind}_steps)"
+            )
+
+
+def _require_object(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        return
+    try:
+        is_object = isinstance(json.loads(value), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise UserError(f"{name} is {value!r}: write a JSON object, as '{{\"name\": 1}}' (--{name})")
+
+
+def _require_device(use_cpu: bool, defaults: Mapping[str, Any]) -> None:
+    """Where DeepSpeed trains is not asked of the Trainer."""
+    if use_cpu != defaults.get("use_cpu", use_cpu):
+        device = "on GPUs" if use_cpu else "without a GPU"
+        raise UserError(
+            f"use_cpu is {str(use_cpu).lower()}, and DeepSpeed trains {device}: leave it out, DS_ACCELERATOR=cpu or "
+            "cuda in the environment decides that (--use_cpu)"
+        )

@@ -60,7 +60,7 @@ def describe_run(configuration: Configuration, trainer: Trainer, policy: Policy,
     model, sequences = configuration.model.model_name_or_path, len(trainer.train_dataset)
     return "\n".join(
         [
-            f"engine    ZeRO-{configuration.zero_stage}, {configuration.model.dtype}, {ranks}",
+            f"engine    ZeRO-{configuration.zero_stage}, {configuration.dtype}, {ranks}",
             f"model     {model}: {global_numel(trainer.model.parameters()):,} parameters",
             *_describe_blocks(trainer.model, configuration, policy, steps.total),
             f"batch     {arguments.per_device_train_batch_size} examples x {arguments.gradient_accumulation_steps} "

@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, get_type_hints
 
 from transformers import HfArgumentParser
-from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from agsel.data.fields import Fields
 from agsel.policies import Policy
@@ -23,6 +22,7 @@ from agsel.training.arguments import (
     TaskArguments,
 )
 from agsel.training.methods import method_arguments
+from agsel.training.unheeded import NEVER, UPSTREAM
 
 START = """usage: deepspeed [--num_gpus N] launch/train.py [--config RECIPE] [--SETTING VALUE ...]
 
@@ -35,7 +35,6 @@ A setting stands here, or in the YAML file by its name without the dashes; here 
 """
 MORE = "\nAll settings of TRL and transformers: --help all\n"
 OWN = (SelectionArguments, ElementArguments, Fields, DataArguments, TaskArguments, OutputArguments, SafetyArguments)
-UPSTREAM = (ScriptArguments, SFTConfig, ModelConfig)
 MOST_USED = {
     "model": ("model_name_or_path", "dtype", "attn_implementation", "chat_template_path", "use_liger_kernel"),
     "adapters": ("use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
@@ -54,7 +53,7 @@ MOST_USED = {
     ),
 }
 """Settings of TRL and transformers by what they are about."""
-WORDS = {
+WORDS = {name: f"Refused: it {reason}." for name, reason in NEVER.items()} | {
     "assistant_only_loss": "Of conversations, learn only what the assistant says. Default: true.",
     "completion_only_loss": "Learn only the completion of a row with a prompt. Default: true.",
     "dataset_name": "Hub name, folder or file (.json, .jsonl, .csv, .tsv, .parquet) to train on.",
@@ -62,7 +61,6 @@ WORDS = {
     "ddp_timeout": "Seconds that ranks which all answer (see `--rank_timeout`) wait for each other.",
     "deepspeed": "ZeRO stage `zero1`, `zero2` or `zero3`, or a file with DeepSpeed's settings as JSON, or that JSON.",
     "dtype": "Of the weights that are loaded. Default: that of training, by `--bf16` and `--fp16`.",
-    "enable_jit_checkpoint": "Refused: agsel saves on SIGTERM without it.",
     "max_length": "Tokens of a row; longer ones are cut at their end. With `--packing`, tokens of a sequence.",
     "max_steps": "Optimizer steps, instead of `--num_train_epochs`.",
     "max_grad_norm": "Largest norm of the gradient of the blocks that a step updates; 0 clips nothing.",
@@ -71,7 +69,6 @@ WORDS = {
     "output_dir": "Run folder, one for each run: checkpoints, TensorBoard, settings, the trained model.",
     "resume_from_checkpoint": "`auto` goes on from the newest complete checkpoint of the run folder, and starts from "
     "the beginning if there is none; `true` wants one; a folder is that checkpoint.",
-    "save_only_model": "Refused: such checkpoints cannot be resumed, and the trained model is written anyway.",
     "weight_decay": "Of AdamW. It acts on all weights of a block that is updated, norms and biases included.",
 }
 """Settings that are not what upstream says."""

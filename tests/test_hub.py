@@ -152,6 +152,7 @@ def test_a_run_pushes_its_model_and_nothing_else(address: str, tmp_path: Path) -
     outcome = launch(
         TRAIN,
         *settings(model, rows, run, **changed),
+        ranks=1,
         env={"HF_ENDPOINT": address, "HF_TOKEN": "writes", "HF_HUB_OFFLINE": "0"},
     )
     assert outcome.returncode == 0, outcome.stdout

@@ -73,11 +73,11 @@ class LeanSteps(ResumableTrainer):
             self.read_measures()
         super()._maybe_log_save_evaluate(*arguments, **options)
 
-    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+    def _run_epoch(self, **options: Any) -> None:
         """The Trainer's, which leaves the filter of losses to `training_step`; what follows may log on any rank."""
         self.args.logging_nan_inf_filter = False
         try:
-            super()._run_epoch(*arguments, **options)
+            super()._run_epoch(**options)
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
         self.read_measures()

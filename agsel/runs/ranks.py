@@ -12,12 +12,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
 from agsel.errors import AgselError, RunError, one_line
 from agsel.place import is_first_of_host
 from agsel.runs.address import Address
+from agsel.runs.devices import own_device, require_device_each
 from agsel.runs.launchers import set_environment, use_only_device
 from agsel.zero.communication import start_process_group
 from agsel.zero.groups import data_parallel_group
@@ -40,7 +42,7 @@ def join_ranks(patience: float = PATIENCE, limit: float = LIMIT) -> None:
         limit: seconds that a collective may take from then on.
 
     Raises:
-        UserError: a launcher has started several processes that cannot find each other.
+        UserError: a launcher has started several processes that cannot find each other, or that share a GPU.
         NeverMetError: not all ranks have come.
     """
     set_environment(patience)
@@ -49,7 +51,7 @@ def join_ranks(patience: float = PATIENCE, limit: float = LIMIT) -> None:
         return
     try:
         _wait_for_store(patience)
-        with _known_place(patience):
+        with _known_places(patience):
             start_process_group(timedelta(seconds=patience))
     except (OSError, RuntimeError) as error:
         raise NeverMetError(_why_never_met(error, patience)) from error
@@ -72,22 +74,36 @@ def _wait_for_store(patience: float) -> None:
 
 
 @contextmanager
-def _known_place(patience: float) -> Iterator[None]:
-    """Set LOCAL_RANK and LOCAL_WORLD_SIZE where the launcher has not: by asking all ranks where they are.
+def _known_places(patience: float) -> Iterator[None]:
+    """Set LOCAL_RANK and LOCAL_WORLD_SIZE where the launcher has not, and see that each rank has a GPU, if any has.
 
-    Meet the ranks inside: the store's server, perhaps in this process, must go on until theirs keeps it.
+    All ranks are asked where they are. Meet them inside: the store's server, perhaps in this process, must go on until
+    theirs keeps it.
+
+    Raises:
+        UserError: ranks share a GPU.
     """
-    if {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys():
+    rank, size, own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Address.own()
+    told = {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+    on_gpus = get_accelerator().device_name() == "cuda" and size > 1
+    if told and not on_gpus:
         yield
         return
-    rank, size, own = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Address.own()
     store: Store = HashStore() if size == 1 else _rendezvous(patience)
     store.set_timeout(timedelta(seconds=patience))
-    store.set(f"agsel/host/{rank}", f"{own.space} {own.host}")
-    hosts = store.multi_get([f"agsel/host/{other}" for other in range(size)])
-    os.environ.setdefault("LOCAL_RANK", str(hosts[:rank].count(hosts[rank])))
-    use_only_device()
-    os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank]))
+
+    def ask(name: str, answer: str) -> list[str]:
+        store.set(f"agsel/{name}/{rank}", answer)
+        return [text.decode() for text in store.multi_get([f"agsel/{name}/{other}" for other in range(size)])]
+
+    # NCCL takes ranks with different names in NCCL_HOSTID for those of different hosts.
+    hosts = ask("host", f"{own.space} {os.environ.get('NCCL_HOSTID', own.host)}")
+    if not told:
+        os.environ.setdefault("LOCAL_RANK", str(hosts[:rank].count(hosts[rank])))
+        use_only_device()
+        os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[rank]))
+    if on_gpus:
+        require_device_each(hosts, ask("device", own_device()))
     yield
 
 

@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(options.output)
     try:
         code = 0 if options.table_only else launch(options, shlex.join(["python", "tools/bench.py", *arguments]))
+        if code != 0 and not (folder / "rows.jsonl").exists():
+            sys.exit(code)  # the ranks have said why
         rows = measured_rows(folder)
     except (AgselError, OSError) as error:
         sys.exit(f"agsel: error: {one_line(error)}")

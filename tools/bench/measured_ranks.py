@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from agsel.runs.ranks import join_ranks
+from agsel.runs.ranks import ends_in_one_line, join_ranks
 from agsel.zero.communication import start_deepspeed
 from tools.bench.bare_loop import run_engine
 from tools.bench.compared_methods import method_of
@@ -50,7 +50,8 @@ def joined_folder(description: str | None) -> Path:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--local_rank", type=int)
     folder: Path = parser.parse_args().folder
-    join_ranks()
+    with ends_in_one_line():
+        join_ranks()
     if on_cuda():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     start_deepspeed()

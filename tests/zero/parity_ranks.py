@@ -66,7 +66,7 @@ PARITY |= {
     for adapters in KINDS_OF_ADAPTERS
 }
 PARITY["stage3-checkpointing-ist"] = replace(PARITY["stage3-ist-over-dora"], checkpointing=True)
-PARITY |= {f"stage{stage}-from-1": Scenario(stage=stage, clip=0.3, blocks="layers", select_from=1) for stage in (1, 3)}
+PARITY |= {f"stage{stage}-from-1": Scenario(stage=stage, clip=0.1, blocks="layers", select_from=1) for stage in (1, 3)}
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(
         stage=stage, dtype=dtype, policy=agsel.FullFineTuning, steps=6, accumulation=2, config=config

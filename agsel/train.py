@@ -116,6 +116,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
             max_skipped_steps=configuration.safety.max_skipped_steps,
             sanity_checks=configuration.safety.sanity_checks,
             fold_adapters=configuration.selection.fold_adapters,
+            choose_early=configuration.selection.choose_early,
         )
 
     callback = train_blocks(

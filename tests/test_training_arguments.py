@@ -31,6 +31,7 @@ def test_the_command_line_is_frozen() -> None:
         "pin_memory": True,
         "compile_layers": False,
         "fold_adapters": False,
+        "choose_early": False,
         "force": False,
     }
     assert defaults(method_arguments(AdaGradSelect, ())) == {

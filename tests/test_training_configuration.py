@@ -182,6 +182,7 @@ FOLDED = ["--fold_adapters", "true", "--use_peft", "true"]
         (["--fold_adapters", "true"], "--use_peft"),
         ([*FOLDED, "--lora_dropout", "0.1"], "--lora_dropout is 0.1: set it to 0"),
         ([*FOLDED, "--lora_dropout", "0", "--use_dora", "true"], "leave out --use_dora, or --fold_adapters"),
+        (["--choose_early", "true"], "raise --gradient_accumulation_steps, or leave it out"),
         (["--method", "ist"], "--use_peft"),
         (["--method", "ist", "--use_peft", "true", "--compile_layers", "true"], "leave out --compile_layers"),
         (["--method", "ist", "--use_peft", "true", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor"),

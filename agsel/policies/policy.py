@@ -78,10 +78,12 @@ class Plan:
     Attributes:
         trainable: indices of the blocks that need a gradient.
         update: what the step will do; None if that is decided after the backward, by the norms.
+        chosen_early: whether norms have decided it, those of the step's first micro-batch.
     """
 
     trainable: frozenset[int]
     update: Update | None
+    chosen_early: bool = False
 
     @classmethod
     def of(cls, blocks: Iterable[int], fresh: Iterable[int] = ()) -> Plan:
@@ -91,8 +93,8 @@ class Plan:
 
     @property
     def kind(self) -> StepKind:
-        """`explore`: decided after the backward; `exploit`: known before the forward; `probe`: updates nothing."""
-        if self.update is None:
+        """`explore`: decided by norms; `exploit`: known before the forward; `probe`: updates nothing."""
+        if self.update is None or self.chosen_early:
             return "explore"
         return "exploit" if self.update.blocks else "probe"
 
@@ -261,6 +263,20 @@ class Policy(ABC):
             self._plan = plan
         return self._plan
 
+    def choose_early(self, norms: Mapping[int, float]) -> Plan:
+        """Let norms of a part of the step's rows decide what it does. Returns the plan for the others.
+
+        Args:
+            norms: the global gradient norm of every trainable block by its index.
+
+        Raises:
+            UserError: the rule has chosen blocks that have no gradient.
+        """
+        update = self.choose(norms)
+        self._require_update(update, self.plan())
+        self._plan = Plan(update.blocks, update, chosen_early=True)
+        return self._plan
+
     def commit(self, norms: Mapping[int, float]) -> Update:
         """End the current step, and return what it does.
 
@@ -271,7 +287,7 @@ class Policy(ABC):
             UserError: the rule has chosen blocks that have no gradient.
         """
         plan = self.plan()
-        update = self.choose(norms)
+        update = plan.update if plan.update and plan.chosen_early else self.choose(norms)
         self._require_update(update, plan)
         for block in update.blocks:
             self.counts[block] += 1
@@ -358,6 +374,8 @@ def _state_of_plan(plan: Plan) -> dict[str, Any]:
         state["updated"] = sorted(plan.update.blocks)
     if plan.update is not None and plan.update.fresh:
         state["fresh"] = sorted(plan.update.fresh)
+    if plan.chosen_early:
+        state["chosen_early"] = True
     return state
 
 
@@ -365,7 +383,8 @@ def _plan_of_state(state: dict[str, Any]) -> Plan:
     trainable = frozenset(state["blocks"])
     if state["explore"]:
         return Plan(trainable, None)
-    return Plan(trainable, Update(frozenset(state.get("updated", trainable)), frozenset(state.get("fresh", ()))))
+    update = Update(frozenset(state.get("updated", trainable)), frozenset(state.get("fresh", ())))
+    return Plan(trainable, update, state.get("chosen_early", False))
 
 
 @dataclass(kw_only=True)

@@ -76,6 +76,14 @@ class SelectionArguments:
             "small changes: learning lags behind at low learning rates, 1e-4 for example."
         },
     )
+    choose_early: bool = field(
+        default=False,
+        metadata={
+            "help": "Let a step that explores choose by the gradients of its first micro-batch, of several "
+            "(`--gradient_accumulation_steps`): the others then cost what those of exploiting steps do. At ZeRO stage "
+            "2 or 3. The choice is by fewer rows."
+        },
+    )
     force: bool = field(
         default=False,
         metadata={"help": "Start even if the memory plan, which is printed first, says that the run does not fit."},

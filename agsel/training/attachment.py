@@ -44,6 +44,7 @@ def add_selection(
     max_skipped_steps: int = 50,
     sanity_checks: int = 0,
     fold_adapters: bool = False,
+    choose_early: bool = False,
 ) -> SelectionCallback:
     """Make a Trainer update only the blocks that `policy` selects. Call it once, before `trainer.train()`.
 
@@ -57,6 +58,7 @@ def add_selection(
         max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
         sanity_checks: check weights and states every so many steps, see `agsel.zero.sanity`; 0 never checks.
         fold_adapters: compute with LoRA adapters added to their weights for the moment, see `agsel.low_rank`.
+        choose_early: let a step that explores choose by its first micro-batch, see `agsel.attach`.
 
     Returns:
         The callback; its `selection` is set from the first moment of training.
@@ -76,6 +78,7 @@ def add_selection(
             max_skipped_steps=max_skipped_steps,
             sanity_checks=sanity_checks,
             fold_adapters=fold_adapters,
+            choose_early=choose_early,
         )
 
     return train_blocks(trainer, attach, blocks=blocks, select_from=select_from)

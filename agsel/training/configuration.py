@@ -187,6 +187,11 @@ def _complete(configuration: Configuration) -> None:
         )
     if configuration.selection.fold_adapters:
         _require_foldable(model)
+    if configuration.selection.choose_early and training.gradient_accumulation_steps == 1:
+        raise UserError(
+            "--choose_early chooses by the first of several micro-batches: raise --gradient_accumulation_steps, or "
+            "leave it out"
+        )
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))

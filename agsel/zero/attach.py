@@ -43,6 +43,7 @@ def attach(
     max_skipped_steps: int = 50,
     sanity_checks: int = 0,
     fold_adapters: bool = False,
+    choose_early: bool = False,
 ) -> Selection:
     """Train only the blocks that `policy` selects. The training loop stays as it is.
 
@@ -59,6 +60,8 @@ def attach(
         max_skipped_steps: stop the run after this many steps in a row with a non-finite gradient.
         sanity_checks: check weights and states every so many steps, see `agsel.zero.sanity`; 0 never checks.
         fold_adapters: compute with LoRA adapters added to their weights for the moment, see `agsel.low_rank`.
+        choose_early: let a step that explores choose by the gradients of its first micro-batch, of several: the others
+            cost what those of exploiting steps do, and norms of blocks left out are not known. At stages 2 and 3.
 
     Returns:
         The selection: `blocks`, `last`, `counts`, `resident`.
@@ -88,10 +91,13 @@ def attach(
         "max_skipped_steps": max_skipped_steps,
         "sanity_checks": sanity_checks,
         "fold_adapters": fold_adapters,
+        "choose_early": choose_early,
         "gradient_clipping": engine.gradient_clipping(),
         "optimizer": str(optimizer.optimizer.defaults),
         "trained elements": elements,
     }
+    if choose_early:
+        guards.require_early_choice(engine, policy)
     guards.require_adapters(policy, engine.module, blocks)
     guards.require_plain_partitions(engine)
     group = optimizer.dp_process_group
@@ -114,6 +120,7 @@ def attach(
     optimizer.__class__ = selective_class
     optimizer.selection = selection
     optimizer.elements = WriteThrough(engine.module)
+    optimizer.chooses_early = choose_early
     optimizer.prepare_selection()
     fuse_adapters(decoder_layers(engine.module), fold=fold_adapters)
     engine.__class__ = SelectiveEngine

@@ -45,6 +45,12 @@ class SelectiveEngine(DeepSpeedEngine):
             self.selection.answer(losses_of(probes, forward, self.module, names, inputs, options, group))
         return super().forward(*inputs, **options)
 
+    def _backward_epilogue(self) -> None:
+        """`DeepSpeedEngine._backward_epilogue`; gradients have been reduced."""
+        super()._backward_epilogue()
+        if not self.is_gradient_accumulation_boundary():
+            self.optimizer.choose_early(self.gradient_accumulation_steps())
+
     def zero_grad(self) -> None:
         """`DeepSpeedEngine.zero_grad` of what can have a gradient, without a walk through all modules."""
         self.selection.drop_gradients()

@@ -138,6 +138,26 @@ def require_adapters(policy: Policy, model: nn.Module, blocks: Iterable[Block]) 
         )
 
 
+def require_early_choice(engine: DeepSpeedEngine, policy: Policy) -> None:
+    """Refuse to choose by the first of several micro-batches where there is one, or nothing to be seen of it.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    if engine.gradient_accumulation_steps() == 1:
+        raise UserError(
+            "choose_early chooses by the first of several micro-batches, and gradient_accumulation_steps is 1: raise "
+            "it, or leave out choose_early (--choose_early)"
+        )
+    if engine.zero_optimization_stage() == 1:
+        raise UserError(
+            "choose_early does not work at zero_optimization.stage 1, which reduces the gradients of all micro-batches "
+            "at once: use stage 2 or 3 (--deepspeed zero2)"
+        )
+    if "explore" not in policy.kinds_of_steps:
+        raise UserError(f"{type(policy).__name__} never chooses by gradients: leave out choose_early (--choose_early)")
+
+
 def require_plain_partitions(engine: DeepSpeedEngine) -> None:
     """Refuse trained elements where DeepSpeed keeps a second or a quantised form of the weights that hold them.
 

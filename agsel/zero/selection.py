@@ -13,7 +13,7 @@ import torch
 
 from agsel.blocks import Block
 from agsel.errors import RunError, UserError
-from agsel.policies import Policy, Probe, StepKind, Update
+from agsel.policies import Plan, Policy, Probe, StepKind, Update
 from agsel.zero.consensus import checksum, global_squares
 from agsel.zero.residency import Residency
 from agsel.zero.sanity import SanityChecks
@@ -136,9 +136,29 @@ class Selection:
             return
         plan = self.policy.plan()
         self.timetable.begin(plan)
-        for index, parameters in enumerate(self._parameters):
-            for parameter in parameters:
-                parameter.requires_grad_(index in plan.trainable)
+        self._freeze_all_but(plan)
+
+    def choose_early(self, local_squares: torch.Tensor, scale: float) -> Update | None:
+        """After a step's first micro-batch: let its gradients choose for the whole step, and freeze what is left out.
+
+        Args:
+            local_squares: fp64 [blocks], sums of squares of this rank's gradient partitions so far.
+            scale: what these gradients were multiplied by.
+
+        Returns:
+            What the step will do; None if a gradient is not finite, and the step goes on as it was planned.
+
+        Raises:
+            RanksDisagreeError: the ranks hold different selection states.
+        """
+        squares = global_squares(local_squares, checksum(self.state_dict()), self._group, self.policy.step + 1)
+        if not all(map(math.isfinite, squares)):
+            return None
+        trainable = sorted(self.policy.plan().trainable)
+        plan = self.policy.choose_early({index: math.sqrt(squares[index]) / scale for index in trainable})
+        self.timetable.choose_early(plan)
+        self._freeze_all_but(plan)
+        return plan.update
 
     def commit(self, local_squares: torch.Tensor, loss_scale: float) -> Update | None:
         """After the backward: fix what the step does, on all ranks alike. None if it must be skipped.
@@ -192,6 +212,11 @@ class Selection:
             yield
         finally:
             self.plan_step()
+
+    def _freeze_all_but(self, plan: Plan) -> None:
+        for index, parameters in enumerate(self._parameters):
+            for parameter in parameters:
+                parameter.requires_grad_(index in plan.trainable)
 
     def _skip(self, norms: dict[str, float]) -> None:
         self._skipped_in_a_row += 1

@@ -20,13 +20,14 @@ from agsel.zero.write_through import WriteThrough
 
 
 class SelectiveStep:
-    """Mixin over a DeepSpeed ZeRO optimizer. `selection` and `elements` are set in `agsel.attach`.
+    """Mixin over a DeepSpeed ZeRO optimizer. What it declares first is set in `agsel.attach`.
 
     Not an `ABC`: Python refuses `__class__` assignment to a class that has one among its bases.
     """
 
     selection: Selection
     elements: WriteThrough
+    chooses_early: bool
     clip_grad: float
     loss_scale: float
     optimizer: torch.optim.Optimizer
@@ -58,6 +59,18 @@ class SelectiveStep:
         super().refresh_fp32_params()  # type: ignore[misc]
         if self.selection.sanity is not None:
             self.selection.sanity.forget()
+
+    def choose_early(self, micro_batches: int) -> None:
+        """After the first backward of several: choose by it, if the step explores, and forget the other gradients.
+
+        Args:
+            micro_batches: of the step; DeepSpeed has divided each loss by their number.
+        """
+        if not self.chooses_early or self.selection.policy.plan().update is not None:
+            return
+        update = self.selection.choose_early(self._local_squares(), float(self.loss_scale) / micro_batches)
+        if update is not None:
+            self._release_gradients(p for p in self.selection.residency.partitions if p.block not in update.blocks)
 
     def step(self, closure: None = None) -> None:
         """Update the selected blocks, or nothing at all if any rank holds a non-finite gradient."""

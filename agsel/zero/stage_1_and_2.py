@@ -173,7 +173,20 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         self.micro_step_id = INITIAL_MICRO_STEP_ID
 
     def _gradient_pieces(self, partition: Partition) -> list[torch.Tensor]:
-        return list(self.averaged_gradients.get(partition.index) or [])
+        """Before the last micro-batch DeepSpeed keeps them elsewhere, those of parameters that it divides whole."""
+        index = partition.index
+        pieces = self.averaged_gradients.get(index)
+        if pieces is None and self.all_grad_tensors.get(index):
+            pieces = self.get_flat_partition(
+                self.params_in_partition[index],
+                self.first_offset[index],
+                self.partition_size[index],
+                dtype=self.gradient_accumulation_dtype,
+                device=self.selection.residency.device,
+                param_group_idx=index,
+                return_tensor_list=True,
+            )
+        return list(pieces or [])
 
     def _release_gradients(self, partitions: Iterable[Partition]) -> None:
         for partition in partitions:

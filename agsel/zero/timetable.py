@@ -98,6 +98,12 @@ class Timetable:
             self._layers_to_leave += 1
             hidden.register_hook(lambda _: self._leave_layer())
 
+    def choose_early(self, plan: Plan) -> None:
+        """An exploring step has chosen after its first micro-batch: the next one moves what it needs."""
+        if plan.update is not None:
+            self._last_explored = plan.update.blocks
+        self.begin(plan)
+
     def settle(self, update: Update) -> None:
         """What the step does is known: bring all of its partitions."""
         if self._plan is not None and self._plan.update is None:

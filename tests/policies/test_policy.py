@@ -341,6 +341,29 @@ def test_a_rule_that_names_blocks_it_may_not_is_refused(plan: Plan, update: Upda
         policy.commit(norms_of(0))
 
 
+def test_what_a_part_of_the_rows_has_chosen_holds_for_the_step() -> None:
+    policy, resumed = started(TopK(fraction=0.3)), started(TopK(fraction=0.3))
+    rising = {block: float(block) for block in range(BLOCKS)}
+    plan = policy.choose_early(rising)
+    assert (plan.kind, plan.trainable) == ("explore", frozenset(range(BLOCKS - 3, BLOCKS)))
+    resumed.load_state_dict(json.loads(json.dumps(policy.state_dict())))
+    for each in (policy, resumed):
+        assert each.plan() == plan
+        assert each.commit({block: -norm for block, norm in rising.items()}).blocks == plan.trainable
+        assert each.plan() == Plan(ALL, None)
+
+
+def test_a_rule_that_chooses_is_asked_once() -> None:
+    update = Update(frozenset({1}))
+    policy = started(Scripted(plans=(Plan(ALL - {2}, None),) * 2, update=update))
+    policy.choose_early(norms_of(0))
+    policy.update = Update(frozenset({3}))
+    assert policy.commit(norms_of(1)) == update
+    policy.update = Update(frozenset({2}))
+    with pytest.raises(UserError, match="Scripted updates block 2 at step 2"):
+        policy.choose_early(norms_of(2))
+
+
 def test_every_kind_of_plan_is_saved_and_restored() -> None:
     plans = (Plan(ALL, None), Plan(ALL, Update(frozenset())), Plan.of([1, 2]), Plan.of([1, 2], fresh=[2]))
     for number, plan in enumerate(plans):

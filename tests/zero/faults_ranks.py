@@ -39,15 +39,23 @@ def poisoned_step(engine: Any, step: int, value: float, *, in_loss: bool = False
     if hook is not None:
         hook.remove()
     engine.step()
+    for micro_step in range(1, engine.gradient_accumulation_steps()):
+        ids = tiny_batch(step, micro_step, rank).to(engine.device)
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        engine.step()
 
 
-def non_finite(stage: int, dtype: str, value: float, *, in_loss: bool = False) -> dict[str, Any]:
+def non_finite(
+    stage: int, dtype: str, value: float, *, in_loss: bool = False, accumulation: int = 1, choose_early: bool = False
+) -> dict[str, Any]:
     """A poisoned step in the middle of a run, and the same run without it."""
     config = {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}} if dtype == "fp16" else {}
-    scenario = Scenario(stage=stage, dtype=dtype, steps=8, config=config)
+    scenario = Scenario(stage=stage, dtype=dtype, steps=8, config=config, accumulation=accumulation)
+    if choose_early:
+        scenario = replace(scenario, choose_early=True, policy=partial(agsel.TopK, fraction=0.5))
     engine, selection = start_engine(scenario)
     for step in range(4):
-        train_step(engine, step, 1)
+        train_step(engine, step, accumulation)
     before, counts, scale = whole_weights(engine), selection.counts, engine.optimizer.loss_scale
     poisoned_step(engine, 4, value, in_loss=in_loss)
     unchanged = all(torch.equal(before[name], weights) for name, weights in whole_weights(engine).items())
@@ -159,6 +167,11 @@ for stage in (1, 2, 3):
         f"cut-off-{stage}": partial(cut_off, stage),
         f"changed-mask-{stage}": partial(changed_mask, stage),
     }
+
+CASES |= {
+    f"early-{stage}": partial(non_finite, stage, "fp32", math.inf, accumulation=2, choose_early=True)
+    for stage in (2, 3)
+}
 
 if __name__ == "__main__":
     run_cases(CASES)

@@ -19,7 +19,7 @@ import agsel
 from agsel import upstream
 from tests.cases import logged, message_of, run_cases
 from tests.tiny import tiny_model
-from tests.zero.scenario import ADAM, Scenario, start_engine
+from tests.zero.scenario import ADAM, SELECTING, Scenario, start_engine
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": False}}
 OPTIMIZER_ON_CPU = {"zero_force_ds_cpu_optimizer": False}
@@ -27,6 +27,10 @@ OPTIMIZER_ON_CPU = {"zero_force_ds_cpu_optimizer": False}
 
 def refused(**scenario: Any) -> str | None:
     return message_of(ValueError, lambda: start_engine(Scenario(**scenario)))
+
+
+def chosen_early(stage: int, accumulation: int, policy: Callable[[], agsel.Policy] = SELECTING) -> str | None:
+    return refused(stage=stage, accumulation=accumulation, policy=policy, choose_early=True)
 
 
 def stage_0() -> str | None:
@@ -192,6 +196,9 @@ def said_of_reduce_scatter(stage: int, zero: dict[str, Any]) -> str:
 
 CASES: dict[str, Callable[[], str | None]] = {
     "stage 0": stage_0,
+    "early of one": partial(chosen_early, 2, 1),
+    "early at stage 1": partial(chosen_early, 1, 2),
+    "early without exploring": partial(chosen_early, 2, 2, partial(agsel.RandomBlocks, fraction=0.5)),
     "bf16 optimizer": bf16_optimizer,
     "offload_optimizer 2": partial(offload_optimizer, 2),
     "offload_optimizer 3": partial(offload_optimizer, 3),

@@ -13,13 +13,21 @@ import agsel
 from agsel.blocks import decoder_layers
 from tests.cases import run_cases
 from tests.zero.rules import RULES, EveryClause
-from tests.zero.scenario import Record, Scenario, run_engine, start_engine
+from tests.zero.scenario import SELECTING, Record, Scenario, run_engine, start_engine
 
 OVER_ADAPTERS: list[tuple[int, str, Literal["lora", "dora"]]] = [
     *((1, "lisa", "lora"), (2, "badam", "lora"), (3, "grass", "lora"), (1, "badam", "dora")),
     *((3, "badam", "lora"), (2, "grass", "dora"), (2, "ist", "dora"), (3, "ist", "dora")),
 ]
 KINDS_OF_ADAPTERS: tuple[Literal["lora", "dora"], ...] = ("lora", "dora")
+HALF = partial(agsel.TopK, fraction=0.5)
+EARLY = {
+    "adagradselect": Scenario(stage=2, blocks="layers", policy=partial(SELECTING, explore_steps=16, epsilon_start=1.0)),
+    "half": Scenario(stage=2, blocks="layers", policy=HALF),
+    "half-over-lora": Scenario(stage=2, blocks="layers", policy=HALF, adapters="lora"),
+    "every-clause": Scenario(stage=2, policy=partial(EveryClause, fraction=0.3, seed=5)),
+}
+"""Rules that explore, for which the first of three micro-batches chooses otherwise than all of them."""
 PARITY = {
     f"stage{stage}-accumulation{accumulation}-clip{clip}-{blocks}": Scenario(
         stage=stage, accumulation=accumulation, clip=clip, blocks=blocks, tied=accumulation == 3
@@ -67,6 +75,11 @@ PARITY |= {
 }
 PARITY["stage3-checkpointing-ist"] = replace(PARITY["stage3-ist-over-dora"], checkpointing=True)
 PARITY |= {f"stage{stage}-from-1": Scenario(stage=stage, clip=0.1, blocks="layers", select_from=1) for stage in (1, 3)}
+PARITY |= {
+    f"stage{stage}-early-{rule}": replace(scenario, stage=stage, accumulation=3, clip=0.01, choose_early=True)
+    for stage in (2, 3)
+    for rule, scenario in EARLY.items()
+}
 FULL = {
     f"full-stage{stage}-{dtype}{suffix}": Scenario(
         stage=stage, dtype=dtype, policy=agsel.FullFineTuning, steps=6, accumulation=2, config=config

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from agsel.policies import BAdam, BlockInfo, FractionPolicy, Grass, Ist, Lisa, Plan, Policy, Probe, Update
+from agsel.policies.policy import StepKind
 
 RULES: dict[str, partial[Policy]] = {
     "lisa": partial(Lisa, fraction=0.5, every=3, seed=5),
@@ -27,6 +28,10 @@ class EveryClause(FractionPolicy):
 
     The first block is updated whenever anything is, and its states never leave the device.
     """
+
+    @property
+    def kinds_of_steps(self) -> tuple[StepKind, ...]:
+        return ("probe", "explore", "exploit")
 
     @property
     def pinned(self) -> frozenset[int]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,9 @@ from tests.cases import require_dtype
 from tests.distributed import RANKS
 from tests.tiny import WITHOUT_ELEMENTS, adapted_model, element_model, random_mask, tiny_batch, tiny_model
 
+SELECTING: Callable[[], agsel.Policy] = partial(
+    agsel.AdaGradSelect, fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3
+)
 ADAM = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-4, "weight_decay": 0.1}
 
 
@@ -38,9 +42,8 @@ class Scenario:
     adapters: Literal["lora", "dora"] | None = None
     elements: bool = False
     select_from: float = 0
-    policy: Callable[[], agsel.Policy] = field(
-        default=lambda: agsel.AdaGradSelect(fraction=0.4, explore_steps=10, epsilon_start=0.8, epsilon_end=0.3, seed=3)
-    )
+    choose_early: bool = False
+    policy: Callable[[], agsel.Policy] = SELECTING
     zero: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -97,6 +100,8 @@ def start_engine(scenario: Scenario, *, attach: bool = True, model: Any = None, 
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=scenario.deepspeed_config())
     if not attach and engine.device.type == "cuda":  # stock may gather weights before its last step has written them
         engine.register_forward_pre_hook(lambda *_: torch.cuda.synchronize())
+    if scenario.choose_early:
+        options["choose_early"] = True
     selection = agsel.attach(engine, scenario.policy(), **options) if attach else None
     if scenario.checkpointing:
         engine.module.gradient_checkpointing_enable({"use_reentrant": False})
@@ -163,9 +168,14 @@ class Reference:
         for step in range(self.scenario.steps):
             if probes := self.policy.probes():
                 self.policy.observe([self._probe(probe, step) for probe in probes])
-            record.losses.append(self._gradients(step))
             names = list(self.blocks)
             plan = self.policy.plan()
+            if self.scenario.choose_early and plan.update is None:
+                self._gradients(step, micro_steps=1)
+                plan = self.policy.choose_early(
+                    {index: self._norm(self.blocks[names[index]]) for index in sorted(plan.trainable)}
+                )
+            record.losses.append(self._gradients(step, self.scenario.accumulation))
             norms = {index: self._norm(self.blocks[names[index]]) for index in sorted(plan.trainable)}
             update = self.policy.commit(norms)
             selected = [names[index] for index in sorted(update.blocks)]
@@ -193,9 +203,10 @@ class Reference:
             scaling["default"] /= probe.factor
         return math.fsum(losses) / RANKS
 
-    def _gradients(self, step: int) -> float:
+    def _gradients(self, step: int, micro_steps: int) -> float:
+        """Of the mean loss over the first micro-batches of a step."""
         self.model.zero_grad()
-        micro_batches = [(m, rank) for m in range(self.scenario.accumulation) for rank in range(RANKS)]
+        micro_batches = [(m, rank) for m in range(micro_steps) for rank in range(RANKS)]
         total = 0.0
         for micro_step, rank in micro_batches:
             ids = tiny_batch(step, micro_step, rank)
@@ -239,8 +250,8 @@ class ElementReference(Reference):
         }
         self.optimizers = {name: torch.optim.AdamW(parameters, **ADAM) for name, parameters in self.blocks.items()}  # type: ignore[arg-type]
 
-    def _gradients(self, step: int) -> float:
-        loss = super()._gradients(step)
+    def _gradients(self, step: int, micro_steps: int) -> float:
+        loss = super()._gradients(step, micro_steps)
         for name, weight in self.weights.items():
             assert weight.grad is not None
             weight.grad.mul_(self.chosen[name])

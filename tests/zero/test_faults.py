@@ -45,6 +45,15 @@ def test_the_run_goes_on_as_if_the_step_had_not_been(ranks: list[dict[str, Any]]
     assert all(torch.equal(run["after"][name], weights) for name, weights in run["clean"].items())
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_nothing_is_chosen_by_a_first_micro_batch_that_is_not_finite(ranks: list[dict[str, Any]], stage: int) -> None:
+    for rank in ranks:
+        run = rank[f"early-{stage}"]
+        assert run["unchanged"]
+        assert (run["mode"], run["skipped"], run["steps"]) == ("skipped", 1, 8)
+        assert all(torch.equal(run["after"][name], weights) for name, weights in run["clean"].items())
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_that_is_never_finite_stops(ranks: list[dict[str, Any]], stage: int) -> None:
     for rank in ranks:

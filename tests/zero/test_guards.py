@@ -14,6 +14,9 @@ from tests.zero.guards_ranks import CASES
 
 REFUSED = {
     "stage 0": ("zero_optimization.stage is 0", "needs 1, 2 or 3"),
+    "early of one": ("gradient_accumulation_steps is 1", "raise it, or leave out choose_early"),
+    "early at stage 1": ("choose_early does not work at zero_optimization.stage 1", "use stage 2 or 3"),
+    "early without exploring": ("RandomBlocks never chooses by gradients", "leave out choose_early"),
     "bf16 optimizer": ("BF16_Optimizer is not supported", "use ZeRO stage 2"),
     "offload_optimizer 2": ("zero_optimization.offload_optimizer is not supported", "remove it"),
     "offload_optimizer 3": ("zero_optimization.offload_optimizer is not supported", "remove it"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.cases import launch_cases
-from tests.zero.parity_ranks import FULL, PARITY, RECOMPUTED
+from tests.zero.parity_ranks import EARLY, FULL, PARITY, RECOMPUTED
 from tests.zero.scenario import Record, Reference
 
 SLOW = ("stage3-checkpointing-over-lora", "stage3-checkpointing-over-dora")
@@ -44,6 +46,7 @@ def test_equals_the_plain_loop(
         scenario.tied,
         scenario.adapters,
         scenario.select_from,
+        scenario.choose_early,
         str(policy),
     )
     if key not in references:
@@ -71,6 +74,12 @@ def test_ranks_choose_alike(ranks: list[dict], name: str) -> None:
 @pytest.mark.parametrize("name", [case for case in PARITIES if PARITY[str(case.values[0])].clip])
 def test_clipping_was_active(ranks: list[dict], name: str) -> None:
     assert sum(norm > PARITY[name].clip for norm in ranks[0][name].grad_norms) >= 8
+
+
+@pytest.mark.parametrize("rule", EARLY)
+def test_the_first_micro_batch_chooses_otherwise_than_all(rule: str) -> None:
+    early = PARITY[f"stage2-early-{rule}"]
+    assert Reference(early).run().selected != Reference(replace(early, choose_early=False)).run().selected
 
 
 @pytest.mark.parametrize("name", FULL)

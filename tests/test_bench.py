@@ -266,7 +266,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 93
+    assert len(configurations) == 99
     assert {configuration.method for configuration in configurations} == set(METHODS)
 
 
@@ -509,7 +509,8 @@ def test_what_a_method_is_follows_from_its_entry() -> None:
     assert [name for name, method in METHODS.items() if method.start is None] == ["trainer"]
     over_adapters = ["exploit-lora-256", "exploit-lora-256-folded", "exploit-lora-16", "ist-lora-256"]
     over_elements = ["elements", "exploit-elements"]
-    moving = ["fixed", "exploit", "explore", "topk", "lisa", "agsel-badam", *over_adapters, *over_elements, "trainer"]
+    exploring = ["explore", "explore-early", "topk"]
+    moving = ["fixed", "exploit", *exploring, "lisa", "agsel-badam", *over_adapters, *over_elements, "trainer"]
     assert [name for name, method in METHODS.items() if method.moves_states] == moving
     reading = {name for name, method in METHODS.items() if method.reads_fraction}
     assert reading == {"bound", *moving, "badam"} - {"agsel-badam", "elements"}
@@ -519,6 +520,6 @@ def test_what_a_method_is_follows_from_its_entry() -> None:
         "shira",
     ]
     kinds = {name: method.kinds_of_steps for name, method in METHODS.items() if method.kinds_of_steps}
-    exploiting = dict.fromkeys((name for name in moving if name not in ("explore", "topk")), ("exploit",))
+    exploiting = dict.fromkeys((name for name in moving if name not in exploring), ("exploit",))
     asking = {"ist-lora-256": ("exploit", "losses")}
-    assert kinds == {"full": ("full",), "explore": ("explore",), "topk": ("explore",), **exploiting, **asking}
+    assert kinds == {"full": ("full",), **dict.fromkeys(exploring, ("explore",)), **exploiting, **asking}

@@ -78,9 +78,10 @@ def selecting(
     lora_rank: int | None = None,
     folds: bool = False,
     elements: bool = False,
+    early: bool = False,
 ) -> Method:
     """agsel with the policy made from the fraction."""
-    start = partial(start_selection, policy, lora_rank=lora_rank, folds=folds, elements=elements)
+    start = partial(start_selection, policy, lora_rank=lora_rank, folds=folds, elements=elements, early=early)
     return Method(
         meaning=meaning,
         start=start,
@@ -122,6 +123,9 @@ METHODS: dict[str, Method] = {
     "exploit": selecting("agsel, a new random set of layers at every step", exploiting),
     "explore": selecting(
         "agsel, the layers with the largest gradient norms, every step explores", exploring, kinds=("explore",)
+    ),
+    "explore-early": selecting(
+        "the same with --choose_early, for several micro-batches", exploring, kinds=("explore",), early=True
     ),
     "topk": selecting("agsel's TopK policy", lambda fraction: agsel.TopK(fraction=fraction)),
     "lisa": selecting(

@@ -96,6 +96,7 @@ def start_selection(
     lora_rank: int | None = None,
     folds: bool = False,
     elements: bool = False,
+    early: bool = False,
 ) -> tuple[Any, agsel.Selection]:
     """agsel with the policy for the fraction, over all weights, LoRA adapters, or random elements of the density."""
     policy = policy_of(configuration.fraction)
@@ -106,7 +107,8 @@ def start_selection(
     with agsel.lean_initialization():
         groups = agsel.block_param_groups(model, policy.takes_part, configuration.select_from)
         engine = start(model, adam(groups), zero_config(configuration))
-    return engine, agsel.attach(engine, policy, offload_states=configuration.offload_states, fold_adapters=folds)
+    options = {"offload_states": configuration.offload_states, "fold_adapters": folds, "choose_early": early}
+    return engine, agsel.attach(engine, policy, **options)
 
 
 def start_lora(rank: int, model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:

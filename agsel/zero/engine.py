@@ -25,7 +25,6 @@ RELIES_ON = {
         "_get_ckpt_name",
         "_take_model_step",
         "_backward_prologue",
-        "_backward_epilogue",
     )
 }
 """Methods of DeepSpeed whose inner working agsel depends on, besides those that the code names."""

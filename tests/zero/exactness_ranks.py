@@ -169,16 +169,30 @@ def gradient_elements(stage: int, dtype: str, **options: Any) -> list[dict[str, 
 
     for step in range(5):
         plan = selection.policy.plan()
-        planned = {selection.blocks[index] for index in plan.trainable}
         for micro_step in range(2):
             ids = tiny_batch(step, micro_step, torch.distributed.get_rank()).to(engine.device)
             loss = engine(input_ids=ids, labels=ids).loss
             engine.backward(loss)
             del loss
+            planned = {*named(selection, selection.policy.plan().trainable)}
             count(f"backward {micro_step}")
             engine.step()
         count("step")
     return points
+
+
+def states_of_an_early_choice(stage: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Per micro-batch of an exploring step: whose states are on the device after its forward, and what is planned."""
+    policy = partial(agsel.TopK, fraction=0.5)
+    engine, selection = start_engine(Scenario(stage=stage, policy=policy, accumulation=3, choose_early=True))
+    found = []
+    for micro_step in range(3):
+        ids = tiny_batch(0, micro_step, torch.distributed.get_rank()).to(engine.device)
+        loss = engine(input_ids=ids, labels=ids).loss
+        found.append((selection.resident, named(selection, selection.policy.plan().trainable)))
+        engine.backward(loss)
+        engine.step()
+    return found
 
 
 def held_gradients(engine: Any, selection: Any) -> dict[str, int]:
@@ -454,6 +468,9 @@ for stage in STAGES:
         if not (stage == 1 and config):
             CASES[f"gradients-{stage}-{name}"] = partial(gradient_elements, stage, dtype, config=config)
 
+for stage in (2, 3):
+    CASES[f"early-states-{stage}"] = partial(states_of_an_early_choice, stage)
+    CASES[f"gradients-{stage}-early"] = partial(gradient_elements, stage, "fp32", choose_early=True)
 CASES["gradients-3-leaf-modules"] = partial(gradient_elements, 3, "fp32", zero=LEAF_MODULES)
 CASES["foreign-2"] = partial(foreign_gradients, 2)
 CASES["gathering"] = gathering

@@ -174,6 +174,16 @@ def test_weights_gathered_jointly_are_those_of_stock(ranks: list[dict]) -> None:
         assert "JointGather" not in (gathers["as stock"]["type"], gathers["in two types"]["type"])
 
 
+@pytest.mark.parametrize("name", cases("early-states"))
+def test_states_come_in_the_forward_after_an_early_choice(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        (before, all_blocks), (after, chosen), (last, still_chosen) = rank[name]
+        assert (before, len(all_blocks)) == ((), 7)
+        assert chosen == still_chosen
+        assert len(chosen) == 3
+        assert {*after} == {*last} == {*chosen}
+
+
 @pytest.mark.parametrize("name", cases("gradients"))
 def test_inactive_blocks_hold_no_gradient(ranks: list[dict], name: str) -> None:
     for rank in ranks:

@@ -310,6 +310,20 @@ def test_mistakes_end_in_one_line(arguments: tuple[str, ...], message: str, tmp_
     assert not (tmp_path / "new").exists()
 
 
+def test_why_the_ranks_could_not_start_is_said_once(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/bench.py", "--models", "tiny", "--methods", "full", "--output", str(tmp_path)],
+        env=environment() | {"TORCH_EXTENSIONS_DIR": "/proc/nowhere"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("agsel: error: ")]
+    assert "cannot use /proc/nowhere for compiled operators" in said
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("plan", ["{models: tiny}", "- tiny", "- {models: tiny, stages: 2}", "- {1: tiny}"])
 def test_a_plan_that_is_none_is_refused(plan: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(plan)

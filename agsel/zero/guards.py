@@ -139,7 +139,7 @@ def require_adapters(policy: Policy, model: nn.Module, blocks: Iterable[Block]) 
 
 
 def require_early_choice(engine: DeepSpeedEngine, policy: Policy) -> None:
-    """Refuse to choose by the first of several micro-batches where there is one, or nothing to be seen of it.
+    """Refuse to choose by the first micro-batch where it is the only one, is not reduced alone, or decides nothing.
 
     Raises:
         UserError: naming the setting.
@@ -155,7 +155,10 @@ def require_early_choice(engine: DeepSpeedEngine, policy: Policy) -> None:
             "at once: use stage 2 or 3 (--deepspeed zero2)"
         )
     if "explore" not in policy.kinds_of_steps:
-        raise UserError(f"{type(policy).__name__} never chooses by gradients: leave out choose_early (--choose_early)")
+        raise UserError(
+            f"{type(policy).__name__} never chooses by gradients: leave out choose_early (--choose_early); a rule of "
+            "your own that does must name `explore` in its kinds_of_steps"
+        )
 
 
 def require_plain_partitions(engine: DeepSpeedEngine) -> None:

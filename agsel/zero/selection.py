@@ -32,10 +32,10 @@ class StepReport:
 
     Attributes:
         step: number of optimizer steps applied so far, this one included.
-        mode: `"explore"` (chosen after the backward), `"exploit"` (planned before it), `"probe"` (planned to update
+        mode: `"explore"` (chosen after a backward), `"exploit"` (planned before it), `"probe"` (planned to update
             nothing), or `"skipped"` (non-finite).
         selected: names of the updated blocks.
-        norms: global gradient norm of each block that had a gradient.
+        norms: global gradient norm of each block that had a gradient; after an early choice, of the chosen ones.
         grad_norm: norm over the updated blocks, which clipping compares with its limit; of a probe over all measured.
     """
 

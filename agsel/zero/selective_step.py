@@ -64,7 +64,7 @@ class SelectiveStep:
         """After the first backward of several: choose by it, if the step explores, and forget the other gradients.
 
         Args:
-            micro_batches: of the step; DeepSpeed has divided each loss by their number.
+            micro_batches: of the step, to whose mean loss each adds its share.
         """
         if not self.chooses_early or self.selection.policy.plan().update is not None:
             return

@@ -173,7 +173,7 @@ class SelectiveZeroOptimizer(SelectiveStep, DeepSpeedZeroOptimizer):
         self.micro_step_id = INITIAL_MICRO_STEP_ID
 
     def _gradient_pieces(self, partition: Partition) -> list[torch.Tensor]:
-        """Before the last micro-batch DeepSpeed keeps them elsewhere, those of parameters that it divides whole."""
+        """Before a step's last micro-batch those accumulated in the type of the weights are in `all_grad_tensors`."""
         index = partition.index
         pieces = self.averaged_gradients.get(index)
         if pieces is None and self.all_grad_tensors.get(index):

@@ -52,9 +52,9 @@ def joined_folder(description: str | None) -> Path:
     folder: Path = parser.parse_args().folder
     with ends_in_one_line():
         join_ranks()
-    if on_cuda():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    start_deepspeed()
+        if on_cuda():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        start_deepspeed()
     return folder
 
 

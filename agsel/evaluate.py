@@ -39,7 +39,7 @@ from agsel.evaluation.findings import (
 from agsel.evaluation.harness import evaluate_with_harness, require_tasks, tasks_of_harness
 from agsel.evaluation.kept import KeptResults
 from agsel.evaluation.limits import require_embedded, window_of
-from agsel.evaluation.loading import fingerprint_of_files, load_model, own_device
+from agsel.evaluation.loading import fingerprint_of_files, limit_memory, load_model, own_device
 from agsel.evaluation.options import EvaluationArguments
 from agsel.evaluation.questions import read_questions, read_text
 from agsel.evaluation.tasks import Task, read_tasks
@@ -99,7 +99,7 @@ def tasks_of(arguments: EvaluationArguments, fields: Fields) -> list[Task]:
 
 def evaluate(arguments: EvaluationArguments, tasks: Sequence[Task]) -> None:
     """Measure everything that is asked for. Every rank must call it; the first one says and writes what was found."""
-    own_device()  # NCCL must know it before the ranks say anything
+    limit_memory(own_device(), arguments.memory_fraction)  # NCCL must know the device before the ranks say anything
     output = Path(arguments.output) if arguments.output else None
     if output is not None:
         first_rank_does(partial(prepare_output, output), None)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -23,6 +24,7 @@ import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from agsel import evaluate
 from agsel.data.fields import with_line_breaks
 from agsel.errors import RunError, UserError
 from agsel.evaluation.findings import as_lines
@@ -40,7 +42,7 @@ from tools.comparison.plan import Plan, Run, words_of
 from tools.comparison.plan_file import read_plan
 from tools.comparison.records import Records, new_record
 from tools.comparison.refusals import require_sound
-from tools.comparison.runs import Runner, Task, file_bytes
+from tools.comparison.runs import Runner, Task, evaluate_words, file_bytes, share_of
 from tools.comparison.schedule import CONTEXT_BYTES, Schedule
 
 RECIPE: dict[str, Any] = {
@@ -430,6 +432,14 @@ def test_runs_that_find_no_memory_beside_others_are_tried_alone_and_those_alone_
     assert [outcome.record["error"] for outcome in outcomes] == ["CUDA out of memory"] * 2
 
 
+def test_an_evaluation_keeps_to_its_share_of_a_gpu(parts: Path, tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts, runs_per_gpu=4)))
+    words = [*evaluate_words(plan, RUN, "test"), *share_of(plan, Place(("0",), 100e9))]
+    assert evaluate.read_arguments(words)[0].memory_fraction == 0.25
+    assert share_of(plan, Place((), math.inf)) == []
+    assert share_of(replace(plan, runs_per_gpu=1), Place(("0",), 100e9)) == []
+
+
 def test_a_reason_is_the_last_line_that_says_one() -> None:
     trace = [
         "Traceback (most recent call last):",
@@ -438,6 +448,8 @@ def test_a_reason_is_the_last_line_that_says_one() -> None:
         "bye",
     ]
     assert reason(trace, 1) == "torch.OutOfMemoryError: CUDA out of memory."
+    of_a_rank = [*(f"[rank0]: {line}" for line in trace[:3]), "[rank0]:[W1129 07:28:51.4 Warning: not destroyed"]
+    assert reason(of_a_rank, 1) == "[rank0]: torch.OutOfMemoryError: CUDA out of memory."
     assert reason(["agsel: error: no such model"], 1) == "no such model"
     assert reason(["step 3/4"], -9) == "killed by signal 9"
     assert reason([], 3) == "exit code 3"

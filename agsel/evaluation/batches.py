@@ -43,15 +43,18 @@ def tokens_in_memory(model: PreTrainedModel, *, generates: bool) -> int:
         generates: the keys and values of every token are kept; otherwise its logits.
     """
     per_token = _bytes_of_cache(model) if generates else _bytes_of_logits(model)
-    fitting = min(gather(int(_room(model.device) / per_token), None))
+    fitting = min(gather(int(room(model.device) / per_token), None))
     return 1 << max(0, fitting.bit_length() - 1)
 
 
-def _room(device: torch.device) -> float:
+def room(device: torch.device) -> float:
+    """Bytes for what grows with a batch; on a GPU, of those that this process may have (`loading.limit_memory`)."""
     if device.type != "cuda":
         return SHARE_OF_HOST * psutil.virtual_memory().total
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
+    return SHARE * (max(0.0, min(free, allowed)) + reserved - torch.cuda.memory_allocated(device))
 
 
 def _bytes_of_logits(model: PreTrainedModel) -> int:

@@ -54,6 +54,12 @@ def own_device() -> torch.device:
     return device
 
 
+def limit_memory(device: torch.device, fraction: float) -> None:
+    """Keep this process to a fraction of its GPU's memory; what would go beyond finds none."""
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(fraction, device)
+
+
 def fingerprint_of_files(name: str) -> list[list[str | int]]:
     """Names, sizes and times of local files, those of the base of an adapter or elements included; else the name."""
     path = Path(name)

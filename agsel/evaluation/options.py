@@ -59,8 +59,12 @@ class EvaluationArguments:
         },
     )
     batch_size: int = field(
-        default=128,
+        default=512,
         metadata={"help": "Rows at a time, at most: fewer where memory ends. Results depend on it by rounding only."},
+    )
+    memory_fraction: float = field(
+        default=1.0,
+        metadata={"help": "Of the GPU's memory, at most, for this evaluation: where others share the GPU."},
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Generated at most per row."})
     answer_pattern: str = field(
@@ -85,6 +89,10 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value} (--{name}): it must be at least 1")
+        if not 0 < self.memory_fraction <= 1:
+            raise UserError(
+                f"memory_fraction is {self.memory_fraction} (--memory_fraction): it must be above 0 and at most 1"
+            )
         if self.n_shot < 0:
             raise UserError(f"n_shot is {self.n_shot} (--n_shot): it must be at least 0")
         if self.dtype not in DTYPES:

@@ -25,6 +25,8 @@ from tests.tiny_run import save_model
         ({"batch_size": 0}, "--batch_size"),
         ({"limit": 0}, "--limit"),
         ({"max_new_tokens": 0}, "--max_new_tokens"),
+        ({"memory_fraction": 0.0}, "--memory_fraction"),
+        ({"memory_fraction": 1.5}, "--memory_fraction"),
         ({"n_shot": -1}, "--n_shot"),
         ({"dtype": "fp32"}, "--dtype"),
         ({"answer_pattern": "("}, r"'\(' is no regular expression \(--answer_pattern\)"),

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from agsel.evaluation.batches import SHARE, room
+from agsel.evaluation.loading import limit_memory
 from agsel.evaluation.measures import generate
 from tests.distributed import launch
 from tests.test_evaluate import alone, arguments
@@ -48,3 +51,17 @@ def test_a_batch_in_bf16_gives_the_same_texts_again() -> None:
     prompts = [torch.randint(5, 49_000, (length,)).tolist() for length in lengths]
     first, *others = (generate(model.eval(), cast(Any, Numbers()), prompts, 100) for _ in range(4))
     assert others == [first] * 3
+
+
+def test_batches_keep_to_the_fraction_of_the_memory_that_is_allowed() -> None:
+    device = torch.device("cuda", 0)
+    torch.empty(0, device=device)
+    free, total = torch.cuda.mem_get_info(device)
+    try:
+        limit_memory(device, 0.125 * free / total)
+        assert room(device) <= SHARE * 0.126 * free
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(free // 4, dtype=torch.uint8, device=device)
+    finally:
+        limit_memory(device, 1.0)
+    assert room(device) > SHARE * 0.9 * free

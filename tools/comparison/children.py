@@ -18,7 +18,8 @@ from agsel.errors import RunError
 
 PATIENCE = 60.0
 """Seconds for training to save a checkpoint, before it is killed."""
-REASON = re.compile(r"agsel: error: .*|^\w[\w.]*(Error|Exception|Interrupt)\b.*")
+REASON = re.compile(r"agsel: error: .*|^(\[rank\d+\]: )?\w[\w.]*(Error|Exception|Interrupt)\b.*")
+"""Of lines: PyTorch prints the traceback of a rank with its name before every one."""
 LINES_KEPT = 200
 
 

@@ -128,7 +128,8 @@ class Runner:
 
     def _measured(self, run: Run, part: Part, place: Place, slot: int) -> dict[str, Any]:
         folder = run.folder(self._plan.output)
-        command = self._command("evaluate.py", place, evaluate_words(self._plan, run, part))
+        words = [*evaluate_words(self._plan, run, part), *share_of(self._plan, place)]
+        command = self._command("evaluate.py", place, words)
         self._children.run(command, folder / f"{part}.log", self._environment(place, slot))
         results = json.loads((folder / f"{part}.json").read_text())
         return {name: value for name, value in results.items() if name != "model"}
@@ -164,6 +165,13 @@ def evaluate_words(plan: Plan, run: Run, part: Part) -> list[str]:
     model = plan.shared["model_name_or_path"] if run.is_untrained else folder / "model"
     place = {"model": model, "output": folder / f"{part}.json"}
     return [*words_of({**place, **plan.evaluation_of(run, part)})]
+
+
+def share_of(plan: Plan, place: Place) -> list[str]:
+    """Flags of launch/evaluate.py beside other runs: it would take half of what they have yet to ask for."""
+    if not place.gpus or plan.runs_per_gpu == 1:
+        return []
+    return ["--memory_fraction", f"{1 / plan.runs_per_gpu:.3f}"]
 
 
 def _free_port() -> int:

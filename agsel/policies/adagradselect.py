@@ -113,8 +113,13 @@ class AdaGradSelect(FractionPolicy):
             return self.explore_all()
         return Plan.of(self._exploit())
 
+    @property
+    def concentration(self) -> np.ndarray:
+        """The parameters of the Dirichlet distribution, by block."""
+        return np.asarray(self.counts) + self.dirichlet_delta
+
     def _exploit(self) -> frozenset[int]:
-        alpha = np.asarray(self.counts) + self.dirichlet_delta
+        alpha = self.concentration
         # p ~ Dirichlet(alpha) is normalised Gamma(alpha) draws. They are drawn as logarithms, by
         # Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha): p itself underflows when δ is small, and ties between its
         # zeros would go to the first blocks.

@@ -38,7 +38,7 @@ from tools.comparison.origin import contents_of
 from tools.comparison.overlaps import said_of_overlaps
 from tools.comparison.pareto import Point, front
 from tools.comparison.places import Gpu, Place, places, said_of_others, visible
-from tools.comparison.plan import Plan, Run, words_of
+from tools.comparison.plan import BEFORE, Plan, Run, words_of
 from tools.comparison.plan_file import read_plan
 from tools.comparison.records import Records, new_record
 from tools.comparison.refusals import require_sound
@@ -495,6 +495,17 @@ def test_records_of_another_plan_or_other_data_are_refused(parts: Path, tmp_path
     (tmp_path / "runs.jsonl").write_text('{"cell": ')
     with pytest.raises(UserError, match="is damaged"):
         Records(tmp_path / "runs.jsonl")
+
+
+def test_the_model_before_training_depends_on_no_setting_of_training(parts: Path, tmp_path: Path) -> None:
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts)))
+    records = Records(tmp_path / "runs.jsonl")
+    records.put(Run(BEFORE), new_record(plan, Run(BEFORE), {}))
+    records.require_of(replace(plan, shared={**plan.shared, "warmup_steps": 0.5, "seed": 3}), {})
+    with pytest.raises(UserError, match="has before with another model_name_or_path"):
+        records.require_of(replace(plan, shared={**plan.shared, "model_name_or_path": "other"}), {})
+    with pytest.raises(UserError, match="has before with another test"):
+        records.require_of(replace(plan, evaluate={**plan.evaluate, "max_new_tokens": 7}), {})
 
 
 def test_a_folder_of_another_plan_is_not_gone_on_with(parts: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ what launch/train.py wrote of its cost; `file_bytes` of the trained weights; `va
 launch/evaluate.py wrote; `judged`, what it did on each row of the test part: `nll`, `right` as 1 and 0, and
 `questions`, by which another line of the file has the `rows` and `tokens` that all runs have in common.
 """
+MODEL = "model_name_or_path"
 DECIMALS = 4
 """Of the likelihood of a row, in nats per token: that of all rows is as sure as the third, at best."""
 
@@ -166,9 +167,10 @@ def differences_of(new: Record, known: Record) -> list[str]:
 
 
 def new_record(plan: Plan, run: Run, contents: Mapping[str, str]) -> Record:
-    """Of a run of which nothing is known yet."""
+    """Of a run of which nothing is known yet; without training, settings of training change nothing."""
     identity = {"cell": run.cell, "learning_rate": run.learning_rate, "seed": run.seed}
     evaluation = {part: plan.evaluation_of(run, part) for part in plan.parts}
     typed = {"--": list(plan.words)} if plan.words else {}
-    settings = {**plan.settings_of(run), **typed}
+    own = {MODEL: plan.shared.get(MODEL)} if run.is_untrained else plan.settings_of(run)
+    settings = {**own, **typed}
     return {**identity, "settings": settings, "evaluation": evaluation, "contents": dict(contents), "error": None}

@@ -13,6 +13,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from agsel.elements import ElementMask
+from agsel.errors import UserError
+from agsel.runs.resume import compare
 from agsel.training.arguments import SelectionArguments
 from agsel.training.chosen_elements import FILE
 from agsel.training.export import FILE_OF_ELEMENTS
@@ -63,6 +65,8 @@ OTHER_ELEMENTS: dict[str, tuple[dict[str, object], str]] = {
     "choice": ({"elements": "saft"}, "saft with density 0.1 by 16 samples"),
     "no elements": (dict.fromkeys(ELEMENTS), "none chosen"),
 }
+ADAPTERS = {"use_peft": True, "lora_alpha": 16, "use_rslora": False, "lora_dropout": 0.0}
+NO_ADAPTERS = SimpleNamespace(**ADAPTERS | {"use_peft": False})
 MASKS = ("no mask", "damaged mask", "mask of another choice")
 """In the folder of a run that resumes."""
 SAID: dict[str, tuple[dict[str, object], str]] = {
@@ -82,6 +86,14 @@ SAID: dict[str, tuple[dict[str, object], str]] = {
     "loss": (
         {"completion_only_loss": "false"},
         "loss was on completions and is on all tokens now: takes effect from here on (--completion_only_loss,",
+    ),
+    "smoothing": (
+        {"label_smoothing_factor": 0.1},
+        "loss function was nll with label smoothing 0 and is nll with label smoothing 0.1 now: takes effect",
+    ),
+    "noise": (
+        {"neftune_noise_alpha": 5},
+        "noise was 0 on embeddings, dropout 0 in adapters and is 5 on embeddings, dropout 0 in adapters now: takes",
     ),
 }
 
@@ -215,8 +227,9 @@ def test_another_seed_of_the_selection_has_no_effect(folder: Path, outcomes: dic
     assert re.sub(r".*seed.*", "", other) == re.sub(r".*seed.*", "", nothing)
 
 
-def described(method: str, **changed: Any) -> dict[str, Any]:
+def described(method: str, model: SimpleNamespace = NO_ADAPTERS, **changed: Any) -> dict[str, Any]:
     """Of a run without a dataset file or an engine."""
+    selection = {name: changed.pop(name) for name in ("fold_adapters", "choose_early") if name in changed}
     chosen = {"select_fraction": 0.3, "selection_seed": None, "seed": 42} | changed
     training = SimpleNamespace(
         per_device_train_batch_size=1,
@@ -232,12 +245,17 @@ def described(method: str, **changed: Any) -> dict[str, Any]:
         adam_epsilon=1e-8,
         max_steps=1,
         lr_scheduler_type=SimpleNamespace(value="linear"),
+        lr_scheduler_kwargs=None,
         warmup_steps=0,
         max_grad_norm=1.0,
+        loss_type="nll",
+        label_smoothing_factor=0.0,
+        neftune_noise_alpha=None,
     )
     configuration: Any = SimpleNamespace(
         training=training,
-        selection=SelectionArguments(method=method),
+        model=model,
+        selection=SelectionArguments(method=method, **selection),
         build_policy=lambda: build_policy(method, chosen),
         taking_part="layers",
         elements=SimpleNamespace(elements=None),
@@ -251,6 +269,41 @@ def test_full_fine_tuning_does_not_mention_what_it_does_not_read() -> None:
     changed = {"select_fraction": 0.5, "selection_seed": 7}
     assert described("full") == described("full", **changed)
     assert described("topk") != described("topk", **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"lora_alpha": 32}, "adapters was LoRA with alpha 16 and is LoRA with alpha 32 now (--use_peft, --lora_alpha"),
+        ({"use_rslora": True}, "and is LoRA with alpha 16 over the root of the rank now (--use_peft, --lora_alpha"),
+        ({"use_peft": False}, "adapters was LoRA with alpha 16 and is none now (--use_peft, --lora_alpha"),
+    ],
+)
+def test_other_adapters_than_those_of_the_checkpoint_are_refused(changed: dict[str, Any], words: str) -> None:
+    """What scales them is in no shape of a weight."""
+    saved = described("topk", SimpleNamespace(**ADAPTERS))
+    with pytest.raises(UserError, match=re.escape(words)):
+        compare(saved, described("topk", SimpleNamespace(**ADAPTERS | changed)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model": SimpleNamespace(**ADAPTERS | {"lora_dropout": 0.1})}, "dropout 0.1 in adapters now"),
+        ({"fold_adapters": True}, "folded adapters was False and is True now"),
+        ({"choose_early": True}, "early choice was False and is True now"),
+    ],
+)
+def test_what_takes_effect_from_here_on_is_said(changed: dict[str, Any], words: str) -> None:
+    adapters = {"model": SimpleNamespace(**ADAPTERS)}
+    (line,) = compare(described("topk", **adapters), described("topk", **adapters | changed))
+    assert f"{words}: takes effect from here on (--" in line
+
+
+def test_a_checkpoint_that_does_not_say_a_setting_goes_on() -> None:
+    """One of an earlier version."""
+    now = described("topk", SimpleNamespace(**ADAPTERS))
+    assert compare({name: value for name, value in now.items() if name not in ("adapters", "noise")}, now) == []
 
 
 @pytest.mark.parametrize(("rows", "hashed"), [(1, 1), (999, 999), (1999, 1999), (2000, 1000), (2999, 1500)])

@@ -136,7 +136,12 @@ def test_what_the_command_line_adds_to_a_file_is_heeded_or_refused(read: Read) -
             "write a JSON object, as '{\"name\": 1}' (--mod",
         ),
         ({"gradient_checkpointing_kwargs": '{"use_reentrant": }'}, "write a JSON object"),
-        ({"label_smoothing_factor": -0.1}, "label_smoothing_factor must be 0 or more"),
+        ({"label_smoothing_factor": -0.1}, "label_smoothing_factor must be 0 or more and below 1, got -0.1"),
+        ({"label_smoothing_factor": 1.0}, "label_smoothing_factor must be 0 or more and below 1, got 1.0 (--label_"),
+        ({"use_peft": True, "lora_dropout": 1.0}, "lora_dropout must be 0 or more and below 1"),
+        ({"use_peft": True, "lora_alpha": 0}, "lora_alpha must be 1 or more, got 0 (--lora_alpha)"),
+        ({"use_peft": True, "lora_r": 0}, "lora_r must be 1 or more"),
+        ({"packing_strategy": "wrapped"}, "--packing_strategy has no effect as it stands: add --packing"),
     ],
 )
 def test_what_contradicts_the_run_is_refused(read: Read, changed: dict[str, Any], words: str) -> None:

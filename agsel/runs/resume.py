@@ -34,6 +34,7 @@ REFUSED = {
         "the saved optimizer states belong to the elements that were chosen",
     ),
     "chosen elements": ("mask.safetensors of the run folder", "the saved optimizer states belong to them"),
+    "adapters": ("--use_peft, --lora_alpha, --use_rslora", "the saved adapters were trained with that"),
     "learning rate": ("--learning_rate", "the saved schedule goes on"),
     "weight decay": ("--weight_decay", "the saved optimizer goes on"),
     "adam": ("--adam_beta1, --adam_beta2, --adam_epsilon", "the saved optimizer goes on"),
@@ -45,9 +46,13 @@ EFFECTS = {
     "selection seed": "has no effect, the saved generator goes on (--selection_seed)",
     "fraction": "takes effect after the next step, which was planned when the checkpoint was saved (--select_fraction)",
     "steps": f"{TAKES_EFFECT}, and the learning rate falls towards the new end (--max_steps, --num_train_epochs)",
-    "schedule": f"{TAKES_EFFECT} (--lr_scheduler_type, --warmup_steps)",
+    "schedule": f"{TAKES_EFFECT} (--lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps)",
     "clipping": f"{TAKES_EFFECT} (--max_grad_norm)",
     "loss": f"{TAKES_EFFECT} (--completion_only_loss, --assistant_only_loss)",
+    "loss function": f"{TAKES_EFFECT} (--loss_type, --label_smoothing_factor)",
+    "noise": f"{TAKES_EFFECT} (--neftune_noise_alpha, --lora_dropout)",
+    "folded adapters": f"{TAKES_EFFECT} (--fold_adapters)",
+    "early choice": f"{TAKES_EFFECT} (--choose_early)",
 }
 """What becomes of the others when they change."""
 

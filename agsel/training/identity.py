@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import zlib
 from typing import Any
 
@@ -40,8 +41,13 @@ def describe_settings(configuration: Configuration, rows: Dataset) -> dict[str, 
         "adam": f"betas {training.adam_beta1:g} {training.adam_beta2:g}, epsilon {training.adam_epsilon:g}",
         "ranks": training.world_size,
         "steps": training.max_steps if training.max_steps > 0 else f"those of {training.num_train_epochs:g} epochs",
-        "schedule": f"{training.lr_scheduler_type.value} after {training.warmup_steps:g} of warmup",
+        "schedule": _schedule(configuration),
         "clipping": training.max_grad_norm,
+        "loss function": f"{training.loss_type} with label smoothing {training.label_smoothing_factor:g}",
+        "noise": _noise(configuration),
+        "adapters": _adapters(configuration),
+        "folded adapters": configuration.selection.fold_adapters,
+        "early choice": configuration.selection.choose_early,
         **_describe_choice(configuration.build_policy().settings()),
     }
 
@@ -62,6 +68,25 @@ def _elements(configuration: Configuration) -> str:
     if settings.elements is None:
         return "none chosen"
     return f"{settings.elements} with density {settings.element_density:g} by {settings.element_samples:,} samples"
+
+
+def _schedule(configuration: Configuration) -> str:
+    training = configuration.training
+    special = f" with {json.dumps(training.lr_scheduler_kwargs)}" if training.lr_scheduler_kwargs else ""
+    return f"{training.lr_scheduler_type.value} after {training.warmup_steps:g} of warmup{special}"
+
+
+def _adapters(configuration: Configuration) -> str:
+    """What their shapes do not tell."""
+    model = configuration.model
+    if not model.use_peft:
+        return "none"
+    return f"LoRA with alpha {model.lora_alpha:g}" + " over the root of the rank" * model.use_rslora
+
+
+def _noise(configuration: Configuration) -> str:
+    dropout = configuration.model.lora_dropout if configuration.model.use_peft else 0.0
+    return f"{configuration.training.neftune_noise_alpha or 0.0:g} on embeddings, dropout {dropout:g} in adapters"
 
 
 def _scope(configuration: Configuration) -> str:

@@ -41,15 +41,17 @@ AT_LEAST_1 = (
     "gradient_accumulation_steps",
     "max_length",
     "dataset_num_proc",
+    "lora_r",
+    "lora_alpha",
 )
 AT_LEAST_0 = (
     "learning_rate",
     "weight_decay",
     "max_grad_norm",
-    "label_smoothing_factor",
     "neftune_noise_alpha",
     "dataloader_num_workers",
 )
+SHARES = ("label_smoothing_factor", "lora_dropout")
 OBJECTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "model_init_kwargs")
 """On the command line they are JSON; what is none would be taken for text."""
 LARGEST_SEED = 2**32 - 1
@@ -312,6 +314,9 @@ def _require_in_range(settings: dict[str, Any]) -> None:
     for name in AT_LEAST_0:
         if settings[name] is not None and not 0 <= settings[name] < math.inf:
             raise UserError(f"{name} must be 0 or more, got {settings[name]} (--{name})")
+    for name in SHARES:
+        if not 0 <= settings[name] < 1:
+            raise UserError(f"{name} must be 0 or more and below 1, got {settings[name]} (--{name})")
     if settings["seed"] > LARGEST_SEED:
         raise UserError(f"seed must be {LARGEST_SEED} or less, got {settings['seed']} (--seed)")
     for kind in ("logging", "save", "eval"):

@@ -98,6 +98,9 @@ def require_heeded(
     _require_evaluations(values)
     if values["label_smoothing_factor"] and values["loss_type"] == "dft":
         raise UserError("--label_smoothing_factor has no effect with --loss_type dft: leave one of them out")
+    strategy = "packing_strategy"
+    if values[strategy] != OF_UPSTREAM[strategy] and not (values["packing"] or values["eval_packing"]):
+        raise UserError(f"--{strategy} has no effect as it stands: add --packing, or leave it out")
     if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
         raise UserError("--dataloader_persistent_workers has none to keep: add --dataloader_num_workers")
     if not values["dataloader_in_order"]:

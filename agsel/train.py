@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 import agsel
@@ -196,7 +196,7 @@ def load(configuration: Configuration) -> RunData:
 def build_trainer(configuration: Configuration, data: RunData, group: Any) -> RowTrainer:
     """TRL's trainer with the rows as tokens, and with the parameters that are trained."""
     training, model = configuration.training, configuration.model
-    tokenizer = require_model_of_run(model, training)
+    config, tokenizer = require_model_of_run(model, training)
     learning = choose_learning(training, data.train)
     require_chat_template(tokenizer, training, data.train, learning)
     training.model_init_kwargs = init_kwargs(model, training)
@@ -207,7 +207,7 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
             train_dataset=data.train,
             eval_dataset=data.held_out,
             quantization_config=get_quantization_config(model),
-            peft_config=adapter_of(model),
+            peft_config=adapter_of(model, config, configuration.blocks_of) if model.use_peft else None,
             learning=learning,
         )
     require_labels(trainer.train_dataset, data.train, training.max_length)
@@ -235,8 +235,12 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
     return trainer
 
 
-def require_model_of_run(model: ModelConfig, training: SFTConfig) -> PreTrainedTokenizerBase:
-    """Refuse, before anything is loaded, a model with which the run would fail. Returns its tokenizer."""
+def require_model_of_run(model: ModelConfig, training: SFTConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Refuse, before anything is loaded, a model with which the run would fail.
+
+    Returns:
+        Its configuration and its tokenizer.
+    """
     require_packages(model, training)
     first_rank_does(partial(require_hub, training), None)
     config = require_model(model, training)
@@ -245,7 +249,7 @@ def require_model_of_run(model: ModelConfig, training: SFTConfig) -> PreTrainedT
         settle_targets(model, config)
     tokenizer = load_tokenizer(model, training)
     require_tokenizer(tokenizer, config, training)
-    return tokenizer
+    return config, tokenizer
 
 
 def find_checkpoint(run_folder: Path, wanted: str | None, group: Any) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -25,14 +27,14 @@ from transformers import (
 )
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from agsel.blocks import find_blocks, taking_part
+from agsel.blocks import Block, find_blocks, taking_part
 from agsel.data.tokens import Learning
 from agsel.errors import UserError
 from agsel.monitor import METRICS
 from agsel.monitor.history import read_lines
 from agsel.training import packages, room
 from agsel.training.generation import mend, require_generation_config
-from agsel.training.lora import settle_targets
+from agsel.training.lora import adapter_of, settle_targets
 from agsel.training.model import agree_on_settings, init_kwargs, require_model
 from agsel.training.packages import require_packages
 from agsel.training.summary import Steps
@@ -43,6 +45,7 @@ from agsel.training.tokenizer import (
     require_known_tokens,
     require_tokenizer,
 )
+from tests.test_blocks import tiny_decoder
 from tests.test_launch import several_runs
 from tests.tiny import VOCABULARY, adapted_model, tiny_model
 from tests.tiny_run import save_model, save_rows, settings
@@ -471,6 +474,42 @@ def test_a_model_whose_lora_targets_nobody_knows_is_refused(whole: Path) -> None
         settle_targets(named(whole, use_peft=True), config)
 
 
+FROM_2 = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 2, "lora_dropout": 0.0}
+
+
+def from_2(model: nn.Module) -> list[Block]:
+    return taking_part(find_blocks(model), "layers", 2)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "llama", "opt", "qwen3_moe", "recurrent_gemma"])
+def test_layers_that_never_train_get_no_adapters(family: str) -> None:
+    """PEFT adapts the experts of a layer, which are parameters, and their router wherever they are."""
+    model = tiny_decoder(family)
+    model.config.architectures = [type(model).__name__]
+    adapted = get_peft_model(model, adapter_of(ModelConfig(**FROM_2), model.config, from_2))
+    in_layers = {name: re.search(r"\.(?:layers|h)\.(\d)\.", name) for name, _ in adapted.named_parameters()}
+    layers = {layer[1] for name, layer in in_layers.items() if layer and "lora_" in name and ".mlp." not in name}
+    in_mlps = {layer[1] for name, layer in in_layers.items() if layer and "lora_" in name and ".mlp." in name}
+    assert layers == {"2"}
+    assert in_mlps <= ({"0", "1", "2"} if family == "qwen3_moe" else {"2"})
+
+
+def test_where_all_layers_take_part_all_get_adapters(whole: Path) -> None:
+    config = LlamaConfig.from_pretrained(whole)
+    assert adapter_of(named(whole, **FROM_2), config, find_blocks).exclude_modules is None
+
+
+@pytest.mark.parametrize(
+    "targets", ["model.layers.0.self_attn.q_proj", "model.layers.[01].*", ["layers.1.mlp.up_proj"]]
+)
+def test_adapters_for_layers_that_never_train_alone_are_refused(whole: Path, targets: list[str] | str) -> None:
+    model = named(whole, **FROM_2 | {"lora_target_modules": targets})
+    config = LlamaConfig.from_pretrained(whole)
+    settle_targets(model, config)
+    with pytest.raises(UserError, match="--lora_target_modules names nothing in the layers that take part"):
+        adapter_of(model, config, from_2)
+
+
 @pytest.mark.parametrize(
     ("of_model", "of_training", "words"),
     [
@@ -577,6 +616,7 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "adapted": adapted | {"lora_target_modules": "q_proj", "model_revision": "second"},
         "adapted-3": adapted | {"lora_target_modules": "all-linear", "use_dora": True, "deepspeed": "zero3"},
         "from": {"select_fraction": 1.0, "select_from": 0.5},
+        "adapted-from": adapted | {"lora_target_modules": "all-linear", "select_fraction": 1.0, "select_from": 0.5},
         "best": {"load_best_model_at_end": True, "greater_is_better": True, "max_steps": 4} | every_two_steps,
         "beyond": {"select_from": 4},
         "around": {"use_peft": True, "lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},
@@ -613,7 +653,7 @@ def test_a_run_adapts_the_one_module_that_is_named(runs: tuple[Path, dict[str, A
     assert written["revision"] == "second", "of the base model, for whoever loads the adapter"
 
 
-@pytest.mark.parametrize("name", ["adapted", "adapted-3"])
+@pytest.mark.parametrize("name", ["adapted", "adapted-3", "adapted-from"])
 def test_the_merged_model_is_the_adapted_one(runs: tuple[Path, dict[str, Any]], name: str) -> None:
     folder, outcomes = runs
     code, output, _ = outcomes[name]
@@ -627,6 +667,14 @@ def test_the_merged_model_is_the_adapted_one(runs: tuple[Path, dict[str, Any]], 
     torch.testing.assert_close(of_merged, of_adapted, rtol=0, atol=1e-6)
     assert (of_merged - of_base).abs().max() > 1e-3
     AutoTokenizer.from_pretrained(folder / name / "merged")
+
+
+def test_a_run_from_a_layer_on_adapts_those_layers_alone(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, outcomes = runs
+    code, output, _ = outcomes["adapted-from"]
+    assert code == 0, output
+    adapter = load_file(folder / "adapted-from" / "model" / "adapter_model.safetensors")
+    assert {name.partition(".layers.")[2].partition(".")[0] for name in adapter} == {"2", "3"}
 
 
 def test_a_run_exports_the_best_checkpoint_and_says_so(runs: tuple[Path, dict[str, Any]]) -> None:

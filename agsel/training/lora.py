@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from trl import ModelConfig, get_peft_config
 
-from agsel.blocks import Block, find_blocks
+from agsel.blocks import Block, decoder_layers, find_blocks
 from agsel.errors import UserError, suggestion
 
 ALL_LINEAR = "all-linear"
@@ -27,10 +27,9 @@ def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
     targets = model.lora_target_modules
     if targets is None:
         _require_known_targets(model, config)
-    architecture = getattr(transformers, config.architectures[0], None)
-    if architecture is None:  # a model's own code is not run before it is loaded
+    blank = blank_model(config)
+    if blank is None:
         return
-    blank = blank_model(architecture, config)
     names, parameters = ([name for name, _ in found] for found in (blank.named_modules(), blank.named_parameters()))
     _require_names(model.lora_modules_to_save or [], names, "--lora_modules_to_save")
     _require_names(model.lora_target_parameters or [], parameters, "--lora_target_parameters", "parameter")
@@ -40,12 +39,47 @@ def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
         _require_names(targets, names, "--lora_target_modules")
 
 
-def adapter_of(model: ModelConfig) -> Any:
-    """PEFT's configuration of the adapters, None without: TRL's, and with the revision of the model they belong to."""
-    adapter = get_peft_config(model)
-    if adapter is not None:
-        adapter.revision = model.model_revision
+def adapter_of(model: ModelConfig, config: PreTrainedConfig, blocks_of: Callable[[nn.Module], list[Block]]) -> Any:
+    """PEFT's configuration of the adapters: TRL's, and what PEFT is to know besides.
+
+    That is the revision of the model they belong to, and the layers in which no adapter would ever train: modules there
+    get none, unless the model's code is not transformers' own.
+
+    Args:
+        model: settings of the run.
+        config: of the model that gets adapters.
+        blocks_of: a model's blocks that take part.
+
+    Raises:
+        UserError: as of `blocks_of`.
+    """
+    adapter: Any = get_peft_config(model)
+    adapter.revision = model.model_revision
+    blank = blank_model(config)
+    if blank is not None:
+        adapter.exclude_modules = left_out = _layers_left_out(blank, blocks_of(blank))
+        names = [name for name, _ in blank.named_modules() if left_out and not re.fullmatch(left_out, name)]
+        if names and not _names_one_of(model.lora_target_modules, names):
+            raise UserError(
+                "--lora_target_modules names nothing in the layers that take part: name other modules, or choose a "
+                "lower layer (--select_from)"
+            )
     return adapter
+
+
+def _layers_left_out(model: nn.Module, blocks: Collection[Block]) -> str | None:
+    """A regular expression for the modules in the layers that do not take part, None if all do."""
+    taking_part = {block.name for block in blocks}
+    layers = decoder_layers(model)
+    left_out = [str(index) for index in range(len(layers)) if f"layers.{index}" not in taking_part]
+    path = next(name for name, module in model.named_modules() if module is layers)
+    return rf"{re.escape(path)}\.({'|'.join(left_out)})(\..*)?" if left_out else None
+
+
+def _names_one_of(targets: list[str] | str | None, names: Collection[str]) -> bool:
+    if isinstance(targets, list):
+        return any(_is_named(target, name) for target in targets for name in names)
+    return targets is None or targets.lower() == ALL_LINEAR or _is_expression_for(targets, names)
 
 
 def require_taking_part(model: nn.Module, blocks: Collection[Block]) -> None:
@@ -67,8 +101,11 @@ def require_taking_part(model: nn.Module, blocks: Collection[Block]) -> None:
         )
 
 
-def blank_model(architecture: type[transformers.PreTrainedModel], config: PreTrainedConfig) -> nn.Module:
-    """A model that is not loaded, for its names."""
+def blank_model(config: PreTrainedConfig) -> nn.Module | None:
+    """A model that is not loaded, for its names; None if it has code of its own, which is not run before."""
+    architecture = getattr(transformers, config.architectures[0], None)
+    if architecture is None:
+        return None
     with torch.device("meta"):
         return architecture(config)
 

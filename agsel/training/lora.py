@@ -57,7 +57,7 @@ def adapter_of(model: ModelConfig, config: PreTrainedConfig, blocks_of: Callable
     adapter.revision = model.model_revision
     blank = blank_model(config)
     if blank is not None:
-        adapter.exclude_modules = left_out = _layers_left_out(blank, blocks_of(blank))
+        adapter.exclude_modules = left_out = layers_left_out(blank, blocks_of(blank))
         names = [name for name, _ in blank.named_modules() if left_out and not re.fullmatch(left_out, name)]
         if names and not _names_one_of(model.lora_target_modules, names):
             raise UserError(
@@ -67,19 +67,18 @@ def adapter_of(model: ModelConfig, config: PreTrainedConfig, blocks_of: Callable
     return adapter
 
 
-def _layers_left_out(model: nn.Module, blocks: Collection[Block]) -> str | None:
-    """A regular expression for the modules in the layers that do not take part, None if all do."""
+def layers_left_out(model: nn.Module, blocks: Collection[Block]) -> str | None:
+    """A regular expression for the modules in the layers that do not take part, None if all do.
+
+    Args:
+        model: without adapters.
+        blocks: that take part.
+    """
     taking_part = {block.name for block in blocks}
     layers = decoder_layers(model)
     left_out = [str(index) for index in range(len(layers)) if f"layers.{index}" not in taking_part]
     path = next(name for name, module in model.named_modules() if module is layers)
     return rf"{re.escape(path)}\.({'|'.join(left_out)})(\..*)?" if left_out else None
-
-
-def _names_one_of(targets: list[str] | str | None, names: Collection[str]) -> bool:
-    if isinstance(targets, list):
-        return any(_is_named(target, name) for target in targets for name in names)
-    return targets is None or targets.lower() == ALL_LINEAR or _is_expression_for(targets, names)
 
 
 def require_taking_part(model: nn.Module, blocks: Collection[Block]) -> None:
@@ -108,6 +107,12 @@ def blank_model(config: PreTrainedConfig) -> nn.Module | None:
         return None
     with torch.device("meta"):
         return architecture(config)
+
+
+def _names_one_of(targets: list[str] | str | None, names: Collection[str]) -> bool:
+    if isinstance(targets, list):
+        return any(_is_named(target, name) for target in targets for name in names)
+    return targets is None or targets.lower() == ALL_LINEAR or _is_expression_for(targets, names)
 
 
 def _name_or_expression(target: str, names: Collection[str]) -> list[str] | str:

@@ -98,6 +98,11 @@ def random_sets(every: int) -> Callable[[float], agsel.RandomBlocks]:
     return lambda fraction: agsel.RandomBlocks(fraction=fraction, every=every)
 
 
+def every_block(_: float) -> agsel.FullFineTuning:
+    """No selection."""
+    return agsel.FullFineTuning()
+
+
 def exploiting(fraction: float) -> agsel.AdaGradSelect:
     """Draws that are almost uniform: the most states to move."""
     return agsel.AdaGradSelect(fraction=fraction, explore_steps=0, dirichlet_delta=1e6)
@@ -136,6 +141,9 @@ METHODS: dict[str, Method] = {
         "agsel, BAdam: one layer for 20 steps, the lowest first, which has the longest backward",
         lambda _: agsel.BAdam(every=20, order="ascending"),
     ),
+    "agsel-full": selecting("agsel, everything that takes part: all blocks, or the layers from one on", every_block),
+    "agsel-lora-256": selecting("the same with adapters (LoRA r=256)", every_block, lora_rank=256),
+    "agsel-lora-64": selecting("the same with adapters (LoRA r=64)", every_block, lora_rank=64),
     "exploit-lora-256": selecting(
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
     ),
@@ -146,7 +154,7 @@ METHODS: dict[str, Method] = {
     ),
     "elements": selecting(
         "agsel, single weights of every layer: 1 %, if no other density is named",
-        lambda _: agsel.FullFineTuning(),
+        every_block,
         elements=True,
     ),
     "exploit-elements": selecting(
@@ -156,6 +164,7 @@ METHODS: dict[str, Method] = {
         meaning="`exploit` through launch/train.py and TRL's own fused loss", start=None, policy=exploiting
     ),
     "lora-256": Method(meaning="LoRA r=256 on all linear layers, stock DeepSpeed", start=partial(start_lora, 256)),
+    "lora-64": Method(meaning="LoRA r=64 on all linear layers, stock DeepSpeed", start=partial(start_lora, 64)),
     "lora-16": Method(meaning="LoRA r=16 on all linear layers, stock DeepSpeed", start=partial(start_lora, 16)),
     "supertuning": Method(
         meaning="PEFT's Supertuning of as many weights, stock DeepSpeed",

@@ -16,7 +16,7 @@ from torch import nn
 
 import agsel
 from agsel import shipped
-from agsel.blocks import decoder_layers
+from agsel.blocks import decoder_layers, taking_part
 from agsel.errors import UserError
 from agsel.policies import blocks_of_fraction
 from tools.bench.chosen_weights import linear_layers, random_mask, random_places
@@ -100,12 +100,14 @@ def start_selection(
 ) -> tuple[Any, agsel.Selection]:
     """agsel with the policy for the fraction, over all weights, LoRA adapters, or random elements of the density."""
     policy = policy_of(configuration.fraction)
+    blocks = "layers" if configuration.select_from else policy.takes_part
     if lora_rank is not None:
-        model = with_adapters(model, lora_rank)
+        chosen = taking_part(agsel.find_blocks(model), blocks, configuration.select_from)
+        model = with_adapters(model, lora_rank, chosen)
     if elements:
         agsel.use_elements(model, random_mask(model, configuration.density))
     with agsel.lean_initialization():
-        groups = agsel.block_param_groups(model, policy.takes_part, configuration.select_from)
+        groups = agsel.block_param_groups(model, blocks, configuration.select_from)
         engine = start(model, adam(groups), zero_config(configuration))
     options = {"offload_states": configuration.offload_states, "fold_adapters": folds, "choose_early": early}
     return engine, agsel.attach(engine, policy, **options)
@@ -113,14 +115,19 @@ def start_selection(
 
 def start_lora(rank: int, model: PreTrainedModel, configuration: Configuration) -> tuple[Any, None]:
     """LoRA adapters of this rank on all linear layers, everything else frozen."""
-    return start_trainable(with_adapters(model, rank), configuration)
+    return start_trainable(with_adapters(model, rank, agsel.find_blocks(model)), configuration)
 
 
-def with_adapters(model: PreTrainedModel, rank: int) -> Any:
-    """The model with LoRA adapters of this rank on all linear layers, in its own type."""
+def with_adapters(model: PreTrainedModel, rank: int, blocks: list[agsel.Block]) -> Any:
+    """The model with LoRA adapters of this rank on all linear layers of these blocks, in its own type."""
     from peft import LoraConfig, get_peft_model
 
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    from agsel.training.lora import layers_left_out
+
+    left_out = layers_left_out(model, blocks)
+    lora = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", exclude_modules=left_out, task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, lora, autocast_adapter_dtype=False)
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from tools.comparison.plan_file import read_plan
 from tools.comparison.records import Records, new_record
 from tools.comparison.refusals import require_sound
 from tools.comparison.runs import Runner, Task, evaluate_words, file_bytes, share_of
-from tools.comparison.schedule import CONTEXT_BYTES, Schedule
+from tools.comparison.schedule import CONTEXT_BYTES, Outcome, Perform, Schedule
 
 RECIPE: dict[str, Any] = {
     "prompt_field": "question",
@@ -404,31 +404,36 @@ def tasks(cell: str, number: int) -> list[Task]:
     return [Task(Run(cell, 1e-4, seed), "test") for seed in range(number)]
 
 
+def done(schedule: Schedule, of: Sequence[Task], work: Perform, stop: Callable[[], None] = never) -> list[Outcome]:
+    schedule.add(of)
+    return list(schedule.perform(work, stop))
+
+
 @pytest.mark.parametrize(("gigabytes", "at_once"), [(20, 4), (30, 3), (45, 2), (80, 1)])
 def test_as_many_runs_share_a_gpu_as_were_measured_to_fit(gigabytes: float, at_once: int) -> None:
     schedule = Schedule([Place(("0",), 100e9)], 4)
     schedule.note(measured("a", gigabytes))
     worker = Worker({"a": gigabytes}, 100)
-    assert len(list(schedule.perform(tasks("a", 8), worker, never))) == 8
+    assert len(done(schedule, tasks("a", 8), worker)) == 8
     assert worker.most == at_once
 
 
 def test_all_places_are_used_and_cpus_have_as_many_slots_as_the_plan_says() -> None:
     worker = Worker({"a": 20})
-    list(Schedule(places([Gpu(str(i), 100 * 10**9, 0) for i in range(2)], 1), 3).perform(tasks("a", 12), worker, never))
+    done(Schedule(places([Gpu(str(i), 100 * 10**9, 0) for i in range(2)], 1), 3), tasks("a", 12), worker)
     assert worker.most == 6
     worker = Worker({"a": 20})
-    outcomes = list(Schedule(places([], 1), 2).perform(tasks("a", 5), worker, never))
+    outcomes = done(Schedule(places([], 1), 2), tasks("a", 5), worker)
     assert worker.most == 2
     assert outcomes[0].at_once == 2
 
 
 def test_runs_that_find_no_memory_beside_others_are_tried_alone_and_those_alone_are_not() -> None:
     worker = Worker({"large": 60}, 100)
-    outcomes = list(Schedule([Place(("0",), 100e9)], 2).perform(tasks("large", 3), worker, never))
+    outcomes = done(Schedule([Place(("0",), 100e9)], 2), tasks("large", 3), worker)
     assert [outcome.record["error"] for outcome in outcomes] == [None] * 3
     worker = Worker({"larger": 120}, 100)
-    outcomes = list(Schedule([Place(("0",), 100e9)], 2).perform(tasks("larger", 2), worker, never))
+    outcomes = done(Schedule([Place(("0",), 100e9)], 2), tasks("larger", 2), worker)
     assert [outcome.record["error"] for outcome in outcomes] == ["CUDA out of memory"] * 2
 
 
@@ -593,11 +598,11 @@ def test_a_rate_is_chosen_when_all_were_tried_and_the_test_part_is_for_the_best_
         return may_be
 
     assert [tried(1, 0.6), tried(2, 0.7)] == [True, False]
-    assert chosen_rates(plan, records) == {}, "a rate is still to be tried"
+    assert chosen_rates(plan, records, plan.cells) == {}, "a rate is still to be tried"
     assert not tried(3, math.nan)
-    assert chosen_rates(plan, records) == {"a": 1}
+    assert chosen_rates(plan, records, plan.cells) == {"a": 1}
     assert tried(3, 0.5)
-    assert chosen_rates(plan, records) == {"a": 3}
+    assert chosen_rates(plan, records, plan.cells) == {"a": 3}
 
 
 def test_a_plan_goes_on_from_another(parts: Path, tmp_path: Path, refusal: Callable[..., str]) -> None:
@@ -615,6 +620,39 @@ def test_a_plan_goes_on_from_another(parts: Path, tmp_path: Path, refusal: Calla
     assert "round.yaml': write the name of another plan" in refusal(round_about)
 
 
+class OneWaits:
+    """A runner that trains nothing; of cell b the runs wait until all of cell a have ended."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.of_a, self.a_has_ended = plan, 4, Event()
+
+    def perform(self, task: Task, place: Place, slot: int) -> dict[str, Any]:
+        if task.run.cell == "b":
+            assert self.a_has_ended.wait(60), "seeds of a wait for rates of b"
+        if task.run.cell == "a":
+            self.of_a -= 1
+        if self.of_a == 0:
+            self.a_has_ended.set()
+        error = "went wrong" if task.run.cell == "c" else None
+        nll = {"nll": task.run.learning_rate}
+        return record_of(self.plan, task.run, error=error, **{task.part: nll}) | {"seconds": 0.1}
+
+
+def test_the_seeds_of_a_cell_wait_for_its_own_rates_alone(parts: Path, tmp_path: Path) -> None:
+    validation = {"dataset": str(parts / "rows.jsonl"), "dataset_split": "train[32:40]"}
+    cells = {name: cell(learning_rates=[1, 2]) for name in "abc"}
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts, cells=cells, validation=validation, seeds=[5, 6])))
+    records, schedule = Records(tmp_path / "runs.jsonl"), Schedule([Place((), math.inf)], 3)
+    runner: Any = OneWaits(plan)
+    comparison = comparing.Comparison(plan, records, schedule, runner, Children([]))
+    comparison.perform()
+    by_cell = {name: [run for run in comparison.seen if run.cell == name] for name in "abc"}
+    assert by_cell["a"] == [Run("a", 1, 5), Run("a", 2, 5), Run("a", 1, 6)]
+    assert {*by_cell["b"]} == {Run("b", 1, 5), Run("b", 2, 5), Run("b", 1, 6)}
+    assert {*by_cell["c"]} == {Run("c", 1, 5), Run("c", 2, 5)}, "no rate of c can be chosen"
+    assert comparison.said_of_rest() == "0 of 9 runs"
+
+
 def timed(cell: str, seconds: float) -> dict[str, Any]:
     return {"cell": cell, "error": None, "seconds": seconds}
 
@@ -625,8 +663,8 @@ def test_what_would_take_longer_than_the_time_that_is_left_does_not_begin() -> N
     schedule.note(timed("long", 40))
     work = Worker({"short": 1, "long": 1, "unknown": 1})
     all_tasks = [*tasks("long", 2), *tasks("short", 3), *tasks("unknown", 1)]
-    done = [outcome.task.run.cell for outcome in schedule.perform(all_tasks, work, never)]
-    assert done == ["short"] * 3
+    cells = [outcome.task.run.cell for outcome in done(schedule, all_tasks, work)]
+    assert cells == ["short"] * 3
     assert sorted(task.run.cell for task in schedule.left) == ["long", "long", "unknown"]
 
 
@@ -638,8 +676,8 @@ def test_what_goes_on_when_the_time_is_up_is_stopped_and_left() -> None:
         assert stopped.wait(60)
         return timed(task.run.cell, 1) | {"error": "stopped" if task.run.seed == 0 else None}
 
-    done = list(schedule.perform(tasks("a", 3), work, stopped.set))
-    assert [outcome.task.run.seed for outcome in done] == [1], "it ended well after all"
+    outcomes = done(schedule, tasks("a", 3), work, stopped.set)
+    assert [outcome.task.run.seed for outcome in outcomes] == [1], "it ended well after all"
     assert sorted(task.run.seed for task in schedule.left) == [0, 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from tools.comparison.plan import Plan, Run
 from tools.comparison.records import Record, Records
@@ -20,12 +21,12 @@ def _nll(record: Record | None) -> float:
     return nll if nll == nll else math.inf
 
 
-def chosen_rates(plan: Plan, records: Records) -> dict[str, float]:
-    """By cell; one of which a rate is still to be tried, or with which none went well, has none."""
+def chosen_rates(plan: Plan, records: Records, cells: Iterable[str]) -> dict[str, float]:
+    """By cell, of these; one of which a rate is still to be tried, or with which none went well, has none."""
     if not plan.chooses_rates:
-        return {cell.name: cell.learning_rates[0] for cell in plan.cells.values()}
+        return {cell: plan.cells[cell].learning_rates[0] for cell in cells}
     chosen = {}
-    for cell in plan.cells:
+    for cell in cells:
         tries = plan.tries(cell)
         best = min(tries, key=lambda run: validation_nll(records, run))
         if all(run in records for run in tries) and math.isfinite(validation_nll(records, best)):

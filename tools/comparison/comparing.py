@@ -29,7 +29,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,8 +96,7 @@ def compare(plan: Plan, claim: int, until: float) -> list[Run]:
     schedule = Schedule(found, plan.runs_per_gpu, until)
     comparison = Comparison(plan, records, schedule, runner, children)
     with ended_by_signals(children):
-        comparison.try_rates()
-        comparison.test(chosen_rates(plan, records))
+        comparison.perform()
     if schedule.left:
         print(f"left      {comparison.said_of_rest()}: no time for more, go on with the same command", flush=True)
     else:
@@ -135,28 +134,37 @@ class Comparison:
         for run in records:
             schedule.note(records[run])
 
-    def try_rates(self) -> None:
-        """Measure the model before training, and every learning rate on the validation part, if there is a choice."""
-        if self._plan.chooses_rates:
-            tried = [Task(run, "validation") for run in self._plan.tuning_runs()]
-            self._perform([Task(Run(BEFORE), "test"), *tried])
+    def perform(self) -> None:
+        """Do what there is time for.
 
-    def test(self, chosen: dict[str, float]) -> None:
-        """Train all seeds at the chosen learning rates, and measure them on the test part."""
-        if not self._schedule.left:
-            self._total -= (len(self._plan.cells) - len(chosen)) * (len(self._plan.seeds) - 1)
-        self._perform([Task(run, "test") for run in [Run(BEFORE), *self._plan.final_runs(chosen)]])
+        The model before training is measured, and every learning rate on the validation part, if there is a choice.
+        When all rates of a cell have been tried, all seeds are trained at the best one, and measured on the test part.
+        """
+        tried = self._plan.tuning_runs() if self._plan.chooses_rates else []
+        self._add([Task(Run(BEFORE), "test"), *(Task(run, "validation") for run in tried)])
+        self._add_seeds(self._plan.cells)
+        for outcome in self._schedule.perform(self._runner.perform, self._children.stop):
+            self._records.put(outcome.task.run, outcome.record)
+            self._say(outcome)
+            if outcome.task.part == "validation":
+                self._add_seeds([outcome.task.run.cell])
+
+    def _add(self, tasks: Sequence[Task]) -> None:
+        done = [task for task in tasks if self._records.has(task.run, task.part)]
+        self.seen |= dict.fromkeys(task.run for task in done)
+        self._schedule.add(task for task in tasks if task not in done)
+
+    def _add_seeds(self, cells: Iterable[str]) -> None:
+        """Of these cells, those of which every rate has been tried: each is to be named once."""
+        choosing = self._plan.chooses_rates
+        tried = [cell for cell in cells if not choosing or self.seen.keys() >= {*self._plan.tries(cell)}]
+        chosen = chosen_rates(self._plan, self._records, tried)
+        self._total -= (len(tried) - len(chosen)) * (len(self._plan.seeds) - 1)
+        self._add([Task(run, "test") for run in self._plan.final_runs(chosen)])
 
     def said_of_rest(self) -> str:
         """How many runs there are still to do."""
         return f"{self._total - len(self.seen)} of {self._total} runs"
-
-    def _perform(self, tasks: Sequence[Task]) -> None:
-        self.seen |= dict.fromkeys(task.run for task in tasks if self._records.has(task.run, task.part))
-        missing = [task for task in tasks if not self._records.has(task.run, task.part)]
-        for outcome in self._schedule.perform(missing, self._runner.perform, self._children.stop):
-            self._records.put(outcome.task.run, outcome.record)
-            self._say(outcome)
 
     def _say(self, outcome: Outcome) -> None:
         run = outcome.task.run
@@ -182,7 +190,7 @@ def said_of(outcome: Outcome) -> str:
 
 def write_tables(plan: Plan, records: Records) -> None:
     """Into the plan's output; the Markdown is printed, too."""
-    rows = collect(plan, records, chosen_rates(plan, records))
+    rows = collect(plan, records, chosen_rates(plan, records, plan.cells))
     origins = [record["environment"] for row in rows for record in row.records]
     text = f"{markdown(plan, records, rows)}\n\n{said_of_origins(origins)}"
     (plan.output / "table.md").write_text(text + "\n")

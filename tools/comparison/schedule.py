@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -52,6 +52,7 @@ class Schedule:
 
     def __init__(self, places: Sequence[Place], runs_per_place: int, until: float = math.inf) -> None:
         self.left: list[Task] = []
+        self._waiting: list[Task] = []
         self._until = until
         self._seconds: dict[str, float] = {}
         self._places = places
@@ -68,26 +69,28 @@ class Schedule:
         if peak is not None:
             self._peaks[record["cell"]] = max(peak + CONTEXT_BYTES, self._peaks.get(record["cell"], 0.0))
 
-    def perform(self, tasks: Sequence[Task], work: Perform, stop: Callable[[], None]) -> Iterator[Outcome]:
-        """Do all tasks for which there is time, and say of each when it is done.
+    def add(self, tasks: Iterable[Task]) -> None:
+        """More to do, after those that wait; also between two outcomes of `perform`."""
+        self._waiting += tasks
+
+    def perform(self, work: Perform, stop: Callable[[], None]) -> Iterator[Outcome]:
+        """Do all tasks for which there is time, in their order where memory allows, and say of each when it is done.
 
         Args:
-            tasks: in this order, where memory allows.
             work: does one in a slot of a place, in a thread of its own.
             stop: ends those that go on when the time is up; they come to an end as tasks that are left.
         """
-        waiting = list(tasks)
         running: dict[Future[Record], tuple[Task, Place, int, float]] = {}
         with ThreadPoolExecutor(max_workers=len(self._places) * len(self._slots)) as pool:
-            while waiting or running:
-                for task in list(waiting):
+            while self._waiting or running:
+                for task in list(self._waiting):
                     if time.monotonic() + self._expected(task.run) > self._until:
-                        waiting.remove(task)
+                        self._waiting.remove(task)
                         self.left.append(task)
                         continue
                     found = self._find(task.run)
                     if found is not None:
-                        waiting.remove(task)
+                        self._waiting.remove(task)
                         place, slot = found
                         place.running[slot] = task.run
                         running[pool.submit(work, task, place, slot)] = (task, place, slot, time.monotonic())
@@ -106,7 +109,7 @@ class Schedule:
                     self.note(record)
                     del place.running[slot]
                     if self._should_be_alone(task.run, record):
-                        waiting.append(task)
+                        self._waiting.append(task)
                     else:
                         yield Outcome(task, record, time.monotonic() - begun, at_once)
 

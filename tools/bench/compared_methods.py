@@ -143,7 +143,8 @@ METHODS: dict[str, Method] = {
     ),
     "agsel-full": selecting("agsel, everything that takes part: all blocks, or the layers from one on", every_block),
     "agsel-lora-256": selecting("the same with adapters (LoRA r=256)", every_block, lora_rank=256),
-    "agsel-lora-64": selecting("the same with adapters (LoRA r=64)", every_block, lora_rank=64),
+    "agsel-lora-256-folded": selecting("the same with --fold_adapters", every_block, lora_rank=256, folds=True),
+    "agsel-lora-64": selecting("the same with adapters of r=64, not folded", every_block, lora_rank=64),
     "exploit-lora-256": selecting(
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
     ),

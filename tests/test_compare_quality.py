@@ -33,6 +33,7 @@ from tests.tiny_run import TRAIN, save_model, save_rows
 from tools.comparison import comparing, differences, records
 from tools.comparison.children import Children, reason
 from tools.comparison.chosen_rates import chosen_rates, may_be_chosen
+from tools.comparison.comparison_table import collect, markdown
 from tools.comparison.differences import Judged
 from tools.comparison.origin import contents_of
 from tools.comparison.overlaps import said_of_overlaps
@@ -634,8 +635,10 @@ class OneWaits:
         if self.of_a == 0:
             self.a_has_ended.set()
         error = "went wrong" if task.run.cell == "c" else None
-        nll = {"nll": task.run.learning_rate}
-        return record_of(self.plan, task.run, error=error, **{task.part: nll}) | {"seconds": 0.1}
+        found = {"nll": task.run.learning_rate, "completion_tokens": 1}
+        judged = Judged(["r"], np.array([1.0]), np.array([1.0]), None)
+        parts = {"validation": found, task.part: found}
+        return record_of(self.plan, task.run, error=error, judged=judged, **parts) | {"seconds": 0.1}
 
 
 def test_the_seeds_of_a_cell_wait_for_its_own_rates_alone(parts: Path, tmp_path: Path) -> None:
@@ -651,6 +654,9 @@ def test_the_seeds_of_a_cell_wait_for_its_own_rates_alone(parts: Path, tmp_path:
     assert {*by_cell["b"]} == {Run("b", 1, 5), Run("b", 2, 5), Run("b", 1, 6)}
     assert {*by_cell["c"]} == {Run("c", 1, 5), Run("c", 2, 5)}, "no rate of c can be chosen"
     assert comparison.said_of_rest() == "0 of 9 runs"
+    text = markdown(plan, records, collect(plan, records, chosen_rates(plan, records, plan.cells)))
+    assert "| a | 1: 1.0000, 2: 2.0000 |\n" in text
+    assert "| c | 1: failed, 2: failed |\n" in text
 
 
 def timed(cell: str, seconds: float) -> dict[str, Any]:

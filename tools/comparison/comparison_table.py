@@ -280,6 +280,13 @@ def _tries(plan: Plan, records: Records) -> list[str]:
     lines = [["cell", "learning rate: NLL of the validation part"], ["---", "---"]]
     for cell in plan.cells.values():
         runs = sorted(plan.tries(cell.name), key=lambda run: run.learning_rate)
-        tries = [f"{run.learning_rate:g}: {validation_nll(records, run):.4f}" for run in runs if run in records]
+        tries = [f"{run.learning_rate:g}: {_nll_of_try(records, run)}" for run in runs if run in records]
         lines.append([cell.name, ", ".join(tries)])
     return [_lines(lines)]
+
+
+def _nll_of_try(records: Records, run: Run) -> str:
+    if records[run]["error"]:
+        return "failed"
+    nll = validation_nll(records, run)
+    return f"{nll:.4f}" if math.isfinite(nll) else "no number"

@@ -30,6 +30,23 @@ JOINING = 12
 """Runs that do no more than join."""
 SOON = 5.0
 """Seconds within which a run ends that is told to."""
+STOPPED_BETWEEN_LOOKS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from agsel.runs import beginning
+from agsel.runs.claim import claimed
+from agsel.runs.preemption import STOP_FILE, SignalWatch
+folder, port = Path(sys.argv[1]), sys.argv[2]
+beginning.TICK = 2.0
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+with beginning.Beginning(SignalWatch()) as begun, claimed(folder, dist.group.WORLD) as claim:
+    begun.ranks_have_met()
+    begun.has_folder(claim)
+    (folder / STOP_FILE).touch()
+    begun.is_over(dist.group.WORLD)
+    print("trains")
+"""
 
 
 class Starts:
@@ -213,3 +230,20 @@ def test_a_stop_while_the_model_is_loaded_ends_all_ranks_and_the_folder_is_in_us
     assert (marker["reason"], marker["step"], marker["checkpoint"]) == (reason, None, None)
     assert not (run_folder / LOCK).exists()
     assert not (run_folder / STOP_FILE).exists()
+
+
+def test_a_stop_just_before_training_begins_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    """Between two looks at the folder, which are far apart here."""
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_BETWEEN_LOOKS, tmp_path, str(free_port())],
+        env=environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.stdout.startswith("stopped   a STOP file on rank 0 before training began"), done.stdout + done.stderr
+    assert "trains" not in done.stdout
+    assert done.returncode == 0
+    assert (tmp_path / MARKER).exists()
+    assert not (tmp_path / STOP_FILE).exists()

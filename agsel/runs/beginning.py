@@ -84,6 +84,7 @@ class Beginning:
         Args:
             group: process group of all ranks, on the host.
         """
+        self._decide(self._reason())  # the last look of the thread may be older than a request
         dist.barrier(group)
         if self._agree(TRAINS) == TRAINS:
             self._leave()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from agsel.runs.claim import LOCK
 from agsel.runs.preemption import MARKER, STOP_FILE
 from agsel.runs.slurm import first_host
 from tests.cluster.hosts import Hosts
-from tests.cluster.slurm_cluster import Job, Slurm, slurm_on_hosts
+from tests.cluster.slurm_cluster import START, Job, Slurm, slurm_on_hosts
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
 
 pytestmark = pytest.mark.cluster
@@ -67,10 +70,19 @@ class Cluster:
 
     def ranks(self, host: str) -> list[psutil.Process]:
         """Processes of runs on a host, without those that they have started themselves."""
-        found = [psutil.Process(pid) for pid in self.hosts.processes(host)]
-        runs = [process for process in found if process.cmdline()[1:2] == ["launch/train.py"]]
+        runs = self.processes(host, "launch/train.py")
         own = {process.pid for process in runs}
         return [process for process in runs if process.ppid() not in own]
+
+    def processes(self, host: str, argument: object) -> list[psutil.Process]:
+        """Those on a host whose first argument this is."""
+        found = []
+        for pid in self.hosts.processes(host):
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                if process.cmdline()[1:2] == [str(argument)]:
+                    found.append(process)
+        return found
 
     def _recipe(self, run: Path) -> Path:
         return self.folder / f"{run.name}.yaml"
@@ -144,14 +156,38 @@ def test_a_run_goes_on_over_its_time_limit(cluster: Cluster) -> None:
     assert re.search(r"a save takes \d+ s, the start took \d+ s: warn a job at least \d+ s before its end", output)
 
 
-def test_a_time_limit_that_leaves_no_step_is_refused(cluster: Cluster) -> None:
-    """As with `--time 5` and a warning 5 minutes before the end."""
-    job = cluster.submit("hurried", nodes=1)
-    job.says("train.sbatch|operator|data ")
-    cluster.slurm.run("scancel", "--batch", "--signal=USR1", job.number)
+def require_refused_after_warning(job: Job, cluster: Cluster) -> None:
     output = job.ends("FAILED")
     assert re.search(r"warning came \d+ s after the start, before a step: raise --time", output)
     assert cluster.slurm.facts(job.number)["Restarts"] == "0"
+
+
+def test_a_time_limit_that_leaves_no_step_is_refused(cluster: Cluster) -> None:
+    """As with `--time 5` and a warning 5 minutes before the end: the rank hears of it when it has begun."""
+    job = cluster.submit("hurried", "--nodelist=n1", nodes=1)
+    job.wait(lambda: bool(cluster.ranks("n1")), START, "start a rank")
+    [rank] = cluster.ranks("n1")
+    rank.suspend()
+    cluster.slurm.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait((cluster.folder / "hurried" / STOP_FILE).exists, 60, "hear of the warning")
+    rank.resume()
+    require_refused_after_warning(job, cluster)
+
+
+def test_a_warning_before_the_ranks_are_started_is_not_lost(cluster: Cluster) -> None:
+    """While the job's script waits for its file system, here for a named pipe, and then takes STOP files away."""
+    lock = cluster.folder / "early" / LOCK
+    lock.parent.mkdir()
+    os.mkfifo(lock)
+    held = os.open(lock, os.O_RDWR)
+    job = cluster.submit("early", "--nodelist=n1", nodes=1)
+    job.wait(lambda: bool(cluster.processes("n1", lock)), START, "look at the run folder")
+    cluster.slurm.run("scancel", "--batch", "--signal=USR1", job.number)
+    time.sleep(1)
+    assert cluster.processes("n1", lock)
+    lock.unlink()
+    os.close(held)
+    require_refused_after_warning(job, cluster)
 
 
 def test_one_of_two_jobs_trains_in_a_folder_and_dependants_wait_for_its_end(cluster: Cluster) -> None:

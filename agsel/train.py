@@ -18,8 +18,8 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 from deepspeed.accelerator import get_accelerator
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from trl import ModelConfig, SFTConfig, get_quantization_config
+from transformers import PreTrainedTokenizerBase
+from trl import get_quantization_config
 
 import agsel
 from agsel.data.fields import Fields
@@ -48,7 +48,7 @@ from agsel.training.generation import require_generation_config
 from agsel.training.hub import push_model, require_hub
 from agsel.training.identity import describe_settings, describe_trainer
 from agsel.training.judging import TaskJudge
-from agsel.training.lora import adapter_of, require_taking_part, settle_targets
+from agsel.training.lora import adapter_of, require_taking_part
 from agsel.training.merging import merge_adapter
 from agsel.training.model import init_kwargs, known_init_kwargs, require_model
 from agsel.training.output import curves_of, on_first_rank
@@ -196,7 +196,7 @@ def load(configuration: Configuration) -> RunData:
 def build_trainer(configuration: Configuration, data: RunData, group: Any) -> RowTrainer:
     """TRL's trainer with the rows as tokens, and with the parameters that are trained."""
     training, model = configuration.training, configuration.model
-    config, tokenizer = require_model_of_run(model, training)
+    tokenizer, adapter = require_model_of_run(configuration)
     learning = choose_learning(training, data.train)
     require_chat_template(tokenizer, training, data.train, learning)
     training.model_init_kwargs = init_kwargs(model, training)
@@ -207,7 +207,7 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
             train_dataset=data.train,
             eval_dataset=data.held_out,
             quantization_config=get_quantization_config(model),
-            peft_config=adapter_of(model, config, configuration.blocks_of) if model.use_peft else None,
+            peft_config=adapter,
             learning=learning,
         )
     require_labels(trainer.train_dataset, data.train, training.max_length)
@@ -235,21 +235,21 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
     return trainer
 
 
-def require_model_of_run(model: ModelConfig, training: SFTConfig) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+def require_model_of_run(configuration: Configuration) -> tuple[PreTrainedTokenizerBase, Any]:
     """Refuse, before anything is loaded, a model with which the run would fail.
 
     Returns:
-        Its configuration and its tokenizer.
+        Its tokenizer, and PEFT's configuration of its adapters, None without.
     """
+    training, model = configuration.training, configuration.model
     require_packages(model, training)
     first_rank_does(partial(require_hub, training), None)
     config = require_model(model, training)
     require_generation_config(model)
-    if model.use_peft:
-        settle_targets(model, config)
+    adapter = adapter_of(model, config, configuration.blocks_of) if model.use_peft else None
     tokenizer = load_tokenizer(model, training)
     require_tokenizer(tokenizer, config, training)
-    return config, tokenizer
+    return tokenizer, adapter
 
 
 def find_checkpoint(run_folder: Path, wanted: str | None, group: Any) -> Path | None:

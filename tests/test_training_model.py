@@ -34,7 +34,7 @@ from agsel.monitor import METRICS
 from agsel.monitor.history import read_lines
 from agsel.training import packages, room
 from agsel.training.generation import mend, require_generation_config
-from agsel.training.lora import adapter_of, settle_targets
+from agsel.training.lora import adapter_of, blank_model, settle_targets
 from agsel.training.model import agree_on_settings, init_kwargs, require_model
 from agsel.training.packages import require_packages
 from agsel.training.summary import Steps
@@ -443,7 +443,8 @@ def test_one_lora_target_is_a_name_unless_only_the_expression_fits(
     whole: Path, targets: list[str] | None, expected: object
 ) -> None:
     model = named(whole, use_peft=True, lora_target_modules=targets)
-    settle_targets(model, LlamaConfig.from_pretrained(whole))
+    config = LlamaConfig.from_pretrained(whole)
+    settle_targets(model, config, blank_model(config))
     assert get_peft_config(model).target_modules == expected
 
 
@@ -462,8 +463,9 @@ def test_one_lora_target_is_a_name_unless_only_the_expression_fits(
     ],
 )
 def test_a_lora_target_that_is_in_no_module_is_refused(whole: Path, changed: dict[str, Any], words: str) -> None:
+    config = LlamaConfig.from_pretrained(whole)
     with pytest.raises(UserError) as refusal:
-        settle_targets(named(whole, use_peft=True, **changed), LlamaConfig.from_pretrained(whole))
+        settle_targets(named(whole, use_peft=True, **changed), config, blank_model(config))
     assert words in one_line(refusal)
 
 
@@ -471,7 +473,7 @@ def test_a_model_whose_lora_targets_nobody_knows_is_refused(whole: Path) -> None
     config = LlamaConfig.from_pretrained(whole)
     config.model_type = "smollm3"
     with pytest.raises(UserError, match=r"which modules of a smollm3 model to adapt: name them \(--lora_target_mod"):
-        settle_targets(named(whole, use_peft=True), config)
+        settle_targets(named(whole, use_peft=True), config, None)
 
 
 FROM_2 = {"use_peft": True, "lora_target_modules": "all-linear", "lora_r": 2, "lora_dropout": 0.0}
@@ -505,7 +507,6 @@ def test_where_all_layers_take_part_all_get_adapters(whole: Path) -> None:
 def test_adapters_for_layers_that_never_train_alone_are_refused(whole: Path, targets: list[str] | str) -> None:
     model = named(whole, **FROM_2 | {"lora_target_modules": targets})
     config = LlamaConfig.from_pretrained(whole)
-    settle_targets(model, config)
     with pytest.raises(UserError, match="--lora_target_modules names nothing in the layers that take part"):
         adapter_of(model, config, from_2)
 

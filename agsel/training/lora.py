@@ -18,8 +18,13 @@ from agsel.errors import UserError, suggestion
 ALL_LINEAR = "all-linear"
 
 
-def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
+def settle_targets(model: ModelConfig, config: PreTrainedConfig, blank: nn.Module | None) -> None:
     """Take a single name in `--lora_target_modules` for a name, where TRL makes a regular expression of it.
+
+    Args:
+        model: settings of the run.
+        config: of the model that gets adapters.
+        blank: of `blank_model`.
 
     Raises:
         UserError: the model has no such module, or nobody knows what to adapt in it.
@@ -27,7 +32,6 @@ def settle_targets(model: ModelConfig, config: PreTrainedConfig) -> None:
     targets = model.lora_target_modules
     if targets is None:
         _require_known_targets(model, config)
-    blank = blank_model(config)
     if blank is None:
         return
     names, parameters = ([name for name, _ in found] for found in (blank.named_modules(), blank.named_parameters()))
@@ -51,11 +55,12 @@ def adapter_of(model: ModelConfig, config: PreTrainedConfig, blocks_of: Callable
         blocks_of: a model's blocks that take part.
 
     Raises:
-        UserError: as of `blocks_of`.
+        UserError: as of `settle_targets` and `blocks_of`, or none of the targets is in a layer that takes part.
     """
+    blank = blank_model(config)
+    settle_targets(model, config, blank)
     adapter: Any = get_peft_config(model)
     adapter.revision = model.model_revision
-    blank = blank_model(config)
     if blank is not None:
         adapter.exclude_modules = left_out = layers_left_out(blank, blocks_of(blank))
         names = [name for name, _ in blank.named_modules() if left_out and not re.fullmatch(left_out, name)]

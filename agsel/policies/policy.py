@@ -140,6 +140,11 @@ def reads_fraction(policy: Policy | type[Policy]) -> bool:
     return "select_fraction" in flags_of(policy if isinstance(policy, type) else type(policy))
 
 
+def largest(values: Mapping[int, float], count: int) -> frozenset[int]:
+    """Indices of the `count` largest values; ties go to the earlier block."""
+    return frozenset(sorted(values, key=lambda block: (-values[block], block))[:count])
+
+
 def drawn(log_weights: np.ndarray, count: int, generator: np.random.Generator) -> frozenset[int]:
     """Indices drawn one after another without replacement, each by its weight: the Gumbel-top-k trick.
 
@@ -427,5 +432,4 @@ class FractionPolicy(Policy):
 
     def largest(self, values: Mapping[int, float]) -> frozenset[int]:
         """Indices of the `blocks_per_step` largest values; ties go to the earlier block."""
-        order = sorted(values, key=lambda block: (-values[block], block))
-        return frozenset(order[: self.blocks_per_step])
+        return largest(values, self.blocks_per_step)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from agsel.blocks import decoder_layers
 from agsel.errors import UserError
-from agsel.policies.policy import blocks_of_fraction
+from agsel.policies.policy import blocks_of_fraction, largest
 from tools.quality.folding import IGNORED, Batch, Row, batches_of, read_rows
 
 
@@ -46,14 +46,9 @@ def likeness(part: Sequence[float], whole: Sequence[float], count: int) -> Liken
         whole: the same of the whole batch.
         count: of layers that are chosen.
     """
-    chosen, wanted = largest(part, count), largest(whole, count)
+    chosen, wanted = (largest(dict(enumerate(norms)), count) for norms in (part, whole))
     squares = [norm**2 for norm in whole]
     return Likeness(len(chosen & wanted), sum(squares[i] for i in chosen) / sum(squares[i] for i in wanted))
-
-
-def largest(norms: Sequence[float], count: int) -> set[int]:
-    """The numbers of the layers with the largest norms; of equal ones the lower."""
-    return set(sorted(range(len(norms)), key=lambda layer: (-norms[layer], layer))[:count])
 
 
 def step_norms(model: nn.Module, micro_batches: Sequence[Batch]) -> list[list[float]]:

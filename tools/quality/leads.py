@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from agsel.errors import UserError
 from agsel.policies import AdaGradSelect
-from agsel.policies.policy import BlockInfo, Update, blocks_of_fraction, setting
+from agsel.policies.policy import BlockInfo, Update, blocks_of_fraction, largest, setting
 
 
 @dataclass(kw_only=True)
@@ -70,8 +70,7 @@ class ChangingFraction(AdaGradSelect):
     def largest(self, values: Mapping[int, float]) -> frozenset[int]:
         """As many as the current step updates."""
         share = self.fraction + (self.fraction_end - self.fraction) * self.step / max(1, self._run_steps - 1)
-        order = sorted(values, key=lambda block: (-values[block], block))
-        return frozenset(order[: blocks_of_fraction(share, self.number_of_blocks)])
+        return largest(values, blocks_of_fraction(share, self.number_of_blocks))
 
 
 @dataclass(kw_only=True)

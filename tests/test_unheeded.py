@@ -90,6 +90,7 @@ VALUES: dict[str, Any] = {
     "lora_r": 8,
     "lora_target_modules": ["q_proj"],
     "lora_target_parameters": ["weight"],
+    "packing_strategy": "wrapped",
 }
 SWITCHED_OFF = {"eval_strategy": "no"}
 DEPENDENT = [(switch, name) for switch, (_, names) in NEEDS.items() for name in names]
@@ -106,6 +107,13 @@ def test_what_the_user_has_turned_off_needs_nothing(read: Read, switch: str, nam
     off, given = SWITCHED_OFF.get(switch, False), {name: VALUES.get(name, True)}
     assert not read("--" + switch, off, **given).values[switch] or off == "no"
     read(**given, **{switch: off})
+
+
+def test_rows_that_are_packed_for_evaluations_alone_have_a_strategy(read: Read) -> None:
+    read(packing_strategy="wrapped", eval_packing=True)
+    refused(
+        lambda: read(packing_strategy="wrapped", eval_packing=False), "--packing_strategy has no effect", "--packing"
+    )
 
 
 def test_what_the_command_line_adds_to_a_file_is_heeded_or_refused(read: Read) -> None:

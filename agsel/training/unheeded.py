@@ -57,6 +57,7 @@ NEEDS = {
             "greater_is_better",
         ),
     ),
+    "packing": ("add --packing", ("packing_strategy",)),
     "push_to_hub": ("add --push_to_hub", ("hub_model_id", "hub_revision", "hub_private_repo")),
 }
 """What is read only with another setting: that setting, how to set it, and what needs it."""
@@ -89,7 +90,7 @@ def require_heeded(
         if _asks(name, values, defaults):
             raise UserError(f"--{name} {reason}")
     for switch, (remedy, names) in NEEDS.items():
-        if values[switch] not in (False, "no"):
+        if not _is_off(switch, values):
             continue
         for name in names:
             is_left = switch in on_command_line or (switch in in_file and name not in on_command_line)
@@ -98,9 +99,6 @@ def require_heeded(
     _require_evaluations(values)
     if values["label_smoothing_factor"] and values["loss_type"] == "dft":
         raise UserError("--label_smoothing_factor has no effect with --loss_type dft: leave one of them out")
-    strategy = "packing_strategy"
-    if values[strategy] != OF_UPSTREAM[strategy] and not (values["packing"] or values["eval_packing"]):
-        raise UserError(f"--{strategy} has no effect as it stands: add --packing, or leave it out")
     if values["dataloader_persistent_workers"] and not values["dataloader_num_workers"]:
         raise UserError("--dataloader_persistent_workers has none to keep: add --dataloader_num_workers")
     if not values["dataloader_in_order"]:
@@ -110,6 +108,11 @@ def require_heeded(
         )
     if values["activation_offloading"] and values["use_cpu"]:
         raise UserError("--activation_offloading moves activations off a GPU, and there is none: leave it out")
+
+
+def _is_off(switch: str, values: Mapping[str, Any]) -> bool:
+    is_on_in_evaluations = switch == "packing" and values["eval_packing"]
+    return values[switch] in (False, "no") and not is_on_in_evaluations
 
 
 def _asks(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:

@@ -88,3 +88,15 @@ def test_both_tasks_try_the_same_leads() -> None:
     tried = [read_plan(plan) for plan in PLANS]
     assert len(tried) == 2
     assert tried[0].cells.keys() == tried[1].cells.keys()
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)
+def test_runs_of_leads_count_in_the_finals(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which have the same settings under the same name, and the lead's learning rate among theirs."""
+    monkeypatch.chdir(REPOSITORY)
+    leads, finals = read_plan(plan), read_plan(plan.with_name(plan.name.replace("leads", "finals")))
+    common = leads.cells.keys() & finals.cells.keys() - finals.of_base
+    assert finals.cells.keys() - finals.of_base - common == {"lora-64"}
+    for name in common:
+        assert finals.cells[name].settings == leads.cells[name].settings, name
+        assert {*leads.cells[name].learning_rates} < {*finals.cells[name].learning_rates}, name

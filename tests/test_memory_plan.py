@@ -513,7 +513,8 @@ def test_the_command_reads_a_model_folder_and_refuses_what_is_wrong(
     tiny_model().config.save_pretrained(tmp_path)
     plan_memory.main(["--model", str(tmp_path), "--stage", "3", "--method", "topk", "--checkpointing"])
     assert "exploit" not in capsys.readouterr().out
-    for wrong in (["--fraction", "0"], ["--stage", "3", "--compile"], ["--model", str(tmp_path / "none")]):
+    through_all = ["--method", "lisa", "--select_from", "2"]
+    for wrong in (["--fraction", "0"], ["--stage", "3", "--compile"], ["--model", str(tmp_path / "none")], through_all):
         with pytest.raises(SystemExit, match=r"agsel: error: [^\n]*$"):
             plan_memory.main(["--model", str(tmp_path), *wrong])
 

@@ -76,7 +76,7 @@ def describe(options: argparse.Namespace) -> str:
     planner = Planner(
         model,
         workload(options),
-        blocks=options.blocks or ("layers" if options.select_from else policy.takes_part),
+        blocks=options.blocks or policy.scope(options.select_from),
         select_from=options.select_from,
         offload_states=options.offload,
         policy=policy,
@@ -154,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fraction", type=float, default=0.3, help="share of the blocks updated per step")
     parser.add_argument("--element_density", type=float, help="train this share of single weights, as with --elements")
     parser.add_argument("--select_from", type=float, default=0, help="lowest layer that takes part, or a share below 1")
-    parser.add_argument("--blocks", choices=("layers", "all"), help="blocks that take part; default: the method's")
+    part = "blocks that take part; default: the method's"
+    parser.add_argument("--blocks", "--select_blocks", dest="blocks", choices=("layers", "all"), help=part)
     parser.add_argument("--micro_batch", type=int, default=8, help="rows per forward and GPU")
     parser.add_argument("--sequence", type=int, default=512, help="tokens per row")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step")

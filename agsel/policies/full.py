@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from agsel.policies.policy import Plan, Policy
 
@@ -14,6 +15,11 @@ class FullFineTuning(Policy):
     method = "full"
     rule = "every block at every step: full fine-tuning on the same engine"
     takes_part = "all"
+
+    @classmethod
+    def scope(cls, select_from: float) -> Literal["layers", "all"]:
+        """All blocks, but from a layer on the layers alone."""
+        return "layers" if select_from else cls.takes_part
 
     def make_plan(self) -> Plan:
         """All blocks."""

@@ -184,6 +184,15 @@ class Policy(ABC):
     spread_by: ClassVar[str] = "train for more steps"
     seed: int = 0
 
+    @classmethod
+    def scope(cls, select_from: float) -> Literal["layers", "all"]:
+        """What it selects from where nobody says: `takes_part`.
+
+        Args:
+            select_from: the lowest layer that takes part, as in `agsel.block_param_groups`.
+        """
+        return cls.takes_part
+
     def complete(self, epoch_steps: int, run_steps: int) -> None:  # noqa: B027 - most rules leave nothing open
         """Fill in the settings that were left open, given the optimizer steps of an epoch and of the whole run."""
 

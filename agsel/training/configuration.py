@@ -19,7 +19,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig
 from agsel.blocks import Block, find_blocks, require_scope, taking_part
 from agsel.data.fields import Fields
 from agsel.errors import UserError, one_line
-from agsel.policies import FullFineTuning, Policy
+from agsel.policies import Policy
 from agsel.training.arguments import (
     DataArguments,
     ElementArguments,
@@ -87,11 +87,9 @@ class Configuration:
 
     @property
     def taking_part(self) -> Literal["layers", "all"]:
-        """`select_blocks`, or what the method takes where it is left open. `full` from a layer on has layers only."""
-        method = policy_class(self.selection.method)
-        from_a_layer = self.selection.select_from > 0 and issubclass(method, FullFineTuning)
-        chosen = self.selection.select_blocks or ("layers" if from_a_layer else method.takes_part)
-        return cast(Literal["layers", "all"], chosen)
+        """`select_blocks`, or what the method takes where it is left open."""
+        scope = policy_class(self.selection.method).scope(self.selection.select_from)
+        return cast(Literal["layers", "all"], self.selection.select_blocks or scope)
 
     def blocks_of(self, model: nn.Module) -> list[Block]:
         """The blocks of a model that take part.

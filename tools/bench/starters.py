@@ -100,7 +100,7 @@ def start_selection(
 ) -> tuple[Any, agsel.Selection]:
     """agsel with the policy for the fraction, over all weights, LoRA adapters, or random elements of the density."""
     policy = policy_of(configuration.fraction)
-    blocks = "layers" if configuration.select_from else policy.takes_part
+    blocks = policy.scope(configuration.select_from)
     if lora_rank is not None:
         chosen = taking_part(agsel.find_blocks(model), blocks, configuration.select_from)
         model = with_adapters(model, lora_rank, chosen)

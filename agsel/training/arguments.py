@@ -42,8 +42,8 @@ class SelectionArguments:
         default=0,
         metadata={
             "help": "Number of the lowest decoder layer that takes part, or, below 1, the share of the layers below "
-            "it. These stay as they are, and no backward goes through them. `--select_fraction` is then of the layers "
-            "that take part."
+            "it. These stay as they are, get no adapters, and no backward goes through them. `--select_fraction` is "
+            "then of the layers that take part."
         },
     )
     offload_states: bool = field(

@@ -36,13 +36,13 @@ from tools.bench.stopwatch import Settings, Stopwatch
 from tools.bench.table import COLUMNS
 
 PLAN = """
-- {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, trainer, lora-16], shapes: 2x16}
-- {models: tiny, stages: 3, methods: [full-layers, bound, exploit], shapes: 2x16}
-- {models: tiny, stages: 2, methods: badam, shapes: 2x16, checkpointing: on}
-- {models: tiny, stages: 1, methods: full, shapes: 2x16, ranks: 1}
-- {models: tiny, stages: 2, methods: exploit-elements, densities: 0.1, shapes: 2x16, ranks: 1}
-- {models: tiny, stages: 3, methods: elements, densities: 0.1, shapes: 2x16, ranks: 1}
-- {models: tiny, stages: 2, methods: [supertuning, shira], densities: 0.1, shapes: 2x16, ranks: 1}
+- {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, trainer, lora-16]}
+- {models: tiny, stages: 3, methods: [full-layers, bound, exploit]}
+- {models: tiny, stages: 2, methods: badam, checkpointing: on}
+- {models: tiny, stages: 1, methods: full, ranks: 1}
+- {models: tiny, stages: 2, methods: exploit-elements, densities: 0.1, ranks: 1}
+- {models: tiny, stages: 3, methods: elements, densities: 0.1, ranks: 1}
+- {models: tiny, stages: 2, methods: [supertuning, shira], densities: 0.1, ranks: 1}
 """
 SCORING = "tools/bench_scoring.py"
 STEPS = 4
@@ -58,7 +58,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of the command leaves behind."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "plan.yaml").write_text(PLAN)
-    run("--plan", folder / "plan.yaml", "--output", folder, "--steps", STEPS, "--warmup", 2, "--profile")
+    run(
+        "--plan",
+        folder / "plan.yaml",
+        "--shapes",
+        "2x16",
+        "--output",
+        folder,
+        "--steps",
+        STEPS,
+        "--warmup",
+        2,
+        "--profile",
+    )
     return folder
 
 
@@ -298,6 +310,10 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
         (("--rounds", "0"), "rounds must be at least 1, got 0 (--rounds)"),
         (("--plan", "nowhere.yaml"), "no such file: nowhere.yaml (--plan)"),
         (("--plan", "README.md"), "README.md is no"),
+        (
+            ("--plan", "tools/bench_scaling.yaml", "--ranks", "1"),
+            "bench_scaling.yaml (--plan) has ranks: leave out --ranks",
+        ),
         (("--table_only",), "has no rows.jsonl: measure first"),
     ],
 )

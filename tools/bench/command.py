@@ -3,9 +3,10 @@
 python tools/bench.py --models qwen2.5-0.5b --stages 2 --methods full bound exploit explore --ranks 2 \
     --shapes 8x512 --liger all --output runs/bench
 
-Every option that takes several values multiplies the configurations; `--plan FILE` takes a YAML list of such option
-sets instead. One launch measures them all, one after another; `<output>/rows.jsonl` receives a line as soon as a
-configuration is done, `table.md` and `bench.png` are made from it at the end, or again with `--table_only`.
+Every option that takes several values multiplies the configurations. `--plan FILE` takes a YAML list of such option
+sets, to which the command line adds what they leave out, as with `--plan tools/bench.yaml --ranks 1`. One launch
+measures them all, one after another; `<output>/rows.jsonl` receives a line as soon as a configuration is done,
+`table.md` and `bench.png` are made from it at the end, or again with `--table_only`.
 With several `--ranks` there is one launch for each number; `tools/bench_scaling.py` compares them.
 Models have random weights: speed and memory do not depend on them. Without a GPU it runs on the CPU (`--models tiny`).
 """
@@ -62,7 +63,7 @@ def launch(options: argparse.Namespace, typed: str) -> int:
         options: of the command line.
         typed: the command line, for the rows.
     """
-    configurations = expand(read_plan(options.plan) if options.plan else [option_set(options)])
+    configurations = expand(option_sets(options))
     if options.rounds < 1:
         raise UserError(f"rounds must be at least 1, got {options.rounds} (--rounds)")
     Path(options.output).mkdir(parents=True, exist_ok=True)
@@ -72,9 +73,20 @@ def launch(options: argparse.Namespace, typed: str) -> int:
     return next(filter(None, codes), 0)
 
 
-def option_set(options: argparse.Namespace) -> dict[str, Any]:
-    """The option set of the command line."""
-    return {name: getattr(options, name) for name in OPTIONS}
+def option_sets(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """That of the command line, or those of the plan with what was typed beside it.
+
+    Raises:
+        UserError: there is no such plan, or it has what was typed, too.
+    """
+    if options.plan is None:
+        return [{name: getattr(options, name) for name in OPTIONS}]
+    usual = _parser()
+    typed = {name: value for name in OPTIONS if (value := getattr(options, name)) != usual.get_default(name)}
+    sets = read_plan(options.plan)
+    if twice := [name for name in typed if any(name in one for one in sets)]:
+        raise UserError(f"{options.plan} (--plan) has {twice[0]}: leave out --{twice[0]}, or change the plan")
+    return [{**one, **typed} for one in sets]
 
 
 def launch_ranks(options: argparse.Namespace, typed: str, configurations: Sequence[Configuration]) -> int:
@@ -117,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _add_measured(parser)
-    parser.add_argument("--plan", type=Path, help="YAML list of option sets, instead of the options above")
+    parser.add_argument("--plan", type=Path, help="YAML list of sets of the options above")
     parser.add_argument("--rounds", type=int, default=1, help="times to measure everything; the table shows the median")
     parser.add_argument("--steps", type=int, default=20, help="measured steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them; more, if layers compile")

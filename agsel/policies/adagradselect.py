@@ -92,6 +92,12 @@ class AdaGradSelect(FractionPolicy):
             raise UserError("explore_steps is not given: set it, best to the number of optimizer steps of epoch 1")
         super().start(blocks)
 
+    def remark(self, run_steps: int) -> str | None:
+        """Whether the draw may keep to one block: its few early turns make it the likeliest of all, for ever."""
+        if self.blocks_per_step > 1 or self.number_of_blocks == 1 or self.draw == "sample":
+            return None
+        return f"of {self.number_of_blocks} blocks one may have nearly all turns: {self.spread_by}"
+
     @property
     def kinds_of_steps(self) -> tuple[StepKind, ...]:
         """Exploring ones only if there is a phase for them."""

@@ -140,3 +140,19 @@ def test_delta_near_zero_locks_on_to_the_counted() -> None:
 def test_large_counts_are_followed() -> None:
     """k blocks counted far more often than the others are selected for ever: the lock-on that the paper's rule has."""
     assert frequencies_from(exploiting(2, 5, 1.0), [5, 400, 5, 400, 5], 500) == Counter({(1, 3): 500})
+
+
+@pytest.mark.parametrize(
+    ("k", "blocks", "draw", "keeps_to_one"),
+    [(1, 12, "topk", True), (1, 12, "sample", False), (2, 12, "topk", False), (1, 1, "topk", False)],
+)
+def test_a_draw_that_keeps_to_one_block_of_many_is_remarked(
+    k: int, blocks: int, draw: Literal["topk", "sample"], keeps_to_one: bool
+) -> None:
+    policy = exploiting(k, blocks, delta=1.0, draw=draw)
+    policy.counts = [20, *[1] * (blocks - 1)]
+    remark = policy.remark(run_steps=1000)
+    assert (remark is not None) == keeps_to_one
+    run(policy, 1000)
+    assert (blocks > 1 and max(policy.counts) > 0.9 * sum(policy.counts)) == keeps_to_one
+    assert remark is None or "of 12 blocks one may have nearly all turns: raise --select_fraction" in remark

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow.compute as pc
@@ -18,6 +19,7 @@ from agsel.data.sources import Row
 
 NOT_LEARNT = -100
 """The label of such a token, as PyTorch's cross-entropy has it."""
+SOME_TEXT = "a"
 ENDED = "agsel_ended"
 """Column: whether what is learnt of a row ends with a token that ends a text or a turn, but for space."""
 TOKEN_FEATURES = Features(
@@ -101,6 +103,20 @@ class Encoder:
         return {"input_ids": tokens.ids, "labels": labels, ROW_NUMBER: row[ROW_NUMBER], ENDED: ended}
 
 
+@lru_cache(maxsize=4)
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and behind every text by itself, as `<s>` and `</s>`."""
+    bare, whole = (list(tokenizer(SOME_TEXT, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    before = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    return whole[:before], whole[before + len(bare) :]
+
+
+def encode_open(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that goes on, without those that end every text of some tokenizers."""
+    ids, behind = list(tokenizer(text)["input_ids"]), added_tokens(tokenizer)[1]
+    return ids[: len(ids) - len(behind)]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, learning: Learning) -> Tokens:
     """Prompt and completion in one string, as TRL's SFTTrainer makes it, with an end-of-sequence token.
 
@@ -108,8 +124,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
     """
     if not completion.endswith(tokenizer.eos_token):
         completion += tokenizer.eos_token
-    whole = tokenizer(prompt + completion)["input_ids"]
-    start = common_prefix_length(tokenizer(prompt)["input_ids"], whole) if learning.completions_only else 0
+    whole = encode_open(tokenizer, prompt + completion)
+    start = common_prefix_length(encode_open(tokenizer, prompt), whole) if learning.completions_only else 0
     return Tokens(whole, [place >= start for place in range(len(whole))])
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from agsel.errors import UserError
 
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-"""As people write them, `1,000.50` included."""
+NUMBER = r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+"""As people write them, `1,000.50`, `.5` and `-$5` included."""
 MARKED_NUMBER = rf"####\s*\$?({NUMBER})"
 """As GSM8K ends its solutions."""
 BOXED = "\\boxed"
@@ -45,7 +45,10 @@ class Judge:
 
 
 def extract_answer(text: str, pattern: str) -> str | float | None:
-    """The last match of `pattern`, or of its first group; a number if it reads as one, `1,000` included."""
+    """The last match of `pattern`, or of the first of its groups that took part; a number if it reads as one.
+
+    `1,000` and `$5` do. A match of nothing is no answer.
+    """
     matches = list(re.finditer(pattern, text))
     return _value(matches[-1]) if matches else None
 
@@ -56,10 +59,13 @@ def gsm8k_answer(text: str) -> str | float | None:
     return _value(marked) if marked else extract_answer(text, NUMBER)
 
 
-def _value(match: re.Match[str]) -> str | float:
-    answer = (match.group(1 if match.re.groups else 0) or "").strip()
+def _value(match: re.Match[str]) -> str | float | None:
+    found = (text.strip() for text in match.groups("") or (match.group(),))
+    answer = next(filter(None, found), None)
+    if answer is None:
+        return None
     try:
-        number = float(answer.replace(",", ""))
+        number = float(answer.replace(",", "").replace("$", ""))
     except ValueError:
         return answer
     return number if math.isfinite(number) else answer  # `nan` is a word, and two long numbers are not the same
@@ -80,7 +86,8 @@ def _has(read: Callable[[str], Any], reference: str) -> bool:
 
 
 def _is_same(read: Callable[[str], Any], generated: str, reference: str) -> bool:
-    return read(generated) == read(reference)
+    answer = read(reference)
+    return answer is not None and read(generated) == answer
 
 
 def judge_by_pattern(pattern: str) -> Judge:
@@ -95,14 +102,20 @@ def is_boxed(solution: str) -> bool:
 
 
 def equals_boxed(generated: str, solution: str) -> bool:
-    """Whether a text has the answer that is boxed last in a solution, by the package `math-verify`."""
+    """Whether the answer that a text boxes last, else its last one, is that of a solution, by `math-verify`."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify  # slow, and an extra of agsel
 
     boxes_first = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-    solution = _with_one_box(solution)
-    gold = parse(solution[solution.rfind(BOXED) :], boxes_first, parsing_timeout=SECONDS_FOR_MATHS)
-    given = parse(_with_one_box(generated), boxes_first, parsing_timeout=SECONDS_FOR_MATHS)
+    gold, given = (
+        parse(_from_last_box(text), boxes_first, parsing_timeout=SECONDS_FOR_MATHS) for text in (solution, generated)
+    )
     return bool(verify(gold, given, timeout_seconds=SECONDS_FOR_MATHS))
+
+
+def _from_last_box(text: str) -> str:
+    """All of it, if there is none."""
+    text = _with_one_box(text)
+    return text[max(0, text.rfind(BOXED)) :]
 
 
 def _with_one_box(text: str) -> str:

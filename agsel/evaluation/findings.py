@@ -41,7 +41,12 @@ def summarise_text(rows: Sequence[Measured]) -> dict[str, Any]:
 
 def _mean_loss(rows: Sequence[Measured]) -> tuple[int, float]:
     tokens = sum(row["completion_tokens"] for row in rows)
-    return tokens, math.fsum(row["loss"] for row in rows) / tokens
+    return tokens, _mean(math.fsum(row["loss"] for row in rows), tokens)
+
+
+def _mean(loss: float, tokens: int) -> float:
+    """No number, if nothing is predicted: an answer of one token after an empty prompt."""
+    return loss / tokens if tokens else math.nan
 
 
 def describe_rows(part: Part, rows: Sequence[Measured]) -> Iterator[dict[str, Any]]:
@@ -52,7 +57,9 @@ def describe_rows(part: Part, rows: Sequence[Measured]) -> Iterator[dict[str, An
     for question, row in zip(part.questions, rows[: len(part.questions)], strict=True):
         asked = {"task": part.name, "row": question.number, "prompt": question.prompt}
         answered = {name: value for name, value in row.items() if name != "loss"}
-        yield asked | {"completion": question.completion, "nll": row["loss"] / row["completion_tokens"]} | answered
+        yield (
+            asked | {"completion": question.completion, "nll": _mean(row["loss"], row["completion_tokens"])} | answered
+        )
 
 
 def print_results(results: Mapping[str, Any], indent: str = "") -> None:

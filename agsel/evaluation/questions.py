@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from agsel.data.chat import ChatEncoder, Message
 from agsel.data.formats import ROW_NUMBER, read_rows
 from agsel.data.sources import Row, Source
-from agsel.data.tokens import Encoder, Learning, encode_text
+from agsel.data.tokens import Encoder, Learning, added_tokens, encode_open, encode_text
 from agsel.errors import UserError, said_of
 from agsel.evaluation.tasks import TASKS, Task
 
@@ -96,7 +96,7 @@ def _answers(message: Message) -> bool:
 def encode_example(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Prompt and completion as they are tokenised for training."""
     tokens = encode_text(tokenizer, prompt, completion, Learning())
-    return Example(list(tokenizer(prompt)["input_ids"]), tokens.ids, tokens.learnt)
+    return Example(encode_open(tokenizer, prompt), tokens.ids, tokens.learnt)
 
 
 def read_questions(
@@ -157,6 +157,8 @@ def _require_asked(task: Task, question: Question) -> None:
 def read_text(path: str, tokenizer: PreTrainedTokenizerBase, window: int) -> list[Example]:
     """A plain text file in windows; every token but the first counts once, each seen after those of its own window.
 
+    Windows begin as all texts of the tokenizer do, as with `<s>`, without which some models predict badly.
+
     Args:
         path: of the file.
         tokenizer: of the model.
@@ -174,9 +176,11 @@ def read_text(path: str, tokenizer: PreTrainedTokenizerBase, window: int) -> lis
     tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(tokens) < 2:
         raise UserError(f"{path} (--perplexity) has {len(tokens)} tokens: it needs two at least")
+    before, _ = added_tokens(tokenizer)
+    window = max(1, window - len(before))
     starts = range(0, len(tokens) - 1, window)
-    return [_window(tokens[start : start + window + 1]) for start in starts]
+    return [_window(before, tokens[start : start + window + 1]) for start in starts]
 
 
-def _window(tokens: list[int]) -> Example:
-    return Example([], tokens, [False] + [True] * (len(tokens) - 1))
+def _window(before: list[int], tokens: list[int]) -> Example:
+    return Example([], before + tokens, [False] * (len(before) + 1) + [True] * (len(tokens) - 1))

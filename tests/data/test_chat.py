@@ -11,7 +11,7 @@ from trl.chat_template_utils import gemma_chat_template, llama3_chat_template, q
 
 from agsel.data.chat import ChatEncoder, marking_template
 from agsel.errors import UserError
-from tests.data.tokenizers import CHATML, MARKED, of_bytes, of_words, with_beginning
+from tests.data.tokenizers import CHATML, MARKED, of_bytes, of_words, with_added
 
 Messages = list[dict[str, Any]]
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -164,7 +164,7 @@ def test_spaces_without_a_token_are_in_nobodys_way() -> None:
 
 
 def test_a_tokenizer_that_begins_texts_begins_a_conversation_once() -> None:
-    tokenizer = with_beginning(FAMILIES["Mistral"](), "<s>")
+    tokenizer = with_added(FAMILIES["Mistral"](), "<s>")
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     assert learnt(tokenizer, TWO_TURNS) == " 4</s> 6 ü 😀</s>"
 

@@ -17,11 +17,13 @@ from agsel.data.tokens import (
     Encoder,
     Learning,
     TokenReport,
+    added_tokens,
+    encode_open,
     first_conversation,
     has_conversations,
     tokenise,
 )
-from tests.data.tokenizers import CHATML, MARKED, of_bytes, with_beginning
+from tests.data.tokenizers import CHATML, MARKED, of_bytes, with_added
 
 SPECIAL = ("<s>", "<|im_start|>", "<|im_end|>", "</s>")
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -76,10 +78,23 @@ def test_of_a_text_the_completion_is_learnt_and_where_it_ends(
 
 
 def test_a_token_that_begins_every_text_is_there_once_and_not_learnt() -> None:
-    tokenizer = with_beginning(of_bytes(MARKED, *SPECIAL, bos_token="<s>"), "<s>")
+    tokenizer = with_added(of_bytes(MARKED, *SPECIAL, bos_token="<s>"), "<s>")
     assert learnt(tokenizer, text(0, "", "b")) == "b</s>"
     assert Encoder(tokenizer, Learning()).encode(text(0, "", "b")).ids[0] == tokenizer.bos_token_id
     assert tokenizer.bos_token_id not in Encoder(tokenizer, Learning()).encode(talk(0)).ids
+
+
+@pytest.mark.parametrize("before", ["", "<s>"])
+def test_of_a_tokenizer_that_ends_every_text_the_end_is_there_once_and_no_prompt_ends(before: str) -> None:
+    plain = of_bytes(None, *SPECIAL)
+    ending = with_added(of_bytes(None, *SPECIAL), before, "</s>")
+    added = plain.convert_tokens_to_ids([before] if before else [])
+    for completion in ("b", "b</s>"):
+        made, expected = (Encoder(one, Learning()).encode(text(0, "a", completion)) for one in (ending, plain))
+        assert made.ids == added + expected.ids
+        assert made.learnt == [False] * len(added) + expected.learnt
+    assert encode_open(ending, "a") == added + encode_open(plain, "a")
+    assert added_tokens(ending) == (added, [plain.eos_token_id])
 
 
 def test_instructions_are_a_chat_where_the_tokenizer_has_a_template() -> None:

@@ -42,11 +42,12 @@ def of_words(template: str, *words: str, **options: Any) -> Any:
     return _finished(bare, template, ("</s>",), options)
 
 
-def with_beginning(tokenizer: Any, token: str) -> Any:
-    """That puts a token before every text."""
-    number = tokenizer.convert_tokens_to_ids(token)
+def with_added(tokenizer: Any, before: str = "", behind: str = "") -> Any:
+    """That puts a token before every text, or behind, or both."""
+    tokens = [token for token in (before, behind) if token]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", special_tokens=[(token, number)]
+        single=f"{before} $A {behind}".strip(),
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(tokens)],
     )
     return tokenizer
 

@@ -20,7 +20,12 @@ from agsel.evaluation.answers import GSM8K, MATHS, NUMBER, extract_answer, gsm8k
         ("none", NUMBER, None),
         ("#### 12\nQuestion: 99", r"#### (\S+)", 12),
         ("The answer is (B) not (C)", r"\(([A-D])\)", "C"),
-        ("#### 5 #### ", r"####(?: (\d+))?", ""),
+        ("#### 5 #### ", r"####(?: (\d+))?", None),
+        ("so B, not C", r"(A)|(B)|(C)", "C"),
+        ("the 5", r"(\d+)?", None),
+        ("the 5", r"\d*", None),
+        ("It lost -$5.", NUMBER, -5),
+        ("half of it, .5", NUMBER, 0.5),
         ("it is nan", r"\w+$", "nan"),
         ("9" * 400, NUMBER, "9" * 400),
     ],
@@ -36,6 +41,9 @@ def test_an_answer_is_the_last_match(text: str, pattern: str, answer: float | st
         (" #### 7\nQuestion: 12 birds?\nAnswer: #### 12", 7),
         (" ####$1,000.50 and 3 more", 1000.5),
         (" #### -8", -8),
+        (" #### .5", 0.5),
+        (" #### -$5", -5),
+        (" #### $-5", -5),
         (" ####\n9", 9),
         (" so it is 5, or 6", 6),
         (" #### many, perhaps 4", 4),
@@ -44,6 +52,13 @@ def test_an_answer_is_the_last_match(text: str, pattern: str, answer: float | st
 )
 def test_gsm8k_counts_the_number_after_the_first_marks_else_the_last(text: str, answer: float | None) -> None:
     assert gsm8k_answer(text) == answer
+
+
+@pytest.mark.parametrize("pattern", [r"(\d+)?", r"\d*"])
+def test_a_pattern_that_matches_nothing_finds_no_answer_of_a_reference(pattern: str) -> None:
+    judge = judge_by_pattern(pattern)
+    assert not judge.has_answer("the 5")
+    assert not judge.is_right("none", "the 5 of 7 at the")
 
 
 def test_judgement_compares_the_last_numbers() -> None:
@@ -70,6 +85,7 @@ def test_a_reference_without_answer_is_refused(judge: object, bad: str, remedy: 
     [
         (r"Half of it, $\boxed{\frac{1}{2}}$.", r"so $x = 0.5$", r"so $x = \frac{1}{3}$"),
         (r"First $\boxed{3}$, and then $\boxed{7}$.", r"The answer is $\boxed{7}$", r"The answer is $\boxed{3}$"),
+        (r"\boxed{2}", r"First \boxed{3}. Wait, \boxed{2}.", r"First \boxed{2}. Wait, \boxed{3}."),
         (r"$\boxed{12\sqrt{2}}$", r"$\boxed{\sqrt{288}}$", r"$\boxed{12\sqrt{3}}$"),
         (r"$\boxed{(2, -3)}$", r"It is $(2,-3)$.", r"It is $(-3,2)$."),
         (r"\fbox{4}", "so 4", "so 5"),

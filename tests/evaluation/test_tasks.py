@@ -15,6 +15,7 @@ from agsel.errors import UserError
 from agsel.evaluation.answers import judge_by_pattern
 from agsel.evaluation.questions import Question, read_questions, read_text
 from agsel.evaluation.tasks import TASKS, Task, read_tasks
+from tests.data.tokenizers import of_bytes, with_added
 from tests.tiny_run import save_model
 
 PROBLEMS = [{"question": f"{n} plus w1?", "answer": f"w2 #### {n}"} for n in range(6)]
@@ -150,6 +151,15 @@ def test_every_token_of_a_text_but_the_first_counts_once(tmp_path: Path, tokeniz
     ]
     assert counted == ids[1:]
     assert max(len(example.sequence) for example in windows) == 6
+
+
+def test_windows_of_a_text_begin_as_all_texts_of_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = with_added(of_bytes(None, "<s>", "</s>"), "<s>", "</s>")
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefghijk")
+    windows = read_text(str(path), tokenizer, 5)
+    assert [tokenizer.decode(window.sequence) for window in windows] == ["<s>abcde", "<s>efghi", "<s>ijk"]
+    assert [window.counted for window in windows] == [[False] * 2 + [True] * 4] * 2 + [[False] * 2 + [True] * 2]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"w1", b"\xff\xfe\xff"])

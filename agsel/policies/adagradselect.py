@@ -12,6 +12,9 @@ import numpy as np
 from agsel.errors import UserError
 from agsel.policies.policy import BlockInfo, FractionPolicy, Plan, StepKind, drawn, setting
 
+SMALLEST_DELTA = 1e-300
+"""Of a smaller one the inverse is no number."""
+
 
 @dataclass(kw_only=True)
 class AdaGradSelect(FractionPolicy):
@@ -72,8 +75,11 @@ class AdaGradSelect(FractionPolicy):
                 f"need 0 < epsilon_end <= epsilon_start <= 1, got {self.epsilon_end} and {self.epsilon_start} "
                 "(--epsilon_end, --epsilon_start)"
             )
-        if not 0 < self.dirichlet_delta < math.inf:
-            raise UserError(f"dirichlet_delta must be above 0, got {self.dirichlet_delta} (--dirichlet_delta)")
+        if not SMALLEST_DELTA <= self.dirichlet_delta < math.inf:
+            raise UserError(
+                f"dirichlet_delta must be above 0, at least {SMALLEST_DELTA:g}, got {self.dirichlet_delta} "
+                "(--dirichlet_delta)"
+            )
         if self.draw not in ("topk", "sample"):
             raise UserError(f"draw must be 'topk' or 'sample', got {self.draw!r} (--dirichlet_draw)")
 

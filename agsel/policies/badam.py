@@ -112,9 +112,11 @@ class BAdam(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next choice depends on, as plain Python values."""
-        return super().state_dict() | {"round": list(self._round)}
+        return super().state_dict() | {"round": list(self._round), "every": self.every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         super().load_state_dict(state)
         self._round = list(state["round"])
+        if self._given is None:  # a resumed run may have epochs of other lengths, and its round goes on
+            self.every = state["every"]

@@ -69,6 +69,12 @@ class Grass(FractionPolicy):
         self._sizes = [0.0] * len(blocks)
         self._current: list[int] = []
 
+    def remark(self, run_steps: int) -> str | None:
+        """Whether nothing is trained."""
+        if run_steps > self.probe_steps:
+            return None
+        return f"all {run_steps} steps only measure gradients, none trains: lower --probe_steps {self.probe_steps}"
+
     @property
     def kinds_of_steps(self) -> tuple[StepKind, ...]:
         """Those that probe, and those that train."""

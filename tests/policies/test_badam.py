@@ -178,6 +178,19 @@ def test_a_length_that_is_given_is_kept() -> None:
     assert policy.every == 7
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, 60), (80, 80)])
+def test_a_round_goes_on_where_epochs_have_another_length(given: int | None, expected: int) -> None:
+    """As after resuming with other batches: the open length stays, what is given counts."""
+    policy = BAdam(seed=1)
+    policy.complete(epoch_steps=480, run_steps=1_000)
+    run(started(policy, 8), 130)
+    resumed = BAdam(every=given, seed=1)
+    resumed.complete(epoch_steps=800, run_steps=2_000)
+    started(resumed, 8).load_state_dict(policy.state_dict())
+    assert resumed.every == expected
+    assert given is not None or run(resumed, 500) == run(policy, 500)
+
+
 def test_a_length_left_open_needs_the_length_of_an_epoch() -> None:
     with pytest.raises(UserError, match="every"):
         started(BAdam())

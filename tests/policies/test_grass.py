@@ -193,6 +193,15 @@ def test_a_setting_out_of_range_is_refused_by_name(settings: dict[str, float], n
         Grass(**settings)
 
 
+@pytest.mark.parametrize("steps", [PROBE - 1, PROBE, PROBE + 1])
+def test_a_run_that_only_measures_is_told_so(steps: int) -> None:
+    policy = started(Grass(fraction=0.5, probe_steps=PROBE))
+    run(policy, steps)
+    remark = policy.remark(steps)
+    assert (remark is None) == any(policy.counts)
+    assert remark is None or f"all {steps} steps only measure gradients" in remark
+
+
 def test_a_refresh_just_longer_than_its_probes_is_accepted() -> None:
     kinds = [plan.kind for plan, _ in run(started(Grass(probe_steps=2, refresh_every=3)), 9)]
     assert kinds == ["probe", "probe", "exploit"] * 3

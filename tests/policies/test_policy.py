@@ -203,7 +203,10 @@ OUT_OF_RANGE: list[tuple[Callable[..., Policy], dict[str, Any], str]] = [
     (AdaGradSelect, {"epsilon_start": NAN}, "epsilon_start --epsilon_start"),
     *((AdaGradSelect, {"epsilon_end": value}, "epsilon_end --epsilon_end") for value in (0.0, 1.1, NAN)),
     (AdaGradSelect, {"epsilon_start": 0.1, "epsilon_end": 0.2}, "epsilon_end epsilon_start --epsilon_end"),
-    *((AdaGradSelect, {"dirichlet_delta": v}, "dirichlet_delta --dirichlet_delta") for v in (0.0, -1.0, NAN, INFINITY)),
+    *(
+        (AdaGradSelect, {"dirichlet_delta": v}, "dirichlet_delta --dirichlet_delta")
+        for v in (0.0, -1.0, 1e-310, NAN, INFINITY)
+    ),
     (AdaGradSelect, {"draw": "best"}, "draw --dirichlet_draw"),
 ]
 

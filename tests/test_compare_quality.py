@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
@@ -25,7 +27,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from agsel import evaluate
-from agsel.data.fields import with_line_breaks
+from agsel.data.fields import unescape, with_line_breaks
 from agsel.errors import RunError, UserError
 from agsel.evaluation.findings import as_lines
 from tests.distributed import REPOSITORY, environment
@@ -35,15 +37,16 @@ from tools.comparison.children import Children, reason
 from tools.comparison.chosen_rates import chosen_rates, may_be_chosen
 from tools.comparison.comparison_table import collect, markdown
 from tools.comparison.differences import Judged
+from tools.comparison.method_rates import parse_cell, plan_of_rates
 from tools.comparison.origin import contents_of
 from tools.comparison.overlaps import said_of_overlaps
-from tools.comparison.pareto import Point, front
+from tools.comparison.pareto import Point, front, points_of
 from tools.comparison.places import Gpu, Place, places, said_of_others, visible
 from tools.comparison.plan import BEFORE, Plan, Run, words_of
 from tools.comparison.plan_file import read_plan
 from tools.comparison.records import Records, new_record
 from tools.comparison.refusals import require_sound
-from tools.comparison.runs import Runner, Task, evaluate_words, file_bytes, share_of
+from tools.comparison.runs import Runner, Task, evaluate_words, file_bytes, share_of, train_words
 from tools.comparison.schedule import CONTEXT_BYTES, Outcome, Perform, Schedule
 
 RECIPE: dict[str, Any] = {
@@ -273,6 +276,12 @@ def test_rows_that_are_in_two_parts_are_said() -> None:
         (("--runs", "full:1e-4", "--ranks", "0"), "ranks must be at least 1, got 0 (--ranks)"),
         (("--runs", "full:1e-4", "--config", "nowhere.yaml"), "nowhere.yaml, launch/recipes/ has some"),
         (("--runs", "full:1e-4"), "names no held-out rows (dataset_test_split): give a file of them (--heldout)"),
+        (
+            ("--runs", "full:1e-4", "--", "--seed", "7"),
+            "--seed behind -- would change nothing: write it into the recipe",
+        ),
+        (("--runs", "full:1e-4", "--", "--learning-rate=1"), "--learning_rate behind -- would change nothing"),
+        (("--runs", "full:1e-4", "--", "--prompt_field"), "behind --: argument --prompt_field"),
     ],
 )
 def test_mistakes_are_named_in_one_line(
@@ -281,6 +290,36 @@ def test_mistakes_are_named_in_one_line(
     monkeypatch.chdir(REPOSITORY)
     recipe = ("--config", "launch/recipes/demo.yaml") if "--runs" in arguments and "plan.yaml" not in arguments else ()
     assert message in refusal(*recipe, *arguments)
+
+
+def test_evaluations_follow_what_is_said_behind_the_options(parts: Path) -> None:
+    """Of the model, the rows and their columns; templates as typed."""
+    words = ["--model_name_or_path", "other", "--prompt-field=answer", "--completion_template", r" {question}\n"]
+    runs = [parse_cell("full:1e-2")]
+    options = Namespace(config=parts / "recipe.yaml", runs=runs, ranks=1, output=parts, heldout=None, generate=False)
+    said = ["--dataset_test_split", "train[5:9]", "--max_steps", "3"]
+    plan = plan_of_rates(options, [*words, *said])
+    (run,) = plan.tuning_runs()
+    assert train_words(plan, run)[-len([*words, *said]) - 8 : -8] == [*words, *said]
+    asked = dict(pairwise(evaluate_words(plan, run, "test")))
+    assert (asked["--prompt_field"], asked["--dataset_split"]) == ("answer", "train[5:9]")
+    assert unescape(asked["--completion_template"]) == " {question}\n"
+    assert dict(pairwise(evaluate_words(plan, Run(BEFORE), "test")))["--model"] == "other"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_tables_of_a_result_that_is_no_number(parts: Path, tmp_path: Path, number: float) -> None:
+    plan = read_plan(written(tmp_path / "plan.yaml", plan_of(parts, output=str(tmp_path / "out"), seeds=[0, 1])))
+    records = Records(tmp_path / "runs.jsonl")
+    result = {"train_seconds": 1.0, "steps": 1, "timed_steps": 1, "step_seconds": 1.0, "trainable_parameters": 5}
+    for seed, nll in enumerate((0.5, number)):
+        for cell in plan.cells:
+            told = {"test": {"nll": nll}, "judged": judged([nll, nll], [3, 4]), "result": result, "file_bytes": 1}
+            run = Run(cell, 1e-2, seed)
+            records.put(run, record_of(plan, run, error=None, **told))
+    rows = collect(plan, records, dict.fromkeys(plan.cells, 1e-2))
+    assert f"{number} ± nan" in markdown(plan, records, rows)
+    assert points_of(rows, "NLL", "train time, s") == []
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,9 @@ def _moments(values: Sequence[float]) -> list[tuple[str, float | None]]:
 
 
 def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _spread(values: Sequence[float], form: str) -> str:

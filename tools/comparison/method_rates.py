@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from agsel.data.fields import TEMPLATES, Fields, unescape
 from agsel.errors import UserError
 from agsel.policies import METHODS
 from tools.comparison.plan import Cell, Plan
 from tools.comparison.plan_file import read_recipe
+
+OF_THE_ROWS = ("model_name_or_path", "dataset_name", "dataset_config", "dataset_test_split")
+"""Flags of launch/train.py, beside those of columns, that evaluations follow."""
+OF_EACH_RUN = {
+    "learning_rate": "write it in --runs, METHOD:RATE",
+    "seed": "write it into the recipe",
+    "output_dir": "name the folder of all runs, --output",
+    "resume_from_checkpoint": "runs go on by themselves",
+}
+"""Flags of launch/train.py that each run is given, and the remedy."""
 
 
 def parse_cell(text: str) -> Cell:
@@ -47,7 +59,7 @@ def plan_of_rates(options: argparse.Namespace, words: Sequence[str]) -> Plan:
     """
     if options.ranks < 1:
         raise UserError(f"ranks must be at least 1, got {options.ranks} (--ranks)")
-    recipe = read_recipe(options.config)
+    recipe = read_recipe(options.config) | _of_evaluations(words)
     if "model_name_or_path" not in recipe:
         raise UserError(f"--config {options.config} has no model_name_or_path: add it")
     cells = {cell.name: cell for cell in options.runs}
@@ -63,6 +75,25 @@ def plan_of_rates(options: argparse.Namespace, words: Sequence[str]) -> Plan:
         gpus_per_run=options.ranks,
         words=tuple(words),
     )
+
+
+def _of_evaluations(words: Sequence[str]) -> dict[str, Any]:
+    """What words of launch/train.py say of the model, the held-out rows and their columns, which evaluations follow.
+
+    Raises:
+        UserError: they give what each run is given.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in (*OF_EACH_RUN, *OF_THE_ROWS, *(column.name for column in fields(Fields))):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name, default=argparse.SUPPRESS)
+    try:
+        said = vars(parser.parse_known_args(words)[0])
+    except argparse.ArgumentError as error:
+        raise UserError(f"behind --: {error}") from None
+    if mine := said.keys() & OF_EACH_RUN.keys():
+        name = min(mine)
+        raise UserError(f"--{name} behind -- would change nothing: {OF_EACH_RUN[name]}")
+    return {name: unescape(value) if name in TEMPLATES else value for name, value in said.items()}
 
 
 def _test_split(recipe: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,13 +58,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def points_of(rows: Sequence[Row], result: str, cost: str) -> list[Point]:
-    """The cells that have both."""
+    """The cells that have both; a result that is no number has no place."""
     points = []
     for row in rows:
         values = row.tested("nll") if result == "NLL" else [100 * share for share in row.tested("accuracy")]
         peak = row.cost("peak_reserved_bytes")
         spent = row.train_seconds if cost == "train time, s" else peak and peak / 1e9
-        if values and spent is not None:
+        if values and all(map(math.isfinite, values)) and spent is not None:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             points.append(Point(spent, statistics.fmean(values), row.name, spread))
     return points

@@ -138,7 +138,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     if trainer.was_stopped:
         say_goodbye(trainer, requests)
     else:
-        export(trainer, configuration, group)
+        export_model(trainer, run_folder / "model", group, describe_elements(configuration))
         result = describe_result(trainer, cost, group)
         if result["exported_step"] < result["steps"]:
             on_first_rank(f"best      the model is that of step {result['exported_step']} (--load_best_model_at_end)")
@@ -146,20 +146,14 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         counts = callback.selection.counts
         about = Run(configuration.resolved, compared, result, callback.history, counts, environment)
         first_rank_does(partial(describe_in_folder, about, configuration), group)
+        if configuration.output.merge_adapter:
+            base = configuration.model.model_name_or_path
+            merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
         say_done(configuration)
         if configuration.training.push_to_hub:
             place = first_rank_does(partial(push_model, configuration.training, run_folder / "model"), group)
             on_first_rank(f"pushed    {place}")
     return trainer
-
-
-def export(trainer: RowTrainer, configuration: Configuration, group: Any) -> None:
-    """Write what was trained."""
-    run_folder = Path(configuration.training.output_dir)
-    export_model(trainer, run_folder / "model", group, describe_elements(configuration))
-    if configuration.output.merge_adapter:
-        base = configuration.model.model_name_or_path
-        merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
 
 
 def describe_in_folder(run: Run, configuration: Configuration) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -30,6 +31,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from agsel.blocks import Block, find_blocks, taking_part
 from agsel.data.tokens import Learning
 from agsel.errors import UserError
+from agsel.evaluation.loading import load_model
 from agsel.monitor import METRICS
 from agsel.monitor.history import read_lines
 from agsel.training import packages, room
@@ -610,6 +612,10 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     images = save_rows(folder / "images.jsonl", 8, row_5={"question": "w3 <image>"})
     eager = json.dumps({"attn_implementation": "eager"})
     adapted = {"use_peft": True, "merge_adapter": True, "learning_rate": 0.01, "max_steps": 4}
+    every_block = adapted | {"method": "full", "select_fraction": None}
+    more_tokens = {"lora_target_modules": "all-linear", "chat_template_path": folder / "more"}
+    more_tokens |= {"dataset_name": save_talks(folder, tokenizer), "bf16": False}
+    more_tokens |= dict.fromkeys(("prompt_field", "completion_field", "completion_template"))
     every_two_steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
     every_two_steps |= {"eval_dataset": rows}
     changed = {
@@ -618,6 +624,9 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "adapted-3": adapted | {"lora_target_modules": "all-linear", "use_dora": True, "deepspeed": "zero3"},
         "from": {"select_fraction": 1.0, "select_from": 0.5},
         "adapted-from": adapted | {"lora_target_modules": "all-linear", "select_fraction": 1.0, "select_from": 0.5},
+        "adapted-tied": every_block
+        | {"lora_target_modules": "embed_tokens", "model_name_or_path": save_model(folder / "tied", tied=True)},
+        "adapted-more": every_block | more_tokens,
         "best": {"load_best_model_at_end": True, "greater_is_better": True, "max_steps": 4} | every_two_steps,
         "beyond": {"select_from": 4},
         "around": {"use_peft": True, "lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},
@@ -632,6 +641,17 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         name: settings(model, rows, folder / name, **{"max_steps": 1} | values) for name, values in changed.items()
     }
     return folder, several_runs(folder, cases)
+
+
+def save_talks(folder: Path, tokenizer: Any) -> Path:
+    """Rows of messages, and in `more/` a tokenizer whose template ends them by a token that the model does not have."""
+    more = copy.deepcopy(tokenizer)
+    more.add_special_tokens({"eos_token": "<|end|>"})
+    more.chat_template = more.chat_template.replace("<eos>", "<|end|>")
+    more.save_pretrained(folder / "more")
+    turns = [[{"role": "user", "content": f"w{n} w4"}, {"role": "assistant", "content": f"w{n}"}] for n in range(3, 11)]
+    (folder / "talks.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    return folder / "talks.jsonl"
 
 
 def test_a_run_with_mended_generation_settings_exports_its_model(runs: tuple[Path, dict[str, Any]]) -> None:
@@ -668,6 +688,22 @@ def test_the_merged_model_is_the_adapted_one(runs: tuple[Path, dict[str, Any]], 
     torch.testing.assert_close(of_merged, of_adapted, rtol=0, atol=1e-6)
     assert (of_merged - of_base).abs().max() > 1e-3
     AutoTokenizer.from_pretrained(folder / name / "merged")
+
+
+@pytest.mark.parametrize("name", ["adapted-tied", "adapted-more"])
+def test_the_merged_model_has_its_own_head_and_new_tokens(runs: tuple[Path, dict[str, Any]], name: str) -> None:
+    """The embedding is adapted and the head, tied to it, is not; or both have rows for tokens of another template."""
+    folder, outcomes = runs
+    code, output, _ = outcomes[name]
+    assert code == 0, output
+    (adapted, tokenizer), (merged, _) = (load_model(str(folder / name / kind), "auto") for kind in ("model", "merged"))
+    ids = torch.tensor([[3, 4, 5, len(tokenizer) - 1]])
+    with torch.no_grad():
+        of_adapted, of_merged = (model(input_ids=ids).logits for model in (adapted, merged))
+        with adapted.disable_adapter():
+            of_base = adapted(input_ids=ids).logits
+    torch.testing.assert_close(of_merged, of_adapted, rtol=0, atol=1e-6)
+    assert (of_merged - of_base).abs().max() > 1e-3
 
 
 def test_a_run_from_a_layer_on_adapts_those_layers_alone(runs: tuple[Path, dict[str, Any]]) -> None:

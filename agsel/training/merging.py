@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl.trainer.utils import create_model_from_path
 
@@ -36,12 +38,30 @@ def merge_adapter(trainer: Trainer, name_or_path: str, adapter: Path, folder: Pa
 def _merge(trainer: Trainer, name_or_path: str, adapter: Path, folder: Path) -> None:
     with _whole_weights(trainer):
         base = create_model_from_path(name_or_path, **(trainer.args.model_init_kwargs or {}) | {"device_map": "cpu"})
-        merged = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+        tokens = (
+            trainer.model.config.get_text_config().vocab_size
+        )  # more, if a template of another model has brought some
+        if tokens != base.config.get_text_config().vocab_size:
+            base.resize_token_embeddings(tokens)
+        adapted = PeftModel.from_pretrained(base, str(adapter))
+        _untie_adapted(base)
+        merged = adapted.merge_and_unload()
     merged.generation_config = trainer.model.generation_config  # which `prepare_export` has mended
     with complete_or_absent(folder) as staged:
         merged.save_pretrained(staged)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(staged)
+
+
+def _untie_adapted(model: PreTrainedModel) -> None:
+    """Give a head that is tied to the embedding weights of its own, if one of the two is to be added an adapter."""
+    text_config = model.config.get_text_config()
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    if not text_config.tie_word_embeddings or not any(isinstance(table, LoraLayer) for table in tables):
+        return
+    head = tables[1].get_base_layer() if isinstance(tables[1], LoraLayer) else tables[1]
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = text_config.tie_word_embeddings = False
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from agsel.blocks import Block
+from agsel.blocks import EMBED, Block
 from agsel.errors import RunError, UserError
 from agsel.policies import Plan, Policy, Probe, StepKind, Update
 from agsel.zero.consensus import checksum, global_squares
@@ -230,8 +230,11 @@ class Selection:
             )
 
     def _require_gradients(self, norms: dict[str, float]) -> None:
-        """A block that should train but is cut off from the loss would silently stay as it is."""
-        silent = [name for name, norm in norms.items() if norm == 0]
+        """A block that should train but is cut off from the loss would silently stay as it is.
+
+        Of an embedding, a batch may have none of the tokens that train.
+        """
+        silent = [name for name, norm in norms.items() if norm == 0 and name != EMBED]
         if silent and len(silent) < len(norms):
             raise RunError(
                 f"no gradient reached {', '.join(silent)}: with gradient checkpointing set use_reentrant=False "

@@ -51,6 +51,23 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def require_known(words: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse words of a command line that no parser has taken.
+
+    Args:
+        words: that are left, values behind their names.
+        known: names of settings.
+        where: they stand, for the message.
+
+    Raises:
+        UserError: there is one.
+    """
+    name = next((word for word in words if word.startswith("--")), next(iter(words), None))
+    if name is not None:
+        name = name.removeprefix("--").split("=")[0]
+        raise UserError(f"unknown setting {name!r} {where}{suggestion(name, known)}")
+
+
 @contextmanager
 def said_of(what: str) -> Iterator[None]:
     """Say of which of several things a `UserError` is, unless it does already."""

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from agsel.data.fields import Fields, with_line_breaks
 from agsel.data.sources import Source
-from agsel.errors import complaints_of_libraries
+from agsel.errors import complaints_of_libraries, require_known
 from agsel.evaluation.answers import judge_by_pattern
 from agsel.evaluation.findings import (
     as_lines,
@@ -79,7 +79,9 @@ def read_arguments(words: Sequence[str]) -> tuple[EvaluationArguments, Fields]:
     parser = HfArgumentParser((EvaluationArguments, Fields), description=__doc__, allow_abbrev=False)
     own = [word for word in words if not word.startswith(OF_LAUNCHER)]
     with complaints_of_libraries():
-        arguments, fields = parser.parse_args_into_dataclasses(with_line_breaks(own))
+        words = with_line_breaks(own)
+        arguments, fields, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    require_known(rest, {*vars(arguments), *vars(fields)}, "on the command line")
     return arguments, fields
 
 
@@ -91,7 +93,13 @@ def tasks_of(arguments: EvaluationArguments, fields: Fields) -> list[Task]:
     """
     source = None
     if arguments.dataset_name is not None:
-        source = Source(arguments.dataset_name, arguments.dataset_split, arguments.dataset_config)
+        source = Source(
+            arguments.dataset_name,
+            arguments.dataset_split,
+            arguments.dataset_config,
+            flag="--dataset",
+            split_flags="--dataset_split",
+        )
     if arguments.tasks is not None:
         return read_tasks(arguments.tasks, "--tasks", source, fields)
     return [Task("rows", source, fields, judge_by_pattern(arguments.answer_pattern))] if source else []

@@ -138,7 +138,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     if trainer.was_stopped:
         say_goodbye(trainer, requests)
     else:
-        export_model(trainer, run_folder / "model", group, describe_elements(configuration))
+        export(trainer, configuration, group)
         result = describe_result(trainer, cost, group)
         if result["exported_step"] < result["steps"]:
             on_first_rank(f"best      the model is that of step {result['exported_step']} (--load_best_model_at_end)")
@@ -154,6 +154,12 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
             place = first_rank_does(partial(push_model, configuration.training, run_folder / "model"), group)
             on_first_rank(f"pushed    {place}")
     return trainer
+
+
+def export(trainer: RowTrainer, configuration: Configuration, group: Any) -> None:
+    """Write what was trained."""
+    folder = Path(configuration.training.output_dir)
+    export_model(trainer, folder / "model", group, describe_elements(configuration))
 
 
 def describe_in_folder(run: Run, configuration: Configuration) -> None:

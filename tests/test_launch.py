@@ -140,8 +140,9 @@ def test_tensorboard_shows_training_and_selection_in_one_file(two_ranks: tuple[P
     assert logged["selection/blocks"] == [2] * 12
     assert logged["selection/explored"][0] == 1, "ε starts at 1"
     assert logged["selection/explored"][4:] == [0] * 8
-    assert min(logged["selection/epsilon"][:3]) > 0
-    assert logged["selection/epsilon"][3:] == [0] * 9, "exploring ends with the four steps of epoch 1"
+    assert logged["selection/epsilon"][0] == 1, "that of the step itself"
+    assert min(logged["selection/epsilon"][:4]) > 0
+    assert logged["selection/epsilon"][4:] == [0] * 8, "exploring ends with the four steps of epoch 1"
     for tag in ("speed/ms_per_step", "speed/data_ms", "memory/host_gb", "memory/moved_gb_per_step"):
         assert len(logged[tag]) == 12, tag
         assert min(logged[tag]) >= 0

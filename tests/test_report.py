@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import struct
 from html.parser import HTMLParser
 from itertools import product
@@ -424,6 +425,9 @@ def test_the_command_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
     report.main([str(run), "--output", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.endswith(f"report    {tmp_path / 'page.html'}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    copied = shutil.copytree(run, tmp_path / "run")
+    report.main([str(copied)])
+    assert (copied / "report.html").read_text() == (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("error", [UserError("no run"), MemoryError("too\nlarge")])

@@ -113,6 +113,7 @@ WRONG_VALUES: dict[str, tuple[str, str]] = {
         "test_split_size: 0.1",
         "test_split_size in the file of --config is not supported: write eval_",
     ),
+    "twice": ("max_steps: 5\nseed: 1\nmax_steps: 6", "max_steps stands in line 4 and again in line 6: leave one out"),
     "tab": ("max_steps:\t- 5", "the file of --config is no YAML: "),
     "kwargs": ("lr_scheduler_kwargs: [1]", "lr_scheduler_kwargs is [1] in the file of --config: it takes one value"),
 }
@@ -157,6 +158,7 @@ def test_datasets_may_stand_on_the_command_line(read: Read, words: list[str]) ->
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        (["--max_steps", "-5"], "max_steps must be above 0, or -1 for whole epochs, got -5 (--max_steps)"),
         (["--max_steps", "0"], "no optimizer step: set --max_steps or --num_train_epochs above 0"),
         (["--num_train_epochs", "0"], "no optimizer step: set --max_steps"),
         (["--num_train_epochs", "-1"], "no optimizer step: set --max_steps"),

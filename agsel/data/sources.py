@@ -50,6 +50,7 @@ class Source:
         folder: of a hub dataset.
         columns: that are there; None for all.
         flag: of the command line, for error messages.
+        split_flags: of the command line, likewise.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Source:
     folder: str | None = None
     columns: tuple[str, ...] | None = None
     flag: str = "--dataset_name"
+    split_flags: str = "--dataset_train_split, --dataset_test_split"
 
 
 def complaint(number: int, column: str, what: str) -> UserError:
@@ -99,7 +101,7 @@ class WrittenRows:
     """Rows of JSON or CSV files, read anew as they are written whenever they are asked for."""
 
     def __init__(self, paths: Sequence[Path], source: Source) -> None:
-        self._paths, self._split, self._wanted = list(paths), source.split, source.columns
+        self._paths, self._source, self._wanted = list(paths), source, source.columns
         sample = list(itertools.islice(read_files(self._paths), ROWS_SAMPLED))
         self.columns = tuple(dict.fromkeys(column for row in sample for column in row))
         self._first: Row = sample[0] if sample else {}
@@ -119,7 +121,7 @@ class WrittenRows:
             whole = Dataset.from_generator(_converted, features=features, gen_kwargs=given)
         except DatasetGenerationError as error:
             raise _cause(error) from error
-        return _part(whole, self._split)
+        return _part(whole, self._source)
 
 
 Rows = TypedRows | WrittenRows
@@ -170,7 +172,7 @@ def local_files(source: Source) -> list[Path] | None:
     path = Path(source.name)
     if source.files is not None:
         return _named_files(source)
-    if kind_of(path):
+    if kind_of(path) or path.is_file():
         return [_readable(path, source)]
     return _files_in_folder(path, source) if path.is_dir() else None
 
@@ -206,8 +208,8 @@ def _readable(path: Path, source: Source) -> Path:
         raise UserError(f"{path} is empty ({source.flag})")
     if _split_name(source.split) != "train" and source.files is None:
         raise UserError(
-            f"{path} is one file, which has the split train, not {source.split!r} (--dataset_train_split, "
-            "--dataset_test_split): train[90%:] is the end of it, --eval_dataset names another file"
+            f"{path} is one file, which has the split train, not {source.split!r} ({source.split_flags}): "
+            "train[90%:] is the end of it"
         )
     return path
 
@@ -224,8 +226,8 @@ def _files_in_folder(folder: Path, source: Source) -> list[Path] | None:
         return None
     if wanted not in by_split:
         raise UserError(
-            f"{folder} ({source.flag}) has no files for the split {wanted!r} (--dataset_train_split, "
-            f"--dataset_test_split), only for {', '.join(by_split)}"
+            f"{folder} ({source.flag}) has no files for the split {wanted!r} ({source.split_flags}), only for "
+            f"{', '.join(by_split)}"
         )
     return _of_one_kind(by_split[wanted], source)
 
@@ -260,7 +262,7 @@ def _lists_files(readme: Path) -> bool:
 
 
 def _load(source: Source, paths: Sequence[Path] | None) -> Dataset:
-    rows = _load_hub(source) if paths is None else _part(_load_parquet(source, paths), source.split)
+    rows = _load_hub(source) if paths is None else _part(_load_parquet(source, paths), source)
     if not len(rows):
         raise UserError(f"{source.name} has no rows in split {source.split!r} ({source.flag}): give it at least one")
     return rows
@@ -286,7 +288,7 @@ def _load_hub(source: Source) -> Dataset:
         raise UserError(f"cannot read {name} ({source.flag}): {one_line(error.__cause__ or error)}") from error
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"cannot load {name} ({source.flag}), split {split!r} (--dataset_train_split, --dataset_test_split; "
+            f"cannot load {name} ({source.flag}), split {split!r} ({source.split_flags}; "
             f"train[90%:] is the end of train): {one_line(error)}"
         ) from error
     except OSError as error:
@@ -300,19 +302,19 @@ def _split_name(split: str) -> str:
     return split.partition("[")[0]
 
 
-def _part(whole: Dataset, split: str) -> Dataset:
+def _part(whole: Dataset, source: Source) -> Dataset:
     """The rows of a split expression, which names one split."""
-    name = _split_name(split)
+    split, name = source.split, _split_name(source.split)
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({name: len(whole)})
     except (ValueError, AssertionError) as error:
         raise UserError(
-            f"{split!r} is no part of {name} (--dataset_train_split, --dataset_test_split): write train[90%:] or "
+            f"{split!r} is no part of {name} ({source.split_flags}): write train[90%:] or "
             f"train[:1000] ({one_line(error)})"
         ) from error
     chosen = [index for part in parts for index in range(part.from_ or 0, len(whole) if part.to is None else part.to)]
     if not chosen:
-        raise UserError(f"{split!r} has no rows (--dataset_train_split, --dataset_test_split): there are {len(whole)}")
+        raise UserError(f"{split!r} has no rows ({source.split_flags}): there are {len(whole)}")
     return whole if len(chosen) == len(whole) else whole.select(chosen)
 
 

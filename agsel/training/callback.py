@@ -163,8 +163,8 @@ class SelectionCallback(TrainerCallback):
 
     def _choice(self) -> str:
         assert self.selection is not None
-        last, epsilon = self._last_step(), self.selection.policy.epsilon
-        mode = last.mode if epsilon is None else f"{last.mode} ε {epsilon:.2f}"
+        last = self._last_step()
+        mode = last.mode if last.epsilon is None else f"{last.mode} ε {last.epsilon:.2f}"
         return f"{mode}  {block_ranges(last.selected)}"
 
     def _scalars(self) -> dict[str, float]:
@@ -177,7 +177,7 @@ class SelectionCallback(TrainerCallback):
             norms=last.norms,
             explored=modes.count("explore") / max(1, len(modes)),
             skipped=self.history.modes.count("skipped"),
-            epsilon=self.selection.policy.epsilon,
+            epsilon=last.epsilon,
         )
 
 
@@ -194,6 +194,8 @@ def warning_of(counts: Mapping[str, int], spread_by: str) -> str | None:
     if len(counts) > 1 and most > MOST_OF_ONE_BLOCK * total:
         favourite = next(name for name, count in counts.items() if count == most)
         return f"{block_ranges([favourite])} took {most / total:.0%} of the turns of {len(counts)} blocks: {spread_by}"
-    if not idle or not total:
+    if not total:
+        return "nothing was trained: every step was skipped, or only measured"
+    if not idle:
         return None
     return f"never trained: {block_ranges(idle)}, {len(idle)} of {len(counts)} blocks: {spread_by}"

@@ -263,5 +263,5 @@ def _source_of(entry: Mapping[str, Any]) -> Source:
 
 def _source_to_evaluate(name: str, split: str) -> Source:
     """A single file is the split train, whatever its name."""
-    source = Source(name, split, flag="--eval_dataset")
+    source = Source(name, split, flag="--eval_dataset", split_flags="--dataset_test_split")
     return replace(source, split="train") if Path(name).is_file() and split == "test" else source

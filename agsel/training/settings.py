@@ -23,7 +23,7 @@ from trl import SFTConfig, TrlParser
 
 from agsel import shipped
 from agsel.data.fields import with_line_breaks
-from agsel.errors import UserError, complaints_of_libraries, suggestion
+from agsel.errors import UserError, complaints_of_libraries, require_known
 from agsel.place import is_first_of_host
 from agsel.policies import Policy
 from agsel.training.arguments import SelectionArguments
@@ -31,6 +31,7 @@ from agsel.training.deepspeed_settings import read_deepspeed, require_deepspeed
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
 from agsel.training.unheeded import require_heeded
 from agsel.training.usage import OWN, UPSTREAM, describe
+from agsel.written_yaml import read_yaml
 
 Group = TypeVar("Group")
 
@@ -201,7 +202,9 @@ def _file_of(name: str) -> Path:
 def _read_file(path: Path) -> dict[str, Any]:
     """The settings in the file of `--config`."""
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = read_yaml(path)
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"the file of --config is no YAML: {error}") from error
     if not isinstance(settings, dict):
@@ -283,13 +286,10 @@ class _Parser(TrlParser):
 
 
 def _refuse_unknown(words: Iterable[str], known: Iterable[str], where: str) -> None:
-    name = next((word for word in words if word.startswith("--")), next(iter(words), None))
-    if name is None:
-        return
-    name = name.removeprefix("--").split("=")[0]
-    if name in OF_TRL_ALONE:
-        raise UserError(f"{name} {where} is not supported: {OF_TRL_ALONE[name]}")
-    raise UserError(f"unknown setting {name!r} {where}{suggestion(name, known)}")
+    of_trl = next((name for word in words if (name := word.removeprefix("--").split("=")[0]) in OF_TRL_ALONE), None)
+    if of_trl is not None:
+        raise UserError(f"{of_trl} {where} is not supported: {OF_TRL_ALONE[of_trl]}")
+    require_known(words, known, where)
 
 
 def _require_possible(settings: dict[str, Any]) -> None:
@@ -303,6 +303,8 @@ def _require_possible(settings: dict[str, Any]) -> None:
     _require_in_range(settings)
     for name in OBJECTS:
         _require_object(name, settings[name])
+    if settings["max_steps"] < -1:
+        raise UserError(f"max_steps must be above 0, or -1 for whole epochs, got {settings['max_steps']} (--max_steps)")
     if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
         raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")
 

@@ -37,6 +37,7 @@ class StepReport:
         selected: names of the updated blocks.
         norms: global gradient norm of each block that had a gradient; after an early choice, of the chosen ones.
         grad_norm: norm over the updated blocks, which clipping compares with its limit; of a probe over all measured.
+        epsilon: probability with which it was to explore, if the rule has one.
     """
 
     step: int
@@ -44,6 +45,7 @@ class StepReport:
     selected: tuple[str, ...]
     norms: dict[str, float]
     grad_norm: float
+    epsilon: float | None
 
 
 class Selection:
@@ -181,6 +183,7 @@ class Selection:
             return None
         self._require_gradients(named)
         self._skipped_in_a_row = 0
+        epsilon = self.policy.epsilon
         update = self.policy.commit(norms)
         self.timetable.settle(update)
         self.last = StepReport(
@@ -189,6 +192,7 @@ class Selection:
             selected=tuple(self.blocks[index] for index in sorted(update.blocks)),
             norms=named,
             grad_norm=math.hypot(*(norms[index] for index in sorted(update.blocks or plan.trainable))),
+            epsilon=epsilon,
         )
         return update
 
@@ -220,7 +224,7 @@ class Selection:
 
     def _skip(self, norms: dict[str, float]) -> None:
         self._skipped_in_a_row += 1
-        self.last = StepReport(self.policy.step, "skipped", (), norms, math.inf)
+        self.last = StepReport(self.policy.step, "skipped", (), norms, math.inf, self.policy.epsilon)
         culprits = [name for name, norm in norms.items() if not math.isfinite(norm)]
         logger.warning("step skipped on all ranks: non-finite gradient in %s", ", ".join(culprits))
         if self._skipped_in_a_row >= self._max_skipped_steps:

@@ -107,6 +107,7 @@ def test_a_part_of_a_file_is_read(tmp_path: Path) -> None:
             assert "".join(prompt for prompt, _ in texts(source, split=split)) == numbers
         refuse(partial(texts, source, split="train[5:5]"), "'train[5:5]' has no rows (--dataset_train_split")
         refuse(partial(texts, source, split="train[5:"), "(--dataset_train_split, --dataset_test_split)", "train[90%:]")
+        refuse(partial(texts, source, split="train[5:5]", split_flags="--split"), "'train[5:5]' has no rows (--split)")
         refuse(partial(texts, source, split="test"), f"{source} is one file, which has the split train, not 'test'")
 
 
@@ -287,6 +288,7 @@ def test_files_are_named_one_by_one_or_by_a_pattern(tmp_path: Path) -> None:
     )
     refuse(partial(texts, whole, files=["one.jsonl", "nine.jsonl"]), f"no such file: {whole}/nine.jsonl")
     (whole / "notes").write_text("x")
+    refuse(partial(texts, write(tmp_path / "rows.xlsx", "x")), "rows.xlsx (--dataset_name) has none of the endings")
     refuse(partial(texts, whole, files="notes"), f"{whole}/notes (--dataset_name) has none of the endings .json, ")
 
 

@@ -43,7 +43,7 @@ def test_words_are_read_as_people_and_launchers_write_them() -> None:
     words = ["--local_rank=1", "--model", "m", "--dataset", "rows.jsonl", "--prompt_template", r"{q}\nA:"]
     arguments, fields = evaluate.read_arguments(words)
     assert (arguments.model, arguments.dataset_name, fields.prompt_template) == ("m", "rows.jsonl", "{q}\nA:")
-    with pytest.raises(ValueError, match="--modl"):
+    with pytest.raises(UserError, match="unknown setting 'modl' on the command line; did you mean 'model'"):
         evaluate.read_arguments([*words, "--modl", "m"])
 
 

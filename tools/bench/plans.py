@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from agsel.errors import UserError
+from agsel.written_yaml import read_yaml
 from tools.bench.compared_methods import canonical
 from tools.bench.configurations import Configuration
 
@@ -42,7 +43,7 @@ def read_plan(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"no such file: {path} (--plan); tools/bench.yaml is one")
     try:
-        plan = yaml.safe_load(path.read_text())
+        plan = read_yaml(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no YAML (--plan): {error}") from error
     if not isinstance(plan, list) or not all(isinstance(options, dict) for options in plan):

@@ -184,7 +184,8 @@ def said_of(outcome: Outcome) -> str:
         return f"failed: {record['error']}"
     measured = record[outcome.task.part]
     accuracy = record.get("test", {}).get("accuracy")
-    matched = "" if accuracy is None else f", exact match {accuracy:.1%}"
+    of_part = "" if outcome.task.part == "test" else "test "
+    matched = "" if accuracy is None else f", {of_part}exact match {accuracy:.1%}"
     return f"{outcome.task.part} NLL {measured['nll']:.4f}{matched}"
 
 

@@ -11,6 +11,7 @@ import yaml
 
 from agsel import shipped
 from agsel.errors import UserError, one_line, suggestion
+from agsel.written_yaml import read_yaml
 from tools.comparison.plan import BEFORE, Cell, Plan
 
 NEEDED = ("config", "output", "cells", "seeds", "test")
@@ -38,19 +39,6 @@ OF_THE_PLAN = {
 """Flags of launch/train.py that are given to each run, and the remedy."""
 TAKEN = (BEFORE, "runs.jsonl", "shared.yaml", "table.md", "table.csv", "pareto.png")
 """What else is in the folder where each cell has one."""
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML where no name may stand twice: a dictionary would keep the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                raise UserError(f"{name} stands in line {lines[name]} and again in line {line}: leave one out")
-            lines[name] = line
-        return super().construct_mapping(node, deep)
 
 
 def read_plan(path: Path) -> Plan:
@@ -117,9 +105,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        content = read_yaml(path)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"no such file: {path}") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -425,7 +425,7 @@ def test_the_command_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
     report.main([str(run), "--output", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.endswith(f"report    {tmp_path / 'page.html'}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
-    copied = shutil.copytree(run, tmp_path / "run")
+    copied = shutil.copytree(run, tmp_path / run.name)
     report.main([str(copied)])
     assert (copied / "report.html").read_text() == (tmp_path / "page.html").read_text()
 

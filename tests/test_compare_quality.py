@@ -273,6 +273,7 @@ def test_rows_that_are_in_two_parts_are_said() -> None:
         (("--runs", "fool:1e-4"), "unknown method 'fool' in 'fool:1e-4': use one of adagradselect, topk"),
         (("--runs", "full:1e-4", "full:1e-4"), "a run stands twice (--runs): leave one out"),
         (("plan.yaml", "--minutes", "0"), "argument --minutes: 0 is no time: write a number above 0"),
+        (("plan.yaml", "--minutes", "few"), "argument --minutes: few is no time: write a number above 0"),
         (("--runs", "full:1e-4", "--ranks", "0"), "ranks must be at least 1, got 0 (--ranks)"),
         (("--runs", "full:1e-4", "--config", "nowhere.yaml"), "nowhere.yaml, launch/recipes/ has some"),
         (("--runs", "full:1e-4"), "names no held-out rows (dataset_test_split): give a file of them (--heldout)"),

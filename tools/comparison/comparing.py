@@ -248,7 +248,10 @@ def _plan_of(options: argparse.Namespace, words: Sequence[str]) -> Plan:
 
 
 def _minutes(text: str) -> float:
-    minutes = float(text)
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
     if not minutes > 0:
         raise argparse.ArgumentTypeError(f"{text} is no time: write a number above 0")
     return minutes

@@ -63,6 +63,7 @@ from agsel.training.tokenizer import (
     require_chat_template,
     require_known_positions,
     require_known_tokens,
+    require_plain_head,
     require_tokenizer,
 )
 from agsel.zero.communication import start_deepspeed
@@ -215,6 +216,7 @@ def build_trainer(configuration: Configuration, data: RunData, group: Any) -> Ro
         with said_of(EVALUATION):
             require_labels(trainer.eval_dataset, data.held_out, training.max_length)
     require_known_tokens(trainer)
+    require_plain_head(trainer)
     require_known_positions(trainer)
     for name, report in trainer.token_reports.items():
         on_first_rank(f"tokens    {name}: {report}")

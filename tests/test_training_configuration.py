@@ -151,6 +151,7 @@ def test_the_run_folder_keeps_every_setting_and_config_reads_it_again(recipe: Pa
 
 
 FOLDED = ["--fold_adapters", "true", "--use_peft", "true"]
+EARLY = ("--choose_early", "true", "--gradient_accumulation_steps", "2")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +184,9 @@ FOLDED = ["--fold_adapters", "true", "--use_peft", "true"]
         ([*FOLDED, "--lora_dropout", "0.1"], "--lora_dropout is 0.1: set it to 0"),
         ([*FOLDED, "--lora_dropout", "0", "--use_dora", "true"], "leave out --use_dora, or --fold_adapters"),
         (["--choose_early", "true"], "raise --gradient_accumulation_steps, or leave it out"),
+        ([*EARLY, "--method", "random"], "--choose_early has no effect with --method random"),
+        ([*EARLY, "--explore_steps", "0"], "--choose_early has no effect with --method adagradselect"),
+        (["--optim", "sgd"], "agsel trains with AdamW, not with sgd .--optim.: use adamw_torch or adamw_torch_fused"),
         (["--method", "ist"], "--use_peft"),
         (["--method", "ist", "--use_peft", "true", "--compile_layers", "true"], "leave out --compile_layers"),
         (["--method", "ist", "--use_peft", "true", "--label_smoothing_factor", "0.1"], "--label_smoothing_factor"),

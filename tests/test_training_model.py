@@ -627,6 +627,7 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "adapted-tied": every_block
         | {"lora_target_modules": "embed_tokens", "model_name_or_path": save_model(folder / "tied", tied=True)},
         "adapted-more": every_block | more_tokens,
+        "tied-more": every_block | more_tokens | {"model_name_or_path": folder / "tied"},
         "best": {"load_best_model_at_end": True, "greater_is_better": True, "max_steps": 4} | every_two_steps,
         "beyond": {"select_from": 4},
         "around": {"use_peft": True, "lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},
@@ -748,6 +749,7 @@ def test_a_run_from_a_layer_on_changes_those_layers_alone(runs: tuple[Path, dict
         ("pointer", "config.json is the pointer that Git LFS leaves"),
         ("beyond", "the model has layers 0 to 3: choose a lower one (--select_from)"),
         ("around", "head would not be trained"),
+        ("tied-more", "a head tied to its embedding: name a template of tokens that the model has, or leave out"),
         ("misnamed", "--model_init_kwargs atention is nothing that the model takes"),
         ("divided", "--model_init_kwargs tp_plan divides the model in another way than DeepSpeed does"),
     ],

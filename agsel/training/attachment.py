@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.training_args import OptimizerNames
 
@@ -173,17 +173,26 @@ def require_supported_trainer(trainer: Trainer) -> None:
         )
     if trainer.optimizer is not None:
         raise UserError("the trainer has an optimizer already: leave it out, agsel makes an AdamW of its own")
-    supported = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
-    if trainer.args.optim not in supported:
-        raise UserError(
-            f"agsel trains with AdamW, not with {trainer.args.optim.value} (--optim): use "
-            f"{' or '.join(name.value for name in supported)}"
-        )
+    require_adamw(trainer.args)
     checkpointing = trainer.args.gradient_checkpointing_kwargs or {}
     if trainer.args.gradient_checkpointing and checkpointing.get("use_reentrant") and not _is_forced(trainer):
         raise UserError(
             "reentrant gradient checkpointing silently leaves blocks untrained: set use_reentrant to false "
             "(--gradient_checkpointing_kwargs)"
+        )
+
+
+def require_adamw(arguments: TrainingArguments) -> None:
+    """Refuse other optimizers.
+
+    Raises:
+        UserError: names the setting.
+    """
+    supported = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+    if arguments.optim not in supported:
+        raise UserError(
+            f"agsel trains with AdamW, not with {arguments.optim.value} (--optim): use "
+            f"{' or '.join(name.value for name in supported)}"
         )
 
 

@@ -28,6 +28,7 @@ from agsel.training.arguments import (
     SelectionArguments,
     TaskArguments,
 )
+from agsel.training.attachment import require_adamw
 from agsel.training.methods import build_policy, policy_class
 from agsel.training.model import agree_on_settings
 from agsel.training.settings import Settings
@@ -190,6 +191,11 @@ def _complete(configuration: Configuration) -> None:
             "--choose_early chooses by the first of several micro-batches: raise --gradient_accumulation_steps, or "
             "leave it out"
         )
+    if configuration.selection.choose_early and "explore" not in configuration.build_policy().kinds_of_steps:
+        raise UserError(
+            f"--choose_early has no effect with --method {method}, which never chooses by gradients as it is set: "
+            "leave it out"
+        )
     if configuration.selection.compile_layers:
         _prepare_compilation(configuration)
     missing = sorted(set(training.report_to) - set(get_available_reporting_integrations()))
@@ -260,6 +266,7 @@ def _require_types(training: SFTConfig) -> None:
 
 def _require_optimizer(training: SFTConfig) -> None:
     """Make optimizer and schedule like those of the run, which are made after everything else."""
+    require_adamw(training)
     try:
         optimizer = torch.optim.AdamW(
             [torch.nn.Parameter(torch.zeros(1))],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 from datasets import Dataset
+from peft.utils.other import TrainableTokensWrapper
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig, SFTConfig
 
@@ -65,6 +66,20 @@ def require_known_tokens(trainer: Trainer) -> None:
         number = _largest_token(dataset)
         if number >= rows:
             raise _unknown_token(trainer.processing_class, number, rows)
+
+
+def require_plain_head(trainer: Trainer) -> None:
+    """Refuse adapters for new tokens in a head that is tied to the embedding: TRL's loss does not know such a head.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if isinstance(trainer.model.get_output_embeddings(), TrainableTokensWrapper):
+        raise UserError(
+            f"--chat_template_path {trainer.args.chat_template_path} brings tokens that the model lacks, and TRL's "
+            "loss takes no adapters for them from a head tied to its embedding: name a template of tokens that the "
+            "model has, or leave out --use_peft"
+        )
 
 
 def require_known_positions(trainer: Trainer) -> None:

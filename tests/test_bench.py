@@ -311,7 +311,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
         (("--plan", "nowhere.yaml"), "no such file: nowhere.yaml (--plan)"),
         (("--plan", "README.md"), "README.md is no"),
         (
-            ("--plan", "tools/bench_scaling.yaml", "--ranks", "1"),
+            ("--plan", "tools/bench_scaling.yaml", "--ranks", "2"),
             "bench_scaling.yaml (--plan) has ranks: leave out --ranks",
         ),
         (("--table_only",), "has no rows.jsonl: measure first"),

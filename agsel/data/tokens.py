@@ -107,8 +107,8 @@ class Encoder:
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """What a tokenizer puts before and behind every text by itself, as `<s>` and `</s>`."""
     bare, whole = (list(tokenizer(SOME_TEXT, add_special_tokens=special)["input_ids"]) for special in (False, True))
-    before = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
-    return whole[:before], whole[before + len(bare) :]
+    places = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+    return (whole[: places[0]], whole[places[0] + len(bare) :]) if places else ([], [])
 
 
 def encode_open(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

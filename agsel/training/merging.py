@@ -38,9 +38,8 @@ def merge_adapter(trainer: Trainer, name_or_path: str, adapter: Path, folder: Pa
 def _merge(trainer: Trainer, name_or_path: str, adapter: Path, folder: Path) -> None:
     with _whole_weights(trainer):
         base = create_model_from_path(name_or_path, **(trainer.args.model_init_kwargs or {}) | {"device_map": "cpu"})
-        tokens = (
-            trainer.model.config.get_text_config().vocab_size
-        )  # more, if a template of another model has brought some
+        # There are more, if a template of another model has brought some.
+        tokens = trainer.model.config.get_text_config().vocab_size
         if tokens != base.config.get_text_config().vocab_size:
             base.resize_token_embeddings(tokens)
         adapted = PeftModel.from_pretrained(base, str(adapter))

@@ -40,7 +40,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def main(arguments: Sequence[str]) -> None:
     """Measure what the command line asks for, then write table and picture."""
-    options = _parser().parse_args(arguments)
+    untyped = argparse.Namespace(**dict.fromkeys(OPTIONS))
+    options = _parser().parse_args(arguments, untyped)
     folder = Path(options.output)
     try:
         code = 0 if options.table_only else launch(options, shlex.join(["python", "tools/bench.py", *arguments]))
@@ -79,10 +80,10 @@ def option_sets(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no such plan, or it has what was typed, too.
     """
+    typed = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     if options.plan is None:
-        return [{name: getattr(options, name) for name in OPTIONS}]
-    usual = _parser()
-    typed = {name: value for name in OPTIONS if (value := getattr(options, name)) != usual.get_default(name)}
+        usual = _parser()
+        return [{name: usual.get_default(name) for name in OPTIONS} | typed]
     sets = read_plan(options.plan)
     if twice := [name for name in typed if any(name in one for one in sets)]:
         raise UserError(f"{options.plan} (--plan) has {twice[0]}: leave out --{twice[0]}, or change the plan")

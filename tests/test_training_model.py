@@ -689,6 +689,7 @@ def test_the_merged_model_is_the_adapted_one(runs: tuple[Path, dict[str, Any]], 
     torch.testing.assert_close(of_merged, of_adapted, rtol=0, atol=1e-6)
     assert (of_merged - of_base).abs().max() > 1e-3
     AutoTokenizer.from_pretrained(folder / name / "merged")
+    assert "- `merged`: the model with the adapter" in (folder / name / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["adapted-tied", "adapted-more"])

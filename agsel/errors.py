@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -51,13 +51,16 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def require_known(words: Iterable[str], known: Iterable[str], where: str) -> None:
+def require_known(
+    words: Iterable[str], known: Iterable[str], where: str, instead: Mapping[str, str] | None = None
+) -> None:
     """Refuse words of a command line that no parser has taken.
 
     Args:
         words: that are left, values behind their names.
         known: names of settings.
         where: they stand, for the message.
+        instead: of settings of other tools, what to do.
 
     Raises:
         UserError: there is one.
@@ -65,6 +68,8 @@ def require_known(words: Iterable[str], known: Iterable[str], where: str) -> Non
     name = next((word for word in words if word.startswith("--")), next(iter(words), None))
     if name is not None:
         name = name.removeprefix("--").split("=")[0]
+        if instead and name in instead:
+            raise UserError(f"{name} {where} is not supported: {instead[name]}")
         raise UserError(f"unknown setting {name!r} {where}{suggestion(name, known)}")
 
 

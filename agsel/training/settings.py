@@ -112,8 +112,8 @@ def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Sett
     before_file = {name: parser.get_default(name) for name in in_file}
     unknown = parser.set_defaults_with_config(**_as_declared(in_file, parser.dataclass_types, before_file))
     parsed, unknown_words = parser.parse_known_args(words)
-    _refuse_unknown(unknown, vars(parsed), "in the file of --config")
-    _refuse_unknown(unknown_words, vars(parsed), "on the command line")
+    require_known(unknown, vars(parsed), "in the file of --config", OF_TRL_ALONE)
+    require_known(unknown_words, vars(parsed), "on the command line", OF_TRL_ALONE)
     values = _plain(parsed)
     _require_possible(values)
     _require_device(values["use_cpu"], defaults)
@@ -283,13 +283,6 @@ class _Parser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
-
-
-def _refuse_unknown(words: Iterable[str], known: Iterable[str], where: str) -> None:
-    of_trl = next((name for word in words if (name := word.removeprefix("--").split("=")[0]) in OF_TRL_ALONE), None)
-    if of_trl is not None:
-        raise UserError(f"{of_trl} {where} is not supported: {OF_TRL_ALONE[of_trl]}")
-    require_known(words, known, where)
 
 
 def _require_possible(settings: dict[str, Any]) -> None:

@@ -58,19 +58,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of the command leaves behind."""
     folder = tmp_path_factory.mktemp("bench")
     (folder / "plan.yaml").write_text(PLAN)
-    run(
-        "--plan",
-        folder / "plan.yaml",
-        "--shapes",
-        "2x16",
-        "--output",
-        folder,
-        "--steps",
-        STEPS,
-        "--warmup",
-        2,
-        "--profile",
-    )
+    beside = ("--shapes", "2x16", "--steps", STEPS, "--warmup", 2, "--profile")
+    run("--plan", folder / "plan.yaml", "--output", folder, *beside)
     return folder
 
 

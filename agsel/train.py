@@ -146,11 +146,12 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         assert callback.selection is not None, "it has trained"
         counts = callback.selection.counts
         about = Run(configuration.resolved, compared, result, callback.history, counts, environment)
-        first_rank_does(partial(write_result, result, run_folder / "result.json"), group)
-        if configuration.output.merge_adapter:
-            base = configuration.model.model_name_or_path
-            merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
-        first_rank_does(partial(describe_in_folder, about, configuration), group)
+        try:
+            if configuration.output.merge_adapter:
+                base = configuration.model.model_name_or_path
+                merge_adapter(trainer, base, run_folder / "model", run_folder / "merged", group)
+        finally:  # what the run has come to is kept even if there is no room to merge
+            first_rank_does(partial(describe_in_folder, about, configuration), group)
         say_done(configuration)
         if configuration.training.push_to_hub:
             place = first_rank_does(partial(push_model, configuration.training, run_folder / "model"), group)
@@ -165,10 +166,11 @@ def export(trainer: RowTrainer, configuration: Configuration, group: Any) -> Non
 
 
 def describe_in_folder(run: Run, configuration: Configuration) -> None:
-    """Write, on the first rank, what people read of a run that has ended."""
+    """Write, on the first rank, what people and programs read of a run that has ended."""
     folder = Path(configuration.training.output_dir)
     try_to_make("the model card", partial(write_card, folder / "model", run))
     write_guide(folder, configuration.output.report)
+    write_result(run.result, folder / "result.json")
     if configuration.output.report:
         try_to_make(REPORT, partial(write_report, [folder], folder / REPORT))
 

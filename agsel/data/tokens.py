@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +19,7 @@ from trl.data_utils import common_prefix_length
 from agsel.data.chat import ChatEncoder, Endings, Tokens
 from agsel.data.formats import ROW_NUMBER, first_row, rules
 from agsel.data.sources import Row
+from agsel.errors import UserError
 
 NOT_LEARNT = -100
 """The label of such a token, as PyTorch's cross-entropy has it."""
@@ -139,15 +143,31 @@ def tokenise(rows: Dataset, tokenizer: PreTrainedTokenizerBase, learning: Learni
         processes: that share the work.
 
     Raises:
-        UserError: a conversation that the chat template does not take.
+        UserError: a conversation that the chat template does not take; or one of the processes has died.
     """
-    return rows.map(
-        Encoder(tokenizer, learning).labelled,
-        remove_columns=rows.column_names,
-        features=TOKEN_FEATURES,
-        num_proc=processes,
-        desc="Tokenising",
-    )
+    with _forking():
+        return rows.map(
+            Encoder(tokenizer, learning).labelled,
+            remove_columns=rows.column_names,
+            features=TOKEN_FEATURES,
+            num_proc=processes,
+            desc="Tokenising",
+        )
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    """Processes that are forked off leave this one's garbage alone: its finalizers may wait for threads left behind."""
+    gc.freeze()
+    try:
+        yield
+    except RuntimeError as error:
+        if "abruptly died" not in str(error):
+            raise
+        remedy = "start again with fewer (--dataset_num_proc), or 1, which would tell why"
+        raise UserError(f"a process that tokenises has died, as for want of memory: {remedy}") from error
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)

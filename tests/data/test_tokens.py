@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
+import signal
 from itertools import compress
 from typing import Any
 
 import pytest
 from datasets import Dataset
 from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerFast
 
 from agsel.data.formats import FEATURES
 from agsel.data.tokens import (
@@ -23,6 +27,7 @@ from agsel.data.tokens import (
     has_conversations,
     tokenise,
 )
+from agsel.errors import UserError
 from tests.data.tokenizers import CHATML, MARKED, of_bytes, with_added
 
 SPECIAL = ("<s>", "<|im_start|>", "<|im_end|>", "</s>")
@@ -127,6 +132,51 @@ def test_all_rows_are_tokenised_in_order(processes: int | None) -> None:
     assert made.to_list() == [Encoder(tokenizer, Learning()).labelled(one) for one in rows]
     other = tokenise(rows, tokenizer, ALL, processes)
     assert other["labels"][:] == other["input_ids"][:], "and are made anew for another choice"
+
+
+class EndsWhoeverFinalizesIt:
+    """As a group of processes hangs or crashes in a process that was forked off, which has none of its threads."""
+
+    def __init__(self) -> None:
+        self.itself = self
+        self.home = os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.home:
+            os._exit(1)
+
+
+class Collecting(PreTrainedTokenizerFast):
+    """That has the garbage collected."""
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        gc.collect()
+        return super().__call__(*texts, **options)
+
+
+def test_garbage_is_left_to_the_process_that_made_it() -> None:
+    tokenizer = of_bytes(None, *SPECIAL)
+    tokenizer.__class__ = Collecting
+    EndsWhoeverFinalizesIt()
+    made = tokenise(rows_of(text(0, "a", "b"), text(1, "a", "c")), tokenizer, DEFAULT, 2)
+    assert made["agsel_row"][:] == [0, 1]
+    assert gc.get_freeze_count() == 0
+
+
+class Dying(PreTrainedTokenizerFast):
+    """As for want of memory."""
+
+    def __call__(self, *texts: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_is_told() -> None:
+    tokenizer = of_bytes(None, *SPECIAL)
+    tokenizer.__class__ = Dying
+    rows = rows_of(text(0, "a", "b"), text(1, "a", "c"))
+    with pytest.raises(UserError, match=r"a process that tokenises has died.*--dataset_num_proc"):
+        tokenise(rows, tokenizer, DEFAULT, 2)
+    assert gc.get_freeze_count() == 0
 
 
 def test_tokens_are_made_anew_when_the_rules_have_changed(monkeypatch: pytest.MonkeyPatch) -> None:

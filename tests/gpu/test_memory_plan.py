@@ -52,7 +52,8 @@ def predicted(row: dict[str, Any]) -> int:
         loss="trl" if row["method"] == "trainer" else "transformers" if row["liger"] == "none" else "liger",
     )
     model = meta_model(MODEL_SHAPES[row["model"]]())
-    layers = [block.parameters for block in find_blocks(model) if block.is_layer]
+    found = find_blocks(model)
+    layers = [block.parameters for block in found if block.is_layer]
     count = blocks_of_fraction(row["fraction"], len(layers))
     if row["method"] == "bound":
         always = frozenset(range(count))
@@ -64,7 +65,7 @@ def predicted(row: dict[str, Any]) -> int:
         )
     method = METHODS[row["method"]]
     if method.lora_rank is not None:
-        model = with_adapters(model, method.lora_rank)
+        model = with_adapters(model, method.lora_rank, found)
     elif method.reads_density:
         train_elements(model, row["density"])
     policy = method.policy(row["fraction"]) if method.policy else None

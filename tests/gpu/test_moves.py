@@ -3,6 +3,7 @@
 import torch
 
 from agsel import AdaGradSelect
+from agsel.zero.residency import Partition
 from agsel.zero.timetable import Moment
 from tests.zero.test_moves import resident, selection_of
 
@@ -15,9 +16,14 @@ def test_states_are_evicted_after_their_last_use() -> None:
     selection.residency.synchronize()
     torch.cuda._sleep(500_000_000)  # 0.3 s
     for partition in partitions[:2]:
-        partition.rows.fill_(7.0)
+        rows_of(partition).fill_(7.0)
     selection.plan_step()
     selection.timetable.move(Moment.FORWARD)
     assert resident(selection) == set()
     selection.residency.synchronize()
-    assert all((partition.rows == 7.0).all() for partition in partitions[:2])
+    assert all(torch.all(rows_of(partition) == 7.0) for partition in partitions[:2])
+
+
+def rows_of(partition: Partition) -> torch.Tensor:
+    assert partition.rows is not None
+    return partition.rows

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.cases import launch_cases
+from tests.cases import Results, launch_cases
 from tests.zero.residency_ranks import AGAIN, CASES, LATE
 from tests.zero.test_residency import *  # noqa: F403
 from tests.zero.test_residency import assert_equal_to_kept
@@ -14,8 +14,8 @@ LAUNCHES = 5
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    def launched(number: int) -> list[dict]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    def launched(number: int) -> list[Results]:
         folder = tmp_path_factory.mktemp("residency")
         return launch_cases("tests/zero/residency_ranks.py", folder, *[*CASES, *AGAIN][number::LAUNCHES])
 
@@ -30,5 +30,5 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("copies", LATE)
 @pytest.mark.parametrize("name", [name for name in CASES if name.endswith("mixed")])
-def test_late_copies_change_nothing(ranks: list[dict], name: str, copies: str) -> None:
+def test_late_copies_change_nothing(ranks: list[Results], name: str, copies: str) -> None:
     assert_equal_to_kept(ranks, name, f"late {copies}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def run_of(parts: tuple[Path, Path], folder: Path) -> list[str]:
-    limits = {"rank_timeout": RANK_TIMEOUT, "ddp_timeout": 60}
+    limits: dict[str, Any] = {"rank_timeout": RANK_TIMEOUT, "ddp_timeout": 60}
     return settings(*parts, folder, bf16="true", max_steps=STEPS, save_strategy="steps", save_steps=4, **limits)
 
 

@@ -537,6 +537,43 @@ def test_the_tool_plans_single_weights(capsys: pytest.CaptureFixture[str]) -> No
         plan_memory.main([*command, "--element_density", "2"])
 
 
+@pytest.mark.parametrize("method", ["full", "ist"])
+@pytest.mark.parametrize(("lowest", "layers"), [("0", 24), ("0.5", 12)])
+def test_the_tool_plans_adapters(method: str, lowest: str, layers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of rank 64 on queries and outputs (896 to 896), keys and values (to 128), and three of 896 and 4864."""
+    plan_memory.main(
+        ["--model", "qwen2.5-0.5b", "--gpus", "1", "--method", method, "--lora_r", "64", "--select_from", lowest]
+    )
+    shown = capsys.readouterr().out
+    weights = layers * 64 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    assert f"{12 * weights / 1e9:.2f} GB per rank" in shown
+    assert ("forward for losses" in shown) == (method == "ist")
+    assert "full fine-tuning" not in shown
+
+
+def test_folding_adapters_takes_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    peaks = []
+    for folding in ([], ["--fold_adapters"]):
+        plan_memory.main(["--model", "qwen2.5-0.5b", "--method", "full", "--lora_r", "256", *folding])
+        [row] = [line for line in capsys.readouterr().out.splitlines() if "exploit" in line]
+        peaks.append(float(row.split()[1]))
+    assert peaks[1] < peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--method", "ist"], "--method ist is for adapters: add --lora_r"),
+        (["--fold_adapters"], "--fold_adapters is for adapters: add --lora_r"),
+        (["--lora_r", "0"], r"lora_r must be at least 1, got 0 \(--lora_r\)"),
+        (["--lora_r", "8", "--element_density", "0.1"], "leave out --lora_r or --element_density"),
+    ],
+)
+def test_the_tool_refuses_adapters_that_cannot_be(wrong: list[str], words: str) -> None:
+    with pytest.raises(SystemExit, match=words):
+        plan_memory.main(["--model", "tiny", *wrong])
+
+
 def test_a_run_prints_its_plan_and_stops_if_it_does_not_fit(tmp_path: Path) -> None:
     model, rows = save_model(tmp_path / "model"), save_rows(tmp_path / "rows.jsonl", 8)
     run = settings(model, rows, tmp_path / "run", max_steps=1)

@@ -4,8 +4,9 @@ python tools/plan_memory.py --model qwen2.5-0.5b --gpus 2 --stage 2 --fraction 0
 python tools/plan_memory.py --model llama-3.1-70b --gpus 1024 --gpus_per_host 8 --stage 3 --checkpointing --liger
 
 MODEL is a built-in shape, a folder or a hub name; only its config.json is read. `launch/train.py` prints the same plan
-of memory. Traffic and time are predicted for H100 or H200, with blocks drawn anew at every step; GB are 10^9 bytes, and
-ms of traffic those of the bytes alone. tools/bench/README.md says how near predictions come.
+of memory. Traffic and time are predicted for H100 or H200, with blocks drawn anew at every step, where whole weights
+are trained; GB are 10^9 bytes, and ms of traffic those of the bytes alone. tools/bench/README.md says how near
+predictions come.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig
 
 from agsel import shipped
+from agsel.blocks import find_blocks, taking_part
 from agsel.elements import require_density
 from agsel.errors import AgselError, UserError, one_line
 from agsel.planning.description import describe_forecast, describe_memory
@@ -30,7 +34,6 @@ from agsel.planning.traffic import Cluster
 from agsel.policies import METHODS, Policy, StepKind, flags_of, fraction_of_blocks, reads_fraction
 
 TIMED = (*get_args(StepKind), "full")
-OVER_WEIGHTS = [name for name, policy in METHODS.items() if not policy.needs_adapters]
 
 
 def main(arguments: list[str]) -> None:
@@ -69,32 +72,62 @@ def describe(options: argparse.Namespace) -> str:
             f"no model {options.model!r} (--model): neither {', '.join(MODEL_SHAPES)} nor a folder here, and from the "
             f"hub: {error}"
         ) from error
-    policy, model = policy_of(options), meta_model(config)
-    if options.element_density is not None:
-        require_density(options.element_density)
-        train_elements(model, options.element_density)
+    policy = policy_of(options)
     planner = Planner(
-        model,
+        trained_model(options, config, policy),
         workload(options),
-        blocks=options.blocks or policy.scope(options.select_from),
+        blocks=blocks_of(options, policy),
         select_from=options.select_from,
         offload_states=options.offload,
         policy=policy,
         ranks_per_host=options.gpus_per_host,
+        fold_adapters=options.fold_adapters,
     )
     kinds = planned_steps(policy)
     most = planner.most_blocks(options.gpu_gb * 1e9, kinds)
     count = policy.started(planner.infos).blocks_per_step
     fitting = describe_fitting(policy, most, planner.number_of_blocks, count)
-    shown = kinds if options.element_density else (*kinds, "full")
+    of_weights = options.element_density is None and options.lora_r is None
+    shown = (*kinds, "full") if of_weights else kinds
     text = [describe_memory(planner.plan(count, shown)), f"fits      {options.gpu_gb:g} GB: {fitting}"]
-    if not options.element_density:
+    if of_weights:
         timed = tuple(kind for kind in shown if kind in TIMED)
         forecast = Forecast(planner, count, timed, speeds, options.accumulation)
         text.append(describe_forecast(forecast, timed, cluster, speeds, options.gpu_gb))
     if options.liger and not options.compile and not is_liger_installed():
         text.append("assumed   what Liger's kernels keep, after Liger 0.8.5: liger-kernel or triton is not installed")
     return "\n".join(text)
+
+
+def trained_model(options: argparse.Namespace, config: PreTrainedConfig, policy: Policy) -> Any:
+    """Without weights: all of them are trained, or single ones, or adapters, which layers that do not take part lack.
+
+    Raises:
+        UserError: an option is out of its range, or goes with no other.
+    """
+    if options.lora_r is None:
+        if policy.needs_adapters or options.fold_adapters:
+            setting = "--fold_adapters" if options.fold_adapters else f"--method {options.method}"
+            raise UserError(f"{setting} is for adapters: add --lora_r")
+    elif options.element_density is not None:
+        raise UserError("adapters or single weights are trained, not both: leave out --lora_r or --element_density")
+    elif options.lora_r < 1:
+        raise UserError(f"lora_r must be at least 1, got {options.lora_r} (--lora_r)")
+    model = meta_model(config)
+    if options.lora_r is not None:
+        from tools.bench.starters import with_adapters  # found once `tools` is, see below
+
+        blocks = taking_part(find_blocks(model), blocks_of(options, policy), options.select_from)
+        return with_adapters(model, options.lora_r, blocks)
+    if options.element_density is not None:
+        require_density(options.element_density)
+        train_elements(model, options.element_density)
+    return model
+
+
+def blocks_of(options: argparse.Namespace, policy: Policy) -> Literal["layers", "all"]:
+    """Which ones take part: those of the method, if no others are named."""
+    return options.blocks or policy.scope(options.select_from)
 
 
 def speeds_of(options: argparse.Namespace) -> Speeds:
@@ -150,9 +183,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, default=2, help="data-parallel ranks")
     parser.add_argument("--gpus_per_host", type=int, help="ranks that share a host's memory; default: all")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=2, help="ZeRO stage")
-    parser.add_argument("--method", choices=OVER_WEIGHTS, default="adagradselect", help="as in launch/train.py")
+    parser.add_argument("--method", choices=METHODS, default="adagradselect", help="as in launch/train.py")
     parser.add_argument("--fraction", type=float, default=0.3, help="share of the blocks updated per step")
     parser.add_argument("--element_density", type=float, help="train this share of single weights, as with --elements")
+    parser.add_argument("--lora_r", type=int, help="train LoRA adapters of this rank on all linear layers")
+    parser.add_argument("--fold_adapters", action="store_true", help="add adapters to their weights for the moment")
     parser.add_argument("--select_from", type=float, default=0, help="lowest layer that takes part, or a share below 1")
     part = "blocks that take part; default: the method's"
     parser.add_argument("--blocks", "--select_blocks", dest="blocks", choices=("layers", "all"), help=part)

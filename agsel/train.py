@@ -143,9 +143,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
         result = describe_result(trainer, cost, group)
         if result["exported_step"] < result["steps"]:
             on_first_rank(f"best      the model is that of step {result['exported_step']} (--load_best_model_at_end)")
-        assert callback.selection is not None, "it has trained"
-        counts = callback.selection.counts
-        about = Run(configuration.resolved, compared, result, callback.history, counts, environment)
+        about = Run(configuration.resolved, compared, result, callback.history, callback.counts, environment)
         try:
             if configuration.output.merge_adapter:
                 base = configuration.model.model_name_or_path

@@ -373,6 +373,13 @@ def test_the_interval_of_likelihoods_weighs_rows_by_their_tokens() -> None:
     assert (found.low, found.high) == pytest.approx((expected - margin, expected + margin), abs=0.05 * margin)
 
 
+def test_a_row_of_which_no_token_counts_changes_nothing() -> None:
+    """It has no mean loss."""
+    with_empty = [judged([1, math.nan, 2, 4], [3, 0, 4, 5]), judged([1.5, math.nan, 2.5, 3], [3, 0, 4, 5])]
+    without = [judged([1, 2, 4], [3, 4, 5]), judged([1.5, 2.5, 3], [3, 4, 5])]
+    assert differences.nll_difference(*with_empty) == differences.nll_difference(*without)
+
+
 def test_seeds_are_averaged_row_by_row_and_other_rows_are_refused() -> None:
     mean = differences.mean_over_seeds([judged([1, 2], [3, 4], np.ones(2)), judged([3, 2], [3, 4], np.zeros(2))])
     assert mean.nll.tolist() == [2, 2]

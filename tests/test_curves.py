@@ -72,6 +72,21 @@ def test_norms_are_of_every_step_whatever_is_logged(tmp_path: Path) -> None:
     assert found == {"a": [(2, 3), (5, 7)], "b": [(2, 4), (3, 5), (4, 6)]}
 
 
+def test_steps_that_are_done_again_are_shown_once(tmp_path: Path) -> None:
+    """Those that a process did after its last checkpoint, before it was killed."""
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    for saved, losses in ((0, (9.0, 8.0, 7.0, 6.0)), (2, (5.0, 4.0))):
+        curves, state = curves_in(tmp_path), TrainerState(is_world_process_zero=True, global_step=saved)
+        curves.on_train_begin(arguments, state, TrainerControl())
+        for loss in losses:
+            state.global_step += 1
+            curves.on_log(arguments, state, TrainerControl(), logs={"loss": loss})
+        assert curves.tb_writer is not None
+        curves.tb_writer.close()
+    found = [(event.step, event.value) for event in events_in(tmp_path).Scalars("train/loss")]
+    assert found == [(1, 9), (2, 8), (3, 5), (4, 4)]
+
+
 def test_only_the_callback_of_the_trainer_itself_is_replaced(tmp_path: Path) -> None:
     class Own(TensorBoardCallback):  # type: ignore[misc]
         pass

@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_as_the_unbroken_one(runs: Path) -> None:
 
 
 def test_the_resumed_run_saw_the_same_rows(runs: Path) -> None:
-    """Losses and selections of every step after the cut; the learning rate, too."""
+    """Losses and selections of every step after the cut; the learning rate and the number of tokens, too."""
     for cut in CUTS:
         logged = [entry for entry in history(runs / f"after-{cut}") if entry["step"] > cut]
         assert logged == [entry for entry in history(runs / "whole") if entry["step"] > cut]
@@ -123,7 +123,7 @@ def counts_at(checkpoint: Path) -> list[int]:
 
 def history(run: Path) -> list[dict[str, Any]]:
     state = json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    keys = ("step", "loss", "learning_rate", "grad_norm", "epoch")
+    keys = ("step", "loss", "learning_rate", "grad_norm", "epoch", "num_tokens")
     return [{key: entry[key] for key in keys} for entry in state["log_history"] if "loss" in entry]
 
 

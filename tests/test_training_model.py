@@ -32,7 +32,7 @@ from agsel.blocks import Block, find_blocks, taking_part
 from agsel.data.tokens import Learning
 from agsel.errors import UserError
 from agsel.evaluation.loading import load_model
-from agsel.monitor import METRICS
+from agsel.monitor import METRICS, SELECTION
 from agsel.monitor.history import read_lines
 from agsel.training import packages, room
 from agsel.training.generation import mend, require_generation_config
@@ -730,6 +730,12 @@ def test_a_run_exports_the_best_checkpoint_and_says_so(runs: tuple[Path, dict[st
     result = json.loads((folder / "best" / "result.json").read_text())
     assert result["eval_loss"] == logged[0]["eval_loss"] > logged[1]["eval_loss"]
     assert "| the model is that of step | 2 |" in (folder / "best" / "model" / "README.md").read_text()
+    selected = [line["blocks"] for line in read_lines(folder / "best" / SELECTION)[1:]]
+    written = json.loads((folder / "best" / "selection.json").read_text())
+    assert written["steps"] == len(selected) == 4
+    assert written["counts"] == {
+        name: sum(index in blocks for blocks in selected) for index, name in enumerate(written["blocks"])
+    }
 
 
 def test_a_run_from_a_layer_on_changes_those_layers_alone(runs: tuple[Path, dict[str, Any]]) -> None:

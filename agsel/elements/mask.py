@@ -93,8 +93,12 @@ def write(
     """Write a file of elements; complete or not at all."""
     header = json.dumps({"shapes": {name: list(shape) for name, shape in shapes.items()}, "about": dict(about)})
     unfinished = path.with_name(f"{path.name}.unfinished")
-    save_file(dict(tensors), unfinished, metadata={HEADER: header, "format": "pt"})
-    unfinished.replace(path)
+    try:
+        save_file(dict(tensors), unfinished, metadata={HEADER: header, "format": "pt"})
+        unfinished.replace(path)
+    except Exception:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def read(path: Path, *kinds: str) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, ...]], dict[str, Any]]:

@@ -72,6 +72,7 @@ class BAdam(Policy):
         """
         super().start(blocks)
         self._round: list[int] = []
+        self._last: int | None = None
         self.every = self._given
         if self.every is None:
             if self._epoch_steps is None:
@@ -102,7 +103,9 @@ class BAdam(Policy):
         if place == 0 and step_of_turn == 0:
             self._round = self._next_round()
         block = self._round[place]
-        return Plan.of([block], fresh=[block] if step_of_turn == 0 else [])
+        begins = step_of_turn == 0 or block != self._last  # a resumed run may have turns of another length
+        self._last = block
+        return Plan.of([block], fresh=[block] if begins else [])
 
     def _next_round(self) -> list[int]:
         if self.order == "random":
@@ -112,11 +115,11 @@ class BAdam(Policy):
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next choice depends on, as plain Python values."""
-        return super().state_dict() | {"round": list(self._round), "every": self.every}
+        return super().state_dict() | {"round": list(self._round), "last": self._last, "every": self.every}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
         super().load_state_dict(state)
-        self._round = list(state["round"])
+        self._round, self._last = list(state["round"]), state["last"]
         if self._given is None:  # a resumed run may have epochs of other lengths, and its round goes on
             self.every = state["every"]

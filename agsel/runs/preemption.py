@@ -23,6 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from agsel.replacing import replace_file
 from agsel.runs.outliving import is_output_gone
 from agsel.runs.rank_log import ASKED, LOG
 from agsel.zero.consensus import gather
@@ -163,7 +164,7 @@ class StopRequests:
 def mark(run_folder: Path, reason: str | None, **facts: Any) -> None:
     """Write the marker, so that job scripts know, and take the STOP file away, so that the run can be started again."""
     facts |= {"reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    (run_folder / MARKER).write_text(json.dumps(facts, indent=2) + "\n")
+    replace_file(run_folder / MARKER, json.dumps(facts, indent=2) + "\n")
     (run_folder / STOP_FILE).unlink(missing_ok=True)
 
 

@@ -44,7 +44,7 @@ TAKES_EFFECT = "takes effect from here on"
 EFFECTS = {
     "ranks": "the checkpoint is converted",
     "selection seed": "has no effect, the saved generator goes on (--selection_seed)",
-    "fraction": "takes effect after the next step, which was planned when the checkpoint was saved (--select_fraction)",
+    "fraction": "takes effect when blocks are chosen next; those of the next step have been (--select_fraction)",
     "steps": f"{TAKES_EFFECT}, and the learning rate falls towards the new end (--max_steps, --num_train_epochs)",
     "schedule": f"{TAKES_EFFECT} (--lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps)",
     "clipping": f"{TAKES_EFFECT} (--max_grad_norm)",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from agsel.place import is_first_of_host
 
 LAST = 2
+LONGEST = timedelta(days=30)
+"""A turn. Other groups' collectives end a run after `--ddp_timeout`, but reading and tokenising may take hours."""
 
 
 @contextmanager
@@ -19,13 +23,17 @@ def in_turns() -> Iterator[None]:
     What a rank writes into a cache meanwhile, the next ones find there.
     """
     turn = 0 if dist.get_rank() == 0 else 1 if is_first_of_host() else LAST
-    _let_pass(turn)
+    group = dist.new_group(backend="gloo", timeout=LONGEST)
     try:
-        yield
-    finally:  # the others shall find the same error, instead of waiting
-        _let_pass(LAST - turn)
+        _let_pass(turn, group)
+        try:
+            yield
+        finally:  # the others shall find the same error, instead of waiting
+            _let_pass(LAST - turn, group)
+    finally:
+        dist.destroy_process_group(group)
 
 
-def _let_pass(turns: int) -> None:
+def _let_pass(turns: int, group: Any) -> None:
     for _ in range(turns):
-        dist.barrier()
+        dist.barrier(group)

@@ -20,6 +20,7 @@ from agsel.monitor import (
     selection_scalars,
     status_line,
 )
+from agsel.replacing import replace_file
 from agsel.training.gauges import Gauges
 from agsel.training.record import Record
 from agsel.zero import Selection, StepReport
@@ -36,12 +37,14 @@ class SelectionCallback(TrainerCallback):
         selection: of the run, once agsel is attached to its engine.
         history: of the selection, on the first rank.
         record: of the run, if it keeps one.
+        counts: how often each block was updated, up to the last step, whatever checkpoint is loaded after it.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self.selection: Selection | None = None
         self.record: Record | None = None
         self.history = SelectionHistory(())
+        self.counts: dict[str, int] = {}
         self._trainer = trainer
         self._gauges: Gauges | None = None  # while the Trainer trains, on the first rank
         self._losses: dict[str, list[float]] = {"loss": [], "eval_loss": []}
@@ -56,6 +59,7 @@ class SelectionCallback(TrainerCallback):
         blocks = self.selection.blocks
         self.history = self.record.begin(blocks, state.global_step) if self.record else SelectionHistory(blocks)
         self._reported = len(self.history.modes)
+        self._count()
         self._first_step, self._began = state.global_step, time.perf_counter()
         self._gauges = Gauges(self.selection, args, self._trainer.model)
 
@@ -72,6 +76,7 @@ class SelectionCallback(TrainerCallback):
             self._gauges.step_ends()
             last = self._last_step()
             self.history.add(state.global_step, last.mode, last.selected, last.norms)
+            self._count()
             if self.record:
                 self.record.step(self.history)
         if state.global_step in (1, state.max_steps):
@@ -122,20 +127,24 @@ class SelectionCallback(TrainerCallback):
             return
         policy = self.selection.policy
         report = policy.settings() | {
-            "steps": policy.step,
+            "steps": self._counted_steps,
             "blocks": list(self.selection.blocks),
-            "counts": self.selection.counts,
+            "counts": self.counts,
         }
-        Path(args.output_dir, "selection.json").write_text(json.dumps(report, indent=2) + "\n")
+        replace_file(Path(args.output_dir, "selection.json"), json.dumps(report, indent=2) + "\n")
         if self.record:
             self.record.end()
         _say(f"trained   {self._summary(state, self._gauges)}")
-        _say(f"blocks    {count_levels(self.selection.counts)}")
-        if (warning := warning_of(self.selection.counts, policy.spread_by)) is not None:
+        _say(f"blocks    {count_levels(self.counts)}")
+        if (warning := warning_of(self.counts, policy.spread_by)) is not None:
             _say(f"warning   {warning}")
         if self.selection.sanity is not None:
             _say(str(self.selection.sanity))
         self._gauges = None
+
+    def _count(self) -> None:
+        assert self.selection is not None
+        self.counts, self._counted_steps = self.selection.counts, self.selection.policy.step
 
     def _pause_ends(self) -> None:
         if self._gauges is not None:
@@ -172,7 +181,7 @@ class SelectionCallback(TrainerCallback):
         last, modes = self._last_step(), self.history.modes[self._reported :]
         self._reported = len(self.history.modes)
         return selection_scalars(
-            counts=self.selection.counts,
+            counts=self.counts,
             selected=last.selected,
             norms=last.norms,
             explored=modes.count("explore") / max(1, len(modes)),

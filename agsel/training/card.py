@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from agsel.data.sources import BUILDERS
 from agsel.monitor import METRICS, SELECTION, STARTS, SelectionHistory, block_ranges, count_levels, duration, pictures
+from agsel.replacing import replace_file
 from agsel.training.data import training_sources
 from agsel.training.environment import FILE as ENVIRONMENT
 
@@ -89,7 +90,7 @@ def write_guide(folder: Path, has_report: bool) -> None:
     """Write README.md of a run folder: a line for each of its files, also for those that are written after it."""
     coming = (CARD, "result.json", *(["report.html"] if has_report else []))
     lines = [f"- `{name}`: {what}" for name, what in FILES.items() if name in coming or any(folder.glob(name))]
-    (folder / CARD).write_text("# A run of agsel\n\n" + "\n".join(lines) + "\n")
+    replace_file(folder / CARD, "# A run of agsel\n\n" + "\n".join(lines) + "\n")
 
 
 def _sections(folder: Path, run: Run) -> Iterator[str]:

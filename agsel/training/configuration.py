@@ -20,6 +20,7 @@ from agsel.blocks import Block, find_blocks, require_scope, taking_part
 from agsel.data.fields import Fields
 from agsel.errors import UserError, one_line
 from agsel.policies import Policy
+from agsel.replacing import replace_file
 from agsel.training.arguments import (
     DataArguments,
     ElementArguments,
@@ -149,8 +150,8 @@ def write_configuration(configuration: Configuration) -> Path:
     """Write the resolved settings to `<output_dir>/config.yaml`, which `--config` reads again."""
     path = Path(configuration.training.output_dir, "config.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "# every setting of this run; use it again with --config\n" + yaml.safe_dump(configuration.resolved)
+    replace_file(
+        path, "# every setting of this run; use it again with --config\n" + yaml.safe_dump(configuration.resolved)
     )
     return path
 

@@ -4,7 +4,6 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +28,43 @@ class CostCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, configuration: Configuration) -> None:
         self.parameters = global_numel(trainer.model.parameters())
         self.trainable_parameters = sum(info.numel for info in block_infos(configuration.blocks_of(trainer.model)))
-        self._borders: list[float] = []
+        self._durations: list[float] = []
         self._seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The first step begins."""
-        self._borders = [time.perf_counter()]
+        self._durations = []
+        self._began = self._border = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step ends and the next one begins."""
-        self._borders.append(time.perf_counter())
+        now = time.perf_counter()
+        self._durations.append(now - self._border)
+        self._border = now
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Logging is no part of a step."""
+        self._border = time.perf_counter()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Nor is an evaluation."""
+        self._border = time.perf_counter()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Nor is a checkpoint."""
+        self._border = time.perf_counter()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """What follows, as the export, is no training."""
-        self._seconds = time.perf_counter() - self._borders[0]
+        self._seconds = time.perf_counter() - self._began
 
     def describe(self, state: TrainerState) -> dict[str, Any]:
         """Steps, seconds and parameters; times are those of the steps that this process has done, None without one."""
-        durations = [end - begin for begin, end in pairwise(self._borders)]
+        durations = self._durations
         return {
             "steps": state.global_step,
             "timed_steps": len(durations),

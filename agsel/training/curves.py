@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary, hparams
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -40,6 +41,8 @@ class Curves(TensorBoardCallback):
         texts: to read there, by title.
     """
 
+    tb_writer: Any
+
     def __init__(self, history: Callable[[], SelectionHistory]) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {}
@@ -53,6 +56,9 @@ class Curves(TensorBoardCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the file, and write what is known before the first step."""
+        if state.global_step and state.is_world_process_zero and self.tb_writer is None and self.logging_dir:
+            # Steps to come may be in the folder, by a process that was killed: TensorBoard is to show them once.
+            self.tb_writer = SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
         super().on_train_begin(args, state, control, **kwargs)
         if self.tb_writer is None:
             return

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from agsel.replacing import replace_file
+
 PACKAGES = ("agsel", "torch", "deepspeed", "transformers", "trl", "peft", "accelerate", "datasets", "liger-kernel")
 FILE = "environment.json"
 
@@ -42,7 +44,7 @@ def describe_environment(ranks: int) -> dict[str, Any]:
 
 def write_environment(environment: dict[str, Any], folder: Path) -> None:
     """Into the run folder."""
-    (folder / FILE).write_text(json.dumps(environment, indent=2) + "\n")
+    replace_file(folder / FILE, json.dumps(environment, indent=2) + "\n")
 
 
 def _without_secrets(words: Sequence[str]) -> list[str]:

@@ -108,7 +108,12 @@ class Gauges:
 
 
 def _flops_per_token(model: nn.Module, arguments: TrainingArguments) -> float | None:
-    """None where the model does not tell, as one without a configuration, or with one for pictures beside it."""
+    """None where the model does not tell, as one without a configuration, or with one for pictures beside it.
+
+    Nor is it known of experts, of which every token passes some.
+    """
+    if any(name.rpartition(".")[2] == "experts" for name, _ in model.named_modules()):
+        return None
     try:
         return flops_per_token(model, getattr(arguments, "max_length", None) or 0)
     except AttributeError:

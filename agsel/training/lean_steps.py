@@ -69,8 +69,10 @@ class LeanSteps(ResumableTrainer):
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
         """The Trainer's, where every rank logs: the measures of the steps since the last time are read first."""
-        if self.control.should_log or self.control.should_evaluate:
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self.read_measures()
+        if self._keeps_count:
+            self.state.num_input_tokens_seen = self._total_train_tokens
         super()._maybe_log_save_evaluate(*arguments, **options)
 
     def _run_epoch(self, **options: Any) -> None:
@@ -81,6 +83,17 @@ class LeanSteps(ResumableTrainer):
         finally:
             self.args.logging_nan_inf_filter = self._filters_losses
         self.read_measures()
+
+    def training_begins(self) -> None:
+        """A resumed run counts its tokens on."""
+        super().training_begins()
+        if self._keeps_count:
+            self._total_train_tokens = self.state.num_input_tokens_seen
+
+    @property
+    def _keeps_count(self) -> bool:
+        """Checkpoints have a place for a number of tokens, which the Trainer fills only when it is asked to."""
+        return self.args.include_num_input_tokens_seen == "no"
 
     def forget_measures(self, before: int) -> None:
         """Those of the forwards since there were so many that nobody had read."""

@@ -7,9 +7,12 @@ some of what differs between blocks, and all that is not trained; that is put ba
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
+import tempfile
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -32,6 +35,8 @@ from agsel.zero.consensus import first_rank_does
 logger = logging.getLogger("agsel")
 
 CLIENT_STATE_KEY = "agsel"
+DAY = 86400.0
+"""In seconds; a conversion and its reading take minutes."""
 RELIES_ON = {
     ds_to_universal: (
         "extract_zero_shards",
@@ -183,9 +188,8 @@ def _converted(engine: Any, saved: Saved) -> Iterator[Path]:
     """
     group = engine.optimizer.dp_process_group
     ranks, is_first = dist.get_world_size(group), dist.get_rank(group) == 0
-    copy = saved.folder.parent / f".universal-{saved.folder.name}-{saved.tag}"
+    copy = first_rank_does(partial(_convert, saved), group)
     try:
-        first_rank_does(partial(_convert, saved, copy), group)
         if is_first:
             logger.info("converted %s saved by %d ranks for %d", saved.path, saved.ranks, ranks)
         yield copy
@@ -195,31 +199,48 @@ def _converted(engine: Any, saved: Saved) -> Iterator[Path]:
             shutil.rmtree(copy, ignore_errors=True)
 
 
-def _convert(saved: Saved, copy: Path) -> None:
-    """In this process only: one forked from it could not use CUDA."""
+def _convert(saved: Saved) -> Path:
+    """The copy, which is of this run alone."""
     upstream.require_tested(__name__)
-    source = saved.path
+    try:
+        copy = _own_folder(saved)
+        try:
+            _write_copy(saved.path, copy / saved.tag)
+        except Exception:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RunError(
+            f"{saved.path} could not be converted for another number of ranks ({reason}): load it on {saved.ranks} "
+            "ranks, or load another checkpoint"
+        ) from error
+    return copy
+
+
+def _own_folder(saved: Saved) -> Path:
+    """A new one beside the checkpoint's. What killed runs have left goes, if it is so old that no run reads it."""
+    name, beside = f".universal-{saved.folder.name}-{saved.tag}-", saved.folder.parent
+    for copy in beside.glob(f"{glob.escape(name)}*"):
+        if time.time() - copy.stat().st_mtime > DAY:
+            shutil.rmtree(copy, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=name, dir=beside))
+
+
+def _write_copy(source: Path, copy: Path) -> None:
+    """In this process only: one forked from it could not use CUDA."""
     options = Namespace(
         input_folder=str(source),
-        output_folder=str(copy / saved.tag),
+        output_folder=str(copy),
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
         strict=True,
         inject_missing_state=True,  # at stages 1 and 2 Hugging Face models have none
     )
-    try:
-        if copy.exists():  # of a run that was killed
-            shutil.rmtree(copy)
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            ds_to_universal.main(options)
-        _add_frozen_weights(source, copy / saved.tag / "zero")
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise RunError(
-            f"{source} could not be converted for another number of ranks ({reason}): load it on {saved.ranks} ranks, "
-            "or load another checkpoint"
-        ) from error
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        ds_to_universal.main(options)
+    _add_frozen_weights(source, copy / "zero")
 
 
 def _add_frozen_weights(source: Path, copy: Path) -> None:

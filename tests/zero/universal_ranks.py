@@ -170,9 +170,11 @@ def left_over() -> list[str]:
 
 def leave_fragment_of_a_killed_run(folder: Path, tag: str, trained: str) -> None:
     """Of a conversion of more ranks, which a careless conversion would take for a piece of the weight."""
-    whole = root() / f".universal-{folder.name}-{tag}" / tag / "tmp" / f"model.layers.0.mlp.up_proj.{trained}" / "0"
+    copy = root() / f".universal-{folder.name}-{tag}-killed"
+    whole = copy / tag / "tmp" / f"model.layers.0.mlp.up_proj.{trained}" / "0"
     whole.mkdir(parents=True)
     torch.save(torch.zeros(5), whole / "fp32.07")
+    os.utime(copy, (0, 0))
 
 
 def half_precision(run: str, dtype: str) -> Scenario:

@@ -87,7 +87,8 @@ def nll_difference(one: Judged, other: Judged) -> Interval:
         RunError: they were judged on different rows.
     """
     mean_over_seeds([one, other])  # refuses different rows
-    return _resampled(one.tokens * (one.nll - other.nll), one.tokens)
+    counted = one.tokens > 0  # a row without tokens has no loss
+    return _resampled((one.tokens * (one.nll - other.nll))[counted], one.tokens[counted])
 
 
 def accuracy_difference(one: Judged, other: Judged) -> Interval | None:

@@ -21,7 +21,7 @@ from agsel.zero.timetable import late
 WORKSPACE_BYTES = 2 * 2**25
 """cuBLAS takes 32 MiB on Hopper GPUs, once for the forward's thread and once for the backward's."""
 NORM_BYTES = 8
-"""Norms are exchanged in fp64, one of every block, with a checksum and what is not finite."""
+"""Norms are exchanged in fp64, one of every block, with a checksum and its square."""
 
 
 class Rank:

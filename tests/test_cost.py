@@ -1,0 +1,45 @@
+"""What a run cost, of a clock that the test holds; and files that are whole or as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState
+
+from agsel import replacing
+from agsel.training import cost
+from tests.tiny import tiny_model
+
+
+def test_steps_take_as_long_as_they_take_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of 2 s, with 1 s for rows; logging, an evaluation and a checkpoint of 10 s each between them."""
+    now = [0.0]
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
+    trainer: Any = SimpleNamespace(model=tiny_model())
+    configuration: Any = SimpleNamespace(blocks_of=lambda model: [])
+    callback, state, control = cost.CostCallback(trainer, configuration), TrainerState(), TrainerControl()
+    arguments: Any = None
+    callback.on_train_begin(arguments, state, control)
+    for pause in (callback.on_log, callback.on_evaluate, callback.on_save):
+        now[0] += 2
+        callback.on_step_end(arguments, state, control)
+        now[0] += 10
+        pause(arguments, state, control)
+    callback.on_train_end(arguments, state, control)
+    found = callback.describe(state)
+    assert (found["step_seconds"], found["timed_steps"], found["train_seconds"]) == (2, 3, 36)
+
+
+def test_a_file_that_cannot_be_replaced_stays_and_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        replacing.replace_file(tmp_path / "a.json", "new \ud800")
+    folder = tmp_path / "b.json"
+    (folder / "full").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"b\.json"):
+        replacing.replace_file(folder, "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
+    assert (tmp_path / "a.json").read_text() == "old"

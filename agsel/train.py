@@ -132,6 +132,10 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     run = prepare_resume(configuration, data, trainer, checkpoint)
     first_rank_does(partial(write_configuration, configuration), group)
     first_rank_does(partial(write_environment, environment, run_folder), group)
+    if checkpoint is not None:
+        said = first_rank_does(partial(checkpoints.set_aside_later, run_folder, checkpoint), group)
+        if said is not None:
+            on_first_rank(f"aside     {said}")
     beginning.is_over(group)
     requests = StopRequests(run_folder, beginning.signals, group)
     trainer.make_resumable(requests, run, group)

@@ -432,6 +432,9 @@ def train(hostfile: Path, run_folder: Path, settings: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the command line says."""
+    if len(arguments) < 2:
+        sys.stderr.write("agsel: error: several hosts start by `bash launch/train.sh --hostfile HOSTS RUN_FOLDER`\n")
+        return REFUSED
     hostfile, run_folder, *settings = arguments
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda *_: Path(run_folder, "STOP").touch())

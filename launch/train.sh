@@ -17,8 +17,16 @@ while [[ ${1:-} == --* ]]; do
   fi
   shift 2
 done
-run=${1:?no run folder: bash launch/train.sh RUN_FOLDER COMMAND...}
+if [ $# = 0 ]; then
+  echo "agsel: error: train.sh: no run folder: bash launch/train.sh RUN_FOLDER COMMAND..." >&2
+  exit 2
+fi
+run=$1
 shift
+if [ -z "$hostfile" ] && ! type -P -- "${1:-}" > /dev/null; then
+  echo "agsel: error: train.sh: ${1:-nothing} is no command: give RUN_FOLDER, then for example deepspeed launch/train.py ..." >&2
+  exit 2
+fi
 [ -z "$hostfile" ] || set -- python "$(dirname "${BASH_SOURCE[0]}")/hosts.py" "$hostfile" "$run" "$@"
 
 mkdir -p "$run" || exit 2

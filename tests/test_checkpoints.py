@@ -171,7 +171,9 @@ def test_what_is_staged_is_no_checkpoint(run: Path) -> None:
     assert steps_in(run) == [2, 4, 6]
 
 
-@pytest.mark.parametrize(("keep", "left"), [(None, [2, 4, 6]), (0, [2, 4, 6]), (3, [2, 4, 6]), (2, [4, 6]), (1, [6])])
+@pytest.mark.parametrize(
+    ("keep", "left"), [(None, [2, 4, 6]), (0, [2, 4, 6]), (-1, [2, 4, 6]), (3, [2, 4, 6]), (2, [4, 6]), (1, [6])]
+)
 def test_rotation_keeps_the_newest(run: Path, keep: int | None, left: list[int]) -> None:
     checkpoints.rotate(run, keep)
     assert steps_in(run) == left
@@ -202,6 +204,19 @@ def test_rotation_keeps_the_best_and_the_one_just_saved(run: Path, monkeypatch: 
     assert steps_in(run) == [2, 4, 6]
     checkpoints.rotate(run, 1, Path("checkpoint-2"))
     assert steps_in(run) == [2, 6]
+
+
+def test_what_a_run_does_once_more_is_set_aside(run: Path) -> None:
+    """Every time; or a run that stops before it has come as far would go on from there."""
+    before = content(run / "checkpoint-6")
+    assert checkpoints.set_aside_later(run, run / "checkpoint-6") is None
+    said = checkpoints.set_aside_later(run, run / "checkpoint-2")
+    assert said == "checkpoint-4, checkpoint-6: of what came after step 2 before, moved into abandoned-1/"
+    assert resume.find_checkpoint("auto", run, None) == run / "checkpoint-2"
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-4")
+    said = checkpoints.set_aside_later(run, run / "checkpoint-2")
+    assert said == "checkpoint-4: of what came after step 2 before, moved into abandoned-2/"
+    assert content(run / "abandoned-1" / "checkpoint-6") == before
 
 
 def test_saving_a_step_again_replaces_it(run: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,9 +38,17 @@ def test_a_file_that_cannot_be_replaced_stays_and_nothing_beside_it(tmp_path: Pa
     (tmp_path / "a.json").write_text("old")
     with pytest.raises(UnicodeEncodeError):
         replacing.replace_file(tmp_path / "a.json", "new \ud800")
-    folder = tmp_path / "b.json"
-    (folder / "full").mkdir(parents=True)
-    with pytest.raises(OSError, match=r"b\.json"):
-        replacing.replace_file(folder, "new")
+    os.mkfifo(tmp_path / "b.json")
+    with pytest.raises(OSError, match="no file that could be replaced"):
+        replacing.replace_file(tmp_path / "b.json", "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json"]
     assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_what_a_link_names_is_replaced_and_not_the_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a.json").symlink_to(tmp_path / "elsewhere" / "a.json")
+    for text in ("first", "second"):
+        replacing.replace_file(tmp_path / "a.json", text)
+        assert (tmp_path / "elsewhere" / "a.json").read_text() == text
+    assert (tmp_path / "a.json").is_symlink()

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +17,7 @@ from agsel.monitor import SelectionHistory
 from agsel.training.callback import SelectionCallback
 from agsel.training.curves import Curves
 from agsel.training.output import curves_of, direct_output
+from tests.test_export import files_up_to
 
 ON_FIRST_RANK = TrainerState(is_world_process_zero=True)
 
@@ -85,6 +87,21 @@ def test_steps_that_are_done_again_are_shown_once(tmp_path: Path) -> None:
         curves.tb_writer.close()
     found = [(event.step, event.value) for event in events_in(tmp_path).Scalars("train/loss")]
     assert found == [(1, 9), (2, 8), (3, 5), (4, 4)]
+
+
+def test_no_run_ends_as_its_curves_find_no_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    curves, arguments = curves_in(tmp_path), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    state = TrainerState(is_world_process_zero=True)
+    curves.on_train_begin(arguments, state, TrainerControl())
+    with files_up_to(20_000):
+        for state.global_step in range(1, 2000):
+            curves.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0, "grad_norm": 2.0})
+        assert curves.tb_writer is None
+    curves.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0})
+    curves.on_train_end(arguments, state, TrainerControl())
+    [message] = caplog.messages
+    assert message.startswith("no more curves for TensorBoard: ")
+    assert events_in(tmp_path).Scalars("train/loss")[0].value == 1
 
 
 def test_only_the_callback_of_the_trainer_itself_is_replaced(tmp_path: Path) -> None:

@@ -54,6 +54,30 @@ def require_finished(folder: Path, output: str, *, resumed_after: int) -> None:
     assert not (folder / MARKER).exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "no run folder"),
+        (["run"], "nothing is no command"),
+        (["run", "--config", "a.yaml"], "--config is no command"),
+        (["run", "a_command_that_is_not_there"], "a_command_that_is_not_there is no command"),
+    ],
+)
+def test_a_command_is_asked_for_before_anything_is_made(words: list[str], complaint: str, tmp_path: Path) -> None:
+    found = subprocess.run(["bash", LAUNCH / "train.sh", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.startswith("agsel: error: train.sh: ")
+    assert found.stderr.count("\n") == 1
+    assert complaint in found.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_program_of_several_hosts_names_its_command() -> None:
+    found = subprocess.run([sys.executable, LAUNCH / "hosts.py", "--help"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert "bash launch/train.sh --hostfile HOSTS RUN_FOLDER`" in found.stderr
+
+
 @pytest.mark.parametrize("name", ["train.sh", "train.sbatch"])
 def test_bash_can_read_it(name: str) -> None:
     assert subprocess.run(["bash", "-n", LAUNCH / name], capture_output=True, check=True).stderr == b""

@@ -514,7 +514,14 @@ def test_the_command_reads_a_model_folder_and_refuses_what_is_wrong(
     plan_memory.main(["--model", str(tmp_path), "--stage", "3", "--method", "topk", "--checkpointing"])
     assert "exploit" not in capsys.readouterr().out
     through_all = ["--method", "lisa", "--select_from", "2"]
-    for wrong in (["--fraction", "0"], ["--stage", "3", "--compile"], ["--model", str(tmp_path / "none")], through_all):
+    sizes = [["--gpu_gb", value] for value in ("0", "-5", "nan", "inf")]
+    for wrong in (
+        *sizes,
+        ["--fraction", "0"],
+        ["--stage", "3", "--compile"],
+        ["--model", str(tmp_path / "none")],
+        through_all,
+    ):
         with pytest.raises(SystemExit, match=r"agsel: error: [^\n]*$"):
             plan_memory.main(["--model", str(tmp_path), *wrong])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from agsel.elements import ElementMask
 from agsel.errors import UserError
@@ -65,13 +67,23 @@ OTHER_ELEMENTS: dict[str, tuple[dict[str, object], str]] = {
     "choice": ({"elements": "saft"}, "saft with density 0.1 by 16 samples"),
     "no elements": (dict.fromkeys(ELEMENTS), "none chosen"),
 }
-ADAPTERS = {"use_peft": True, "lora_alpha": 16, "use_rslora": False, "lora_dropout": 0.0}
+ADAPTERS = {
+    "use_peft": True,
+    "use_dora": False,
+    "lora_r": 8,
+    "lora_alpha": 16,
+    "use_rslora": False,
+    "lora_dropout": 0.0,
+}
 NO_ADAPTERS = SimpleNamespace(**ADAPTERS | {"use_peft": False})
 MASKS = ("no mask", "damaged mask", "mask of another choice")
 """In the folder of a run that resumes."""
 SAID: dict[str, tuple[dict[str, object], str]] = {
     "nothing": ({}, ""),
-    "fraction": ({"select_fraction": 0.25}, "fraction was 0.5 and is 0.25 now: takes effect after the next step"),
+    "fraction": (
+        {"select_fraction": 0.25},
+        "fraction was 0.5 and is 0.25 now: takes effect when blocks",
+    ),
     "selection seed": ({"selection_seed": 7}, "selection seed was 42 and is 7 now: has no effect"),
     "steps": ({"max_steps": 8}, "steps was 6 and is 8 now: takes effect from here on"),
     "epochs": (
@@ -104,6 +116,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume_settings")
     save_model(folder / "model")
     save_model(folder / "deeper", layers=5)
+    other = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    shutil.copytree(folder / "model", folder / "other weights")
+    other.save_pretrained(folder / "other weights")
     rows = save_rows(folder / "rows.jsonl", 32).read_text().splitlines(keepends=True)
     (folder / "fewer.jsonl").write_text("".join(rows[:-1]))
     (folder / "other_order.jsonl").write_text("".join(reversed(rows)))
@@ -136,6 +153,12 @@ def outcomes(folder: Path) -> dict[str, Any]:
     for name, changed in {name: case[0] for name, case in OTHER_ELEMENTS.items()}.items():
         cases[name] = settings(*parts, folder / name, **always | changed)
     cases |= {name: settings(*parts, folder / name, **always) for name in MASKS}
+    always = {"max_steps": 2, "use_peft": True, "lora_target_modules": "all-linear", "save_strategy": "steps"}
+    cases["adapted"] = settings(*parts, folder / "adapted", save_steps=1, **always)
+    always["resume_from_checkpoint"] = folder / "adapted" / "checkpoint-1"
+    for base in ("model", "other weights"):
+        other = {"model_name_or_path": folder / base, "output_dir": folder / f"over {base}"}
+        cases[f"over {base}"] = settings(*parts, folder, **always | other)
     return several_runs(folder, cases)
 
 
@@ -153,6 +176,17 @@ def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(
     assert "set it back, or start a new run from the checkpoint's weights" in line
     assert not (folder / case / "config.yaml").exists(), "the settings of the run before stay readable"
     assert "Traceback" not in output
+
+
+def test_adapters_go_on_over_the_weights_that_they_were_trained_over(outcomes: dict[str, Any]) -> None:
+    """A checkpoint has none of those, and whatever weights are there fit."""
+    assert outcomes["over model"][0] == 0, outcomes["over model"]
+    code, output, _ = outcomes["over other weights"]
+    assert code == 1, output
+    (line,) = said(output)
+    assert "base weights was" in line
+    assert "now (--model_name_or_path, --model_revision; the saved adapters belong to them" in line
+    assert line.endswith("set it back, or start a new run (another --output_dir)")
 
 
 @pytest.mark.parametrize("case", OTHER_ELEMENTS)
@@ -274,9 +308,17 @@ def test_full_fine_tuning_does_not_mention_what_it_does_not_read() -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"lora_alpha": 32}, "adapters was LoRA with alpha 16 and is LoRA with alpha 32 now (--use_peft, --lora_alpha"),
-        ({"use_rslora": True}, "and is LoRA with alpha 16 over the root of the rank now (--use_peft, --lora_alpha"),
-        ({"use_peft": False}, "adapters was LoRA with alpha 16 and is none now (--use_peft, --lora_alpha"),
+        (
+            {"lora_alpha": 32},
+            "adapters was LoRA of rank 8 with alpha 16 and is LoRA of rank 8 with alpha 32 now (",
+        ),
+        ({"lora_r": 4}, "and is LoRA of rank 4 with alpha 16 now"),
+        ({"use_dora": True}, "and is DoRA of rank 8 with alpha 16 now"),
+        ({"use_rslora": True}, "and is LoRA of rank 8 with alpha 16 over the root of the rank now (--use_peft, "),
+        (
+            {"use_peft": False},
+            "adapters was LoRA of rank 8 with alpha 16 and is none now (--use_peft, --use_dora",
+        ),
     ],
 )
 def test_other_adapters_than_those_of_the_checkpoint_are_refused(changed: dict[str, Any], words: str) -> None:

@@ -630,6 +630,12 @@ def runs(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
         "tied-more": every_block | more_tokens | {"model_name_or_path": folder / "tied"},
         "best": {"load_best_model_at_end": True, "greater_is_better": True, "max_steps": 4} | every_two_steps,
         "beyond": {"select_from": 4},
+        "long": {"max_steps": 3, "save_strategy": "steps", "save_steps": 1},
+        "again": {
+            **{"max_steps": 1, "output_dir": folder / "long"},
+            "resume_from_checkpoint": folder / "long" / "checkpoint-1",
+        },
+        "from elsewhere": {"resume_from_checkpoint": folder / "best" / "checkpoint-2", "output_dir": folder / "long"},
         "around": {"use_peft": True, "lora_target_modules": "q_proj", "lora_modules_to_save": "lm_head"},
         "images": {"dataset_name": images},
         "pushed": {"push_to_hub": True},
@@ -736,6 +742,25 @@ def test_a_run_exports_the_best_checkpoint_and_says_so(runs: tuple[Path, dict[st
     assert written["counts"] == {
         name: sum(index in blocks for blocks in selected) for index, name in enumerate(written["blocks"])
     }
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_later_ones_behind(
+    runs: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, outcomes = runs
+    code, output, step = outcomes["again"]
+    assert (code, step) == (0, 1), output
+    line = "aside     checkpoint-2, checkpoint-3: of what came after step 1 before, moved into abandoned-1/"
+    assert output.count(line) == 1
+    left = [path.name for path in sorted(folder.glob("long/**/checkpoint-*"))]
+    assert left == ["checkpoint-2", "checkpoint-3", "checkpoint-1"]
+
+
+def test_a_run_does_not_go_on_from_elsewhere_in_the_folder_of_another(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, outcomes = runs
+    code, output, _ = outcomes["from elsewhere"]
+    assert code == 1, output
+    assert f"{folder / 'long'} (--output_dir) holds checkpoint-1 of an earlier run: go on with that" in output
 
 
 def test_a_run_from_a_layer_on_changes_those_layers_alone(runs: tuple[Path, dict[str, Any]]) -> None:

@@ -108,3 +108,7 @@ class EvaluationArguments:
             raise UserError("nothing to judge: name rows (--dataset), --tasks, --perplexity or --lm_eval")
         if self.n_shot and not (self.dataset_name or self.tasks):
             raise UserError("--n_shot is of --tasks or --dataset: name some, or leave it out")
+        if self.limit and not (self.dataset_name or self.tasks or self.lm_eval):
+            raise UserError("--limit is of --tasks, --dataset or --lm_eval: name some, or leave it out")
+        if self.answer_pattern != NUMBER and (self.tasks or not self.dataset_name):
+            raise UserError("--answer_pattern is of --dataset without --tasks, which have their own: leave one out")

@@ -7,6 +7,7 @@ that is killed, or whose disk fills, while it saves leaves the checkpoints befor
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from transformers.trainer import TRAINER_STATE_NAME
 
 from agsel.errors import UserError
 from agsel.monitor.progress import Progress
@@ -32,6 +34,8 @@ PIECE = 1 << 24
 STAGING = ".saving"
 """Folder inside the run folder for checkpoints that are being written, replaced or deleted."""
 PREFIX = "checkpoint-"
+ABANDONED = "abandoned-"
+"""Folders inside the run folder, numbered, for checkpoints of steps that the run does once more."""
 PROBE = 2**20
 """Bytes that must fit on a disk that is not full."""
 
@@ -145,15 +149,33 @@ def missing_part(folder: Path) -> str | None:
     return None
 
 
+def set_aside_later(run_folder: Path, checkpoint: Path) -> str | None:
+    """Move checkpoints of later steps than the one that the run goes on from out of the way, into a new folder.
+
+    Else a run that stops before it has come as far would go on from them. Returns what was done, if anything.
+    """
+    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
+    later = [folder for folder in checkpoints_in(run_folder) if int(folder.name.removeprefix(PREFIX)) > step]
+    if not later:
+        return None
+    folders = (run_folder / f"{ABANDONED}{number}" for number in itertools.count(1))
+    aside = next(folder for folder in folders if not folder.exists())
+    aside.mkdir()
+    for folder in later:
+        folder.rename(aside / folder.name)
+    names = ", ".join(folder.name for folder in later)
+    return f"{names}: of what came after step {step} before, moved into {aside.name}/"
+
+
 def rotate(run_folder: Path, keep: int | None, *protected: Path) -> None:
     """Delete all but the newest `keep` complete checkpoints. Incomplete ones are left alone and do not count.
 
     Args:
         run_folder: that holds the checkpoints.
-        keep: how many, at least one; None or 0 for all.
+        keep: how many, at least one; None, 0 or less for all.
         protected: more that stay.
     """
-    if not keep:
+    if keep is None or keep <= 0:
         return
     complete = [folder for folder in checkpoints_in(run_folder) if missing_part(folder) is None]
     staying = {folder.resolve() for folder in protected}

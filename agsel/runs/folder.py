@@ -24,9 +24,13 @@ def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
         UserError: the folder holds another run, or there is no such checkpoint.
     """
     first_rank_does(partial(checkpoints.recover, run_folder), group)
-    if wanted is None:
+    if wanted is None or (wanted not in resume.NEWEST and not _is_in(Path(wanted), run_folder)):
         first_rank_does(partial(require_no_earlier_run, run_folder), group)
     return resume.find_checkpoint(wanted, run_folder, group)
+
+
+def _is_in(checkpoint: Path, run_folder: Path) -> bool:
+    return checkpoint.resolve().parent == run_folder.resolve()
 
 
 def make_run_folder(run_folder: Path) -> None:
@@ -40,7 +44,7 @@ def make_run_folder(run_folder: Path) -> None:
 
 
 def require_no_earlier_run(run_folder: Path) -> None:
-    """Refuse a new run in the folder of another: it would resume from its checkpoints, delete them or its model."""
+    """Refuse a run in the folder of another: it would resume from its checkpoints, delete them or its model."""
     earlier = checkpoints.checkpoints_in(run_folder)
     if earlier:
         raise UserError(

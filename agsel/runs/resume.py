@@ -9,7 +9,11 @@ from agsel.errors import UserError
 from agsel.runs import checkpoints
 
 REFUSED = {
-    "model": ("--model_name_or_path", "the saved optimizer states belong to its weights"),
+    "base weights": (
+        "--model_name_or_path, --model_revision",
+        "the saved adapters belong to them, which are no part of a checkpoint",
+    ),
+    "model": ("--model_name_or_path, --lora_target_modules", "the saved optimizer states belong to its weights"),
     "stage": ("--deepspeed", "each ZeRO stage saves the optimizer states in its own form"),
     "dtype": ("--bf16, --fp16, --dtype", "the weights were rounded to it"),
     "data": (
@@ -34,12 +38,17 @@ REFUSED = {
         "the saved optimizer states belong to the elements that were chosen",
     ),
     "chosen elements": ("mask.safetensors of the run folder", "the saved optimizer states belong to them"),
-    "adapters": ("--use_peft, --lora_alpha, --use_rslora", "the saved adapters were trained with that"),
+    "adapters": (
+        "--use_peft, --use_dora, --lora_r, --lora_alpha, --use_rslora",
+        "the saved adapters were trained with that",
+    ),
     "learning rate": ("--learning_rate", "the saved schedule goes on"),
     "weight decay": ("--weight_decay", "the saved optimizer goes on"),
     "adam": ("--adam_beta1, --adam_beta2, --adam_epsilon", "the saved optimizer goes on"),
 }
 """Settings that a resumed run must share with the run that saved: the flags, and why."""
+NEWEST = ("auto", "true")
+"""Words for the newest checkpoint of the run folder."""
 TAKES_EFFECT = "takes effect from here on"
 EFFECTS = {
     "ranks": "the checkpoint is converted",
@@ -71,7 +80,7 @@ def find_checkpoint(wanted: str | None, run_folder: Path, group: Any) -> Path | 
     """
     if wanted is None:
         return None
-    if wanted not in ("auto", "true"):
+    if wanted not in NEWEST:
         reason = checkpoints.damage(Path(wanted), group)
         if reason is not None:
             raise UserError(
@@ -102,8 +111,11 @@ def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if (change := changed.get(name)) is not None
     ]
     if refused:
-        raise UserError(
-            f"cannot resume (--resume_from_checkpoint): {', '.join(refused)}: set it back, or start a new run from the "
-            "checkpoint's weights (give the checkpoint as --model_name_or_path, and another --output_dir)"
-        )
+        anew = "start a new run (another --output_dir)"
+        if saved.get("adapters", "none") == "none":
+            anew = (
+                "start a new run from the checkpoint's weights (give the checkpoint as --model_name_or_path, and "
+                "another --output_dir)"
+            )
+        raise UserError(f"cannot resume (--resume_from_checkpoint): {', '.join(refused)}: set it back, or {anew}")
     return [f"{change}: {EFFECTS[name]}" for name, change in changed.items()]

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from agsel.errors import one_line
 from agsel.monitor import (
     NORM,
     SelectionHistory,
@@ -131,7 +132,10 @@ class SelectionCallback(TrainerCallback):
             "blocks": list(self.selection.blocks),
             "counts": self.counts,
         }
-        replace_file(Path(args.output_dir, "selection.json"), json.dumps(report, indent=2) + "\n")
+        try:
+            replace_file(Path(args.output_dir, "selection.json"), json.dumps(report, indent=2) + "\n")
+        except OSError as error:  # the trained model is not lost for it
+            _say(f"warning   selection.json is not written: {one_line(error)}")
         if self.record:
             self.record.end()
         _say(f"trained   {self._summary(state, self._gauges)}")

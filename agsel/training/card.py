@@ -39,6 +39,7 @@ FILES = {
     "tensorboard": "the curves, for `tensorboard --logdir`",
     "logs": "what each rank has printed",
     "checkpoint-*": "to go on from, each with a manifest of its files",
+    "abandoned-*": "checkpoints of steps that were done once more",
 }
 """Of a run folder, in the order in which people look at them."""
 

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from agsel.blocks import decoder_layers
 from agsel.elements import ElementMask, choose_elements, use_elements
-from agsel.elements.whole_weights import whole
 from agsel.errors import RunError, UserError
 from agsel.monitor.progress import Progress
 from agsel.runs.checkpoints import fault_of_disk
 from agsel.training.configuration import Configuration
-from agsel.training.identity import fingerprint_of_rows
+from agsel.training.identity import fingerprint_of_rows, fingerprint_of_weights
 from agsel.training.output import on_first_rank
 from agsel.training.row_trainer import RowTrainer
 from agsel.zero.consensus import first_rank_does
 
 FILE = "mask.safetensors"
 """In the run folder."""
-NUMBERS_HASHED = 1000
-"""Of each weight, about."""
 
 
 def train_elements(trainer: RowTrainer, configuration: Configuration, group: Any) -> None:
@@ -144,22 +138,5 @@ def _describe(trainer: RowTrainer, configuration: Configuration) -> dict[str, An
         "loss": f"{training.loss_type}, label smoothing {training.label_smoothing_factor:g}",
         "rows": fingerprint_of_rows(trainer.train_dataset),
         "blocks": [block.name for block in configuration.blocks_of(trainer.model)],
-        "weights": _fingerprint_of_weights(trainer.model),
+        "weights": fingerprint_of_weights(trainer.model),
     }
-
-
-def _fingerprint_of_weights(model: nn.Module) -> str:
-    """Of names, types, and some numbers of every weight of the layers, spread evenly. Every rank must call it."""
-    digest = hashlib.sha256()
-    for numbers in _some_numbers(model):
-        digest.update(numbers)
-    return digest.hexdigest()[:16]
-
-
-def _some_numbers(model: nn.Module) -> Iterator[bytes]:
-    for number, layer in enumerate(decoder_layers(model)):
-        with whole(layer.parameters()):
-            for name, weight in layer.named_parameters():
-                yield json.dumps([number, name, str(weight.dtype), list(weight.shape)]).encode()
-                step = max(1, weight.numel() // NUMBERS_HASHED)
-                yield weight.detach().flatten()[::step].float().cpu().numpy().tobytes()

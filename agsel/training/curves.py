@@ -6,7 +6,8 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,11 +52,16 @@ class Curves(TensorBoardCallback):
         self._next_pictures = time.monotonic() + SECONDS_BETWEEN_PICTURES
         self._last: dict[str, float] = {}
         self._steps_written = 0
+        self._disk_has_failed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the file, and write what is known before the first step."""
+        with self._disk_may_fail():
+            self._begin(args, state, control, **kwargs)
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step and state.is_world_process_zero and self.tb_writer is None and self.logging_dir:
             # Steps to come may be in the folder, by a process that was killed: TensorBoard is to show them once.
             self.tb_writer = SummaryWriter(self.logging_dir, purge_step=state.global_step + 1)
@@ -76,11 +82,14 @@ class Curves(TensorBoardCallback):
         **kwargs: Any,
     ) -> None:
         """Write the numbers, and now and then the pictures. An evaluation may come before or after training."""
-        if self.tb_writer is None:
-            super().on_log(args, state, control, logs={}, **kwargs)  # opens the file, on the first rank
-        if self.tb_writer is None:
-            return
-        numbers = {tag_of(name): value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        with self._disk_may_fail():
+            if self.tb_writer is None and not self._disk_has_failed:
+                super().on_log(args, state, control, logs={}, **kwargs)  # opens the file, on the first rank
+            if self.tb_writer is not None:
+                self._write(state, logs or {})
+
+    def _write(self, state: TrainerState, logs: Mapping[str, float]) -> None:
+        numbers = {tag_of(name): value for name, value in logs.items() if isinstance(value, int | float)}
         for tag, value in numbers.items():
             if not tag.startswith(NORM):
                 self.tb_writer.add_scalar(tag, value, state.global_step)
@@ -96,6 +105,10 @@ class Curves(TensorBoardCallback):
         """Write the last pictures, and the results beside the settings."""
         if self.tb_writer is None:
             return
+        with self._disk_may_fail():
+            self._end(args, state, control, **kwargs)
+
+    def _end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._draw(state.global_step)
         found = {tag: value for tag, value in self._last.items() if re.fullmatch(FINAL, tag)}
         settings = {
@@ -104,6 +117,15 @@ class Curves(TensorBoardCallback):
         for summary in hparams(settings, found):
             self.tb_writer.file_writer.add_summary(summary)
         super().on_train_end(args, state, control, **kwargs)
+
+    @contextmanager
+    def _disk_may_fail(self) -> Iterator[None]:
+        """No run ends for its curves."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning("no more curves for TensorBoard: %s", one_line(error))
+            self.tb_writer, self._disk_has_failed = None, True
 
     def _write_norms(self) -> None:
         """Of every step since the last time, not only of those that are logged; a step at once, which is quicker."""

@@ -8,13 +8,18 @@ import zlib
 from typing import Any
 
 from datasets import Dataset
+from torch import nn
 
+from agsel.blocks import decoder_layers
 from agsel.elements import mask_of
+from agsel.elements.whole_weights import whole
 from agsel.training.configuration import Configuration
 from agsel.training.row_trainer import RowTrainer
 from agsel.zero.parameters import global_numel, global_shape
 
 ROWS_HASHED = 1000
+NUMBERS_HASHED = 1000
+"""Of each weight, about."""
 
 
 def describe_settings(configuration: Configuration, rows: Dataset) -> dict[str, Any]:
@@ -55,7 +60,9 @@ def describe_settings(configuration: Configuration, rows: Dataset) -> dict[str, 
 def describe_trainer(trainer: RowTrainer, rows: Dataset) -> dict[str, Any]:
     """What a resumed run is compared by besides: its model, and its rows as tokens."""
     mask = mask_of(trainer.model)
-    return {
+    adapted = hasattr(trainer.model, "peft_config")
+    below = {"base weights": fingerprint_of_weights(trainer.model, frozen=True)} if adapted else {}
+    return below | {
         "model": _fingerprint_of_model(trainer),
         "dataset": fingerprint_of_rows(trainer.train_dataset.select_columns("input_ids")),
         "loss": trainer.learning.describe(rows),
@@ -81,7 +88,9 @@ def _adapters(configuration: Configuration) -> str:
     model = configuration.model
     if not model.use_peft:
         return "none"
-    return f"LoRA with alpha {model.lora_alpha:g}" + " over the root of the rank" * model.use_rslora
+    kind = "DoRA" if model.use_dora else "LoRA"
+    scale = f"alpha {model.lora_alpha:g}" + " over the root of the rank" * model.use_rslora
+    return f"{kind} of rank {model.lora_r} with {scale}"
 
 
 def _noise(configuration: Configuration) -> str:
@@ -108,6 +117,25 @@ def fingerprint_of_rows(rows: Dataset) -> str:
     for row in zip(*columns.values(), strict=True):
         digest.update(str([*row]).encode())
     return f"{len(rows)} rows ({digest.hexdigest()[:8]})"
+
+
+def fingerprint_of_weights(model: nn.Module, *, frozen: bool = False) -> str:
+    """Of names, types, and some numbers of every weight of the layers, spread evenly. Every rank must call it.
+
+    Args:
+        model: of the run; ZeRO-3 may have partitioned it.
+        frozen: only those that are, as below adapters.
+    """
+    digest = hashlib.sha256()
+    for number, layer in enumerate(decoder_layers(model)):
+        with whole(layer.parameters()):
+            for name, weight in layer.named_parameters():
+                if frozen and weight.requires_grad:
+                    continue
+                digest.update(json.dumps([number, name, str(weight.dtype), list(weight.shape)]).encode())
+                step = max(1, weight.numel() // NUMBERS_HASHED)
+                digest.update(weight.detach().flatten()[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _fingerprint_of_model(trainer: RowTrainer) -> str:

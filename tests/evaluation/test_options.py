@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ from tests.tiny_run import save_model
         ({"answer_pattern": "("}, r"'\(' is no regular expression \(--answer_pattern\)"),
         ({"dataset_name": None}, "nothing to judge.*--tasks"),
         ({"dataset_name": None, "perplexity": "a.txt", "n_shot": 2}, "--n_shot is of --tasks or --dataset"),
+        ({"dataset_name": None, "perplexity": "a.txt", "limit": 2}, "--limit is of --tasks, --dataset or --lm_eval"),
+        ({"tasks": "gsm8k", "answer_pattern": "a"}, "--answer_pattern is of --dataset without --tasks"),
+        ({"dataset_name": None, "perplexity": "a.txt", "answer_pattern": "a"}, "--answer_pattern is of --dataset"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, complaint: str) -> None:
@@ -101,7 +105,9 @@ def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "file" / "results.json", tmp_path / "rows.jsonl"):
+    os.mkfifo(tmp_path / "pipe")
+    names = ("file/results.json", "rows.jsonl", "results.parts", "pipe")
+    for path in (tmp_path, *(tmp_path / name for name in names)):
         with pytest.raises(ValueError, match="--output"):
             prepare_output(path)
 

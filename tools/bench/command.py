@@ -65,8 +65,10 @@ def launch(options: argparse.Namespace, typed: str) -> int:
         typed: the command line, for the rows.
     """
     configurations = expand(option_sets(options))
-    if options.rounds < 1:
-        raise UserError(f"rounds must be at least 1, got {options.rounds} (--rounds)")
+    for name, least in (("rounds", 1), ("steps", 1), ("warmup", 0)):
+        value = getattr(options, name)
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value} (--{name})")
     Path(options.output).mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(configuration.ranks for configuration in configurations)
     alike = [[one for one in configurations if one.ranks == ranks] for ranks in counts]

@@ -31,10 +31,14 @@ class Configuration:
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
             raise UserError(f"stage must be 1, 2 or 3, got {self.stage} (--stages)")
-        if not isinstance(self.ranks, int) or self.ranks < 1:
-            raise UserError(f"ranks must be at least 1, got {self.ranks} (--ranks)")
-        if not 0 < self.density <= 1:
-            raise UserError(f"density must be above 0 and at most 1, got {self.density} (--densities)")
+        for name in ("ranks", "accumulation"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be at least 1, got {value} (--{name})")
+        for name, flag in (("fraction", "fractions"), ("density", "densities")):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value <= 1:
+                raise UserError(f"{name} must be above 0 and at most 1, got {value} (--{flag})")
         if self.liger not in LIGER:
             raise UserError(f"unknown value {self.liger!r} (--liger): use {', '.join(LIGER)}")
         if self.liger in ("all", "trl") and self.compile:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from agsel.errors import UserError
-from agsel.runs.trainer import find_best
+from agsel.runs.trainer import find_best, owes_evaluation
 from agsel.training.best import require_metric
 
 GIVEN: dict[str, Any] = {
@@ -77,3 +77,27 @@ def test_the_best_checkpoint_is_found_where_the_run_folder_is_now(tmp_path: Path
     new = state(None, 2)
     find_best(new, None)
     assert new.best_model_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "epoch", "expected"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 4}, 8, 0.8, True),
+        ({"eval_strategy": "steps", "eval_steps": 4}, 7, 0.7, False),
+        ({"eval_strategy": "steps", "eval_steps": 4}, 10, 1.0, True),  # the last one
+        ({"eval_strategy": "steps", "eval_steps": 4, "eval_delay": 9}, 8, 0.8, False),
+        ({"eval_strategy": "epoch"}, 10, 1.0, True),
+        ({"eval_strategy": "epoch"}, 8, 0.8, False),
+        ({"eval_strategy": "epoch", "eval_delay": 2}, 10, 1.0, False),
+        ({"eval_strategy": "no"}, 10, 1.0, False),
+    ],
+)
+def test_an_evaluation_that_was_due_when_the_run_was_stopped_is_owed(
+    settings: dict[str, Any], step: int, epoch: float, expected: bool, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+    state = TrainerState(global_step=step, epoch=epoch, max_steps=10, eval_steps=4)
+    state.log_history = [{"step": step - 1, "eval_loss": 1.0}, {"step": step, "loss": 1.0}]
+    assert owes_evaluation(arguments, state) == expected
+    state.log_history.append({"step": step, "eval_other_loss": 1.0})
+    assert not owes_evaluation(arguments, state)

@@ -150,6 +150,11 @@ def test_a_folder_that_was_never_completed_does_not_count(
         resume.find_checkpoint(str(folder), run, None)
 
 
+def test_a_run_folder_is_no_checkpoint(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"is a run folder: name one of its checkpoints, .*--output_dir"):
+        resume.find_checkpoint(str(run), run, None)
+
+
 def test_a_run_without_a_complete_checkpoint_starts_anew_or_says_so(run: Path) -> None:
     for step in STEPS:
         without_manifest(run / f"checkpoint-{step}")

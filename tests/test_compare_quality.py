@@ -35,7 +35,7 @@ from tests.tiny_run import TRAIN, save_model, save_rows
 from tools.comparison import comparing, differences, records
 from tools.comparison.children import Children, reason
 from tools.comparison.chosen_rates import chosen_rates, may_be_chosen
-from tools.comparison.comparison_table import collect, markdown
+from tools.comparison.comparison_table import Row, collect, markdown
 from tools.comparison.differences import Judged
 from tools.comparison.method_rates import parse_cell, plan_of_rates
 from tools.comparison.origin import contents_of
@@ -323,6 +323,23 @@ def test_tables_of_a_result_that_is_no_number(parts: Path, tmp_path: Path, numbe
     assert points_of(rows, "NLL", "train time, s") == []
 
 
+def test_forgetting_and_cost_are_counted_over_the_seeds() -> None:
+    """GaLLoP's forget ratio, by which share exact matches have become fewer, and collapse rate, those below 1 %."""
+    before = {"other": {"accuracy": 0.2}, "test": {"text_nll": 3.0}}
+    shares, nll = (0.15, 0.0099, 0.01, 0.3), (3.5, 3.25, 3.0, 2.75)
+    results = [{"train_seconds": 6.0, "steps": 8, "timed_steps": timed} for timed in (8, 4, 4, 2)]
+    records = [
+        {"other": {"accuracy": share}, "test": {"text_nll": loss}, "result": result}
+        for share, loss, result in zip(shares, nll, results, strict=True)
+    ]
+    row = Row("a", 1e-3, records, before=before, seeds=4)
+    assert row.forget_ratios == pytest.approx([0.25, 0.9505, 0.95, 0])
+    assert row.collapse_rate == 0.25
+    assert row.forgetting == [0.5, 0.25, 0.0, -0.25]
+    assert row.train_seconds == (6 + 12 + 12 + 24) / 4
+    assert (Row("a", None).forget_ratios, Row("a", None).collapse_rate) == ([], None)
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -371,6 +388,13 @@ def test_the_interval_of_likelihoods_weighs_rows_by_their_tokens() -> None:
     margin = 1.96 * residuals.std() / tokens.mean() / math.sqrt(3000)
     assert found.difference == pytest.approx(expected)
     assert (found.low, found.high) == pytest.approx((expected - margin, expected + margin), abs=0.05 * margin)
+
+
+def test_losses_are_drawn_with_the_tokens_of_their_rows() -> None:
+    """A difference that is the same for each token has no spread, however long the rows are."""
+    tokens = np.random.default_rng(3).integers(1, 100, 50)
+    found = differences.nll_difference(judged(np.full(50, 1.25), tokens), judged(np.ones(50), tokens))
+    assert (found.difference, found.low, found.high) == pytest.approx((0.25, 0.25, 0.25), rel=1e-12)
 
 
 def test_a_row_of_which_no_token_counts_changes_nothing() -> None:

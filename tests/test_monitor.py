@@ -101,9 +101,9 @@ def test_blocks_that_were_left_out_are_named_with_the_setting_to_change() -> Non
     idle = warning_of(counts | {"layers.1": 0}, spread_by)
     assert idle == f"never trained: layers 1, 1 of 3 blocks: {spread_by}"
     single = warning_of(counts | {"layers.0": 0, "layers.2": 0}, spread_by)
-    assert single == f"layers 1 took 100% of the turns of 3 blocks: {spread_by}"
+    assert single == f"layers 1 took 5 of 5 turns of 3 blocks: {spread_by}"
     nearly = warning_of(dict(zip(counts, (95, 3, 2), strict=True)), spread_by)
-    assert nearly == f"layers 0 took 95% of the turns of 3 blocks: {spread_by}"
+    assert nearly == f"layers 0 took 95 of 100 turns of 3 blocks: {spread_by}"
     assert warning_of({"layers.0": 7}, spread_by) is None
     nothing = warning_of(dict.fromkeys(counts, 0), spread_by)
     assert nothing == "nothing was trained: every step was skipped, or only measured"

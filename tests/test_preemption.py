@@ -114,6 +114,7 @@ def test_sigterm_to_all_processes_in_an_evaluation(
         require_stopped_after(5, "SIGTERM on rank 0", run)
     assert "eval_loss" not in run.output
     require_goes_on_as(unbroken, run.folder, after=5)
+    assert [line["step"] for line in read_lines(run.folder / METRICS) if "eval_loss" in line] == [5, 10]
 
 
 def test_a_stopped_run_keeps_the_checkpoint_to_go_on_from_beside_the_best_one(

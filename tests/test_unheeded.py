@@ -135,6 +135,7 @@ def test_what_the_command_line_adds_to_a_file_is_heeded_or_refused(read: Read) -
         ({"neftune_noise_alpha": -1}, "neftune_noise_alpha must be 0 or more"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers must be 0 or more"),
         ({"dataloader_persistent_workers": True}, "has none to keep: add --dataloader_num_workers"),
+        ({"ignore_data_skip": True}, "--ignore_data_skip would let a resumed run begin with rows that it has seen"),
         ({"dataloader_in_order": False}, "--dataloader_in_order false gives batches to steps as they come"),
         ({"seed": 2**32}, "seed must be 4294967295 or less, got 4294967296 (--seed)"),
         ({"save_steps": 0}, "save_steps must be above 0, got 0: --save_strategy no turns it off"),

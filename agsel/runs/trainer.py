@@ -15,7 +15,7 @@ import psutil
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from trl import SFTTrainer
 
 from agsel import upstream
@@ -90,8 +90,11 @@ class ResumableTrainer(SFTTrainer):
         return prepared
 
     def _run_epoch(self, **options: Any) -> None:
-        """Nothing is left to do for a run that is resumed after its last step; the Trainer would do one step more."""
-        if self.state.global_step < self.state.max_steps:
+        """Nothing is left to do for a run that is resumed after its last step, or has been stopped before its first.
+
+        The Trainer would do one step more.
+        """
+        if self.state.global_step < self.state.max_steps and not self.was_stopped:
             super()._run_epoch(**options)
         else:
             self.control.should_training_stop = True
@@ -128,6 +131,14 @@ class ResumableTrainer(SFTTrainer):
         """The start is over, and has taken as long as this process is there. The best checkpoint is where it is now."""
         find_best(self.state, self.last_saved)
         self._start_seconds = time.time() - psutil.Process().create_time()
+        if self.last_saved is not None and owes_evaluation(self.args, self.state):
+            self._make_up_for_evaluation(self.last_saved)
+
+    def _make_up_for_evaluation(self, resumed_from: Path) -> None:
+        """The run was stopped in it, or instead of it."""
+        metrics = self._evaluate(None, None)
+        if self._determine_best_metric(metrics, None) and self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(resumed_from)
 
     def _say_lead_time(self, save_seconds: float) -> None:
         """With the first checkpoint, how long before its end a job must be warned. On the first rank."""
@@ -217,6 +228,23 @@ class _StepBorders(TrainerCallback):
         """The end was no end of an epoch: what is due there is not due."""
         if self._requests.agreed:
             control.should_evaluate = control.should_save = control.should_log = False
+
+
+def owes_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether an evaluation was due after the last step, by the rules of the Trainer, and has not been done.
+
+    Args:
+        args: of the Trainer.
+        state: read from a checkpoint.
+    """
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        last = state.global_step >= state.max_steps
+        due = (last or state.global_step % state.eval_steps == 0) and args.eval_delay <= state.global_step
+    else:
+        at_end = state.epoch is not None and float(state.epoch).is_integer()
+        due = args.eval_strategy == IntervalStrategy.EPOCH and at_end and args.eval_delay <= (state.epoch or 0)
+    logged = (entry for entry in state.log_history if entry["step"] == state.global_step)
+    return due and not any(name.startswith("eval_") for entry in logged for name in entry)
 
 
 def find_best(state: TrainerState, resumed_from: Path | None) -> None:

@@ -206,7 +206,7 @@ def warning_of(counts: Mapping[str, int], spread_by: str) -> str | None:
     most, total = max(counts.values()), sum(counts.values())
     if len(counts) > 1 and most > MOST_OF_ONE_BLOCK * total:
         favourite = next(name for name, count in counts.items() if count == most)
-        return f"{block_ranges([favourite])} took {most / total:.0%} of the turns of {len(counts)} blocks: {spread_by}"
+        return f"{block_ranges([favourite])} took {most:,} of {total:,} turns of {len(counts)} blocks: {spread_by}"
     if not total:
         return "nothing was trained: every step was skipped, or only measured"
     if not idle:

@@ -86,9 +86,9 @@ class LeanSteps(ResumableTrainer):
 
     def training_begins(self) -> None:
         """A resumed run counts its tokens on."""
-        super().training_begins()
         if self._keeps_count:
             self._total_train_tokens = self.state.num_input_tokens_seen
+        super().training_begins()
 
     @property
     def _keeps_count(self) -> bool:

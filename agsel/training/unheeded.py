@@ -31,6 +31,7 @@ NEVER = {
     "fsdp": OTHER_DIVISION,
     "fsdp_config": OTHER_DIVISION,
     "ignore_bias_buffers": DDP,
+    "ignore_data_skip": "would let a resumed run begin with rows that it has seen: leave it out",
     "label_names": "is not read, labels are called labels: leave it out",
     "lora_task_type": "makes adapters that are not loaded as a language model's: leave it out",
     "optim_args": OTHER_OPTIMIZER,

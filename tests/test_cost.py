@@ -16,7 +16,7 @@ from tests.tiny import tiny_model
 
 
 def test_steps_take_as_long_as_they_take_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of 2 s, with 1 s for rows; logging, an evaluation and a checkpoint of 10 s each between them."""
+    """Three of 2 s each; two evaluations and a checkpoint of 10 s each after them."""
     now = [0.0]
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
     trainer: Any = SimpleNamespace(model=tiny_model())
@@ -24,7 +24,7 @@ def test_steps_take_as_long_as_they_take_without_pauses(monkeypatch: pytest.Monk
     callback, state, control = cost.CostCallback(trainer, configuration), TrainerState(), TrainerControl()
     arguments: Any = None
     callback.on_train_begin(arguments, state, control)
-    for pause in (callback.on_log, callback.on_evaluate, callback.on_save):
+    for pause in (callback.on_evaluate, callback.on_save, callback.on_evaluate):
         now[0] += 2
         callback.on_step_end(arguments, state, control)
         now[0] += 10

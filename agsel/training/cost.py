@@ -39,17 +39,13 @@ class CostCallback(TrainerCallback):
         self._began = self._border = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step ends and the next one begins."""
+        """A step ends and the next one begins, to which the reading of its loss counts: that waits for the device."""
         now = time.perf_counter()
         self._durations.append(now - self._border)
         self._border = now
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Logging is no part of a step."""
-        self._border = time.perf_counter()
-
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Nor is an evaluation."""
+        """An evaluation is no part of a step."""
         self._border = time.perf_counter()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -679,6 +679,9 @@ def test_a_run_adapts_the_one_module_that_is_named(runs: tuple[Path, dict[str, A
     written = json.loads((folder / "adapted" / "model" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["q_proj"]
     assert written["revision"] == "second", "of the base model, for whoever loads the adapter"
+    poor = "note      over adapters AdaGradSelect has learnt less than LoRA"
+    assert output.count(poor) == 1
+    assert not any(poor in outcomes[name][1] for name in ("mended", "adapted-tied"))
 
 
 @pytest.mark.parametrize("name", ["adapted", "adapted-3", "adapted-from"])

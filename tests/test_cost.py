@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,11 @@ from agsel.training import cost
 from tests.tiny import tiny_model
 
 
-def test_steps_take_as_long_as_they_take_without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three of 2 s each; two evaluations and a checkpoint of 10 s each after them."""
+@pytest.mark.parametrize("pause", [cost.CostCallback.on_evaluate, cost.CostCallback.on_save])
+def test_steps_take_as_long_as_they_take_without_pauses(
+    monkeypatch: pytest.MonkeyPatch, pause: Callable[..., None]
+) -> None:
+    """Three of 2 s each, and a pause of 10 s after each."""
     now = [0.0]
     monkeypatch.setattr(cost.time, "perf_counter", lambda: now[0])
     trainer: Any = SimpleNamespace(model=tiny_model())
@@ -24,11 +28,11 @@ def test_steps_take_as_long_as_they_take_without_pauses(monkeypatch: pytest.Monk
     callback, state, control = cost.CostCallback(trainer, configuration), TrainerState(), TrainerControl()
     arguments: Any = None
     callback.on_train_begin(arguments, state, control)
-    for pause in (callback.on_evaluate, callback.on_save, callback.on_evaluate):
+    for _ in range(3):
         now[0] += 2
         callback.on_step_end(arguments, state, control)
         now[0] += 10
-        pause(arguments, state, control)
+        pause(callback, arguments, state, control)
     callback.on_train_end(arguments, state, control)
     found = callback.describe(state)
     assert (found["step_seconds"], found["timed_steps"], found["train_seconds"]) == (2, 3, 36)

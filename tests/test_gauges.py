@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig
 
+from agsel.planning.memory import meta_model
 from agsel.training import gauges
 from agsel.training.gauges import Gauges
 from agsel.zero import waits
@@ -127,3 +129,12 @@ def test_utilisation_is_of_all_ranks_and_only_of_models_that_tell_their_size(
     assert measured.read(1000)["speed/mfu"] == pytest.approx(500 * 1e6 / 2e9)
     monkeypatch.undo()
     assert gauges._flops_per_token(nn.Linear(2, 2), CPU) is None  # type: ignore[arg-type]
+
+
+def test_no_arithmetic_is_told_of_experts() -> None:
+    """Every token passes two of four; and their weights are no linear layers of PyTorch's."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=64)
+    arguments: Any = SimpleNamespace(max_length=16)
+    assert gauges._flops_per_token(meta_model(config), arguments) is None
+    assert gauges._flops_per_token(tiny_model(), arguments)

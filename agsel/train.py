@@ -32,6 +32,7 @@ from agsel.runs.outliving import outliving_output
 from agsel.runs.preemption import SignalWatch, StopRequests, exit_code_of_stop, host_group
 from agsel.runs.rank_log import LOG
 from agsel.runs.ranks import ends_in_one_line, join_ranks, limit_waiting, warn_on_one_rank
+from agsel.runs.trainer import saved_step
 from agsel.runs.turns import in_turns
 from agsel.runs.watchdog import watched_ranks
 from agsel.training import train_blocks
@@ -133,7 +134,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     first_rank_does(partial(write_configuration, configuration), group)
     first_rank_does(partial(write_environment, environment, run_folder), group)
     if checkpoint is not None:
-        said = first_rank_does(partial(checkpoints.set_aside_later, run_folder, checkpoint), group)
+        said = first_rank_does(lambda: checkpoints.set_aside_later(run_folder, saved_step(checkpoint)), group)
         if said is not None:
             on_first_rank(f"aside     {said}")
     beginning.is_over(group)

@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from agsel.runs import checkpoints, resume
+from agsel.runs.trainer import saved_step
 from tests.distributed import REPOSITORY
 from tests.test_launch import alone
 from tests.tiny_run import TRAIN, save_model, save_rows, settings
@@ -214,12 +215,12 @@ def test_rotation_keeps_the_best_and_the_one_just_saved(run: Path, monkeypatch: 
 def test_what_a_run_does_once_more_is_set_aside(run: Path) -> None:
     """Every time; or a run that stops before it has come as far would go on from there."""
     before = content(run / "checkpoint-6")
-    assert checkpoints.set_aside_later(run, run / "checkpoint-6") is None
-    said = checkpoints.set_aside_later(run, run / "checkpoint-2")
+    assert checkpoints.set_aside_later(run, saved_step(run / "checkpoint-6")) is None
+    said = checkpoints.set_aside_later(run, saved_step(run / "checkpoint-2"))
     assert said == "checkpoint-4, checkpoint-6: of what came after step 2 before, moved into abandoned-1/"
     assert resume.find_checkpoint("auto", run, None) == run / "checkpoint-2"
     shutil.copytree(run / "checkpoint-2", run / "checkpoint-4")
-    said = checkpoints.set_aside_later(run, run / "checkpoint-2")
+    said = checkpoints.set_aside_later(run, saved_step(run / "checkpoint-2"))
     assert said == "checkpoint-4: of what came after step 2 before, moved into abandoned-2/"
     assert content(run / "abandoned-1" / "checkpoint-6") == before
 

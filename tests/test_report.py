@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -482,3 +484,10 @@ def sources_for(page: Page, width: int, scheme: str) -> list[dict[str, str]]:
     paper = ["(prefers-color-scheme: dark)"] if scheme == "dark" else []
     meant = {" and ".join(paper), " and ".join([*paper, *narrow])}
     return [image for image in page.images if image.get("media", "") in meant]
+
+
+def test_a_page_is_made_without_the_libraries_of_training() -> None:
+    """They take seconds to import."""
+    script = "import sys, agsel.report; print({'transformers', 'trl', 'datasets'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"

@@ -80,10 +80,10 @@ def prepare_output(path: Path) -> None:
         UserError: it cannot be made, `path` is a folder itself, or the file of the rows, or something else that is
             not of an evaluation would be overwritten.
     """
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"--output {path} is no file that could be replaced: leave it out, or name another")
     if path.is_dir():
         raise UserError(f"--output {path} is a folder: name a file, for example {path / 'results.json'}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"--output {path} is no file that could be replaced: leave it out, or name another")
     for ending, what in ((".jsonl", "file for the rows"), (".parts", "folder for work in progress")):
         if path.suffix == ending:
             raise UserError(f"--output {path} is the name of the {what}: write {path.with_suffix('.json')}")

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers.trainer import TRAINER_STATE_NAME
 
 from agsel.errors import UserError
 from agsel.monitor.progress import Progress
@@ -149,12 +148,11 @@ def missing_part(folder: Path) -> str | None:
     return None
 
 
-def set_aside_later(run_folder: Path, checkpoint: Path) -> str | None:
-    """Move checkpoints of later steps than the one that the run goes on from out of the way, into a new folder.
+def set_aside_later(run_folder: Path, step: int) -> str | None:
+    """Move checkpoints of later steps than that which the run goes on from out of the way, into a new folder.
 
     Else a run that stops before it has come as far would go on from them. Returns what was done, if anything.
     """
-    step = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"]
     later = [folder for folder in checkpoints_in(run_folder) if int(folder.name.removeprefix(PREFIX)) > step]
     if not later:
         return None

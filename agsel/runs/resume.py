@@ -82,12 +82,12 @@ def find_checkpoint(wanted: str | None, run_folder: Path, group: Any) -> Path | 
         return None
     if wanted not in NEWEST:
         reason = checkpoints.damage(Path(wanted), group)
-        if reason is not None and checkpoints.checkpoints_in(Path(wanted)):
-            raise UserError(
-                f"{wanted} (--resume_from_checkpoint) is a run folder: name one of its checkpoints, or give it as "
-                "--output_dir with --resume_from_checkpoint auto"
-            )
         if reason is not None:
+            if checkpoints.checkpoints_in(Path(wanted)):
+                raise UserError(
+                    f"{wanted} (--resume_from_checkpoint) is a run folder: name one of its checkpoints, or give it as "
+                    "--output_dir with --resume_from_checkpoint auto"
+                )
             raise UserError(
                 f"cannot resume from {wanted} (--resume_from_checkpoint): {reason}; use another checkpoint, or auto "
                 "for the newest complete one"

@@ -247,6 +247,11 @@ def owes_evaluation(args: TrainingArguments, state: TrainerState) -> bool:
     return due and not any(name.startswith("eval_") for entry in logged for name in entry)
 
 
+def saved_step(checkpoint: Path) -> int:
+    """After which step it was saved, whatever its folder is called."""
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+
+
 def find_best(state: TrainerState, resumed_from: Path | None) -> None:
     """Let a state that was read from a checkpoint know the best one beside it, though their folder has moved since.
 

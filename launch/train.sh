@@ -27,6 +27,12 @@ if [ -z "$hostfile" ] && ! type -P -- "${1:-}" > /dev/null; then
   echo "agsel: error: train.sh: ${1:-nothing} is no command: give RUN_FOLDER, then for example deepspeed launch/train.py ..." >&2
   exit 2
 fi
+for word in "$@"; do
+  if [[ $word == --output[_-]dir* || $word == --resume[_-]from[_-]checkpoint* ]]; then
+    echo "agsel: error: train.sh: $word: leave it out: a run goes on in RUN_FOLDER, from its newest checkpoint" >&2
+    exit 2
+  fi
+done
 [ -z "$hostfile" ] || set -- python "$(dirname "${BASH_SOURCE[0]}")/hosts.py" "$hostfile" "$run" "$@"
 
 mkdir -p "$run" || exit 2

@@ -40,7 +40,7 @@ from tools.comparison.differences import Judged
 from tools.comparison.method_rates import parse_cell, plan_of_rates
 from tools.comparison.origin import contents_of
 from tools.comparison.overlaps import said_of_overlaps
-from tools.comparison.pareto import Point, front, points_of
+from tools.comparison.pareto import points_of
 from tools.comparison.places import Gpu, Place, places, said_of_others, visible
 from tools.comparison.plan import BEFORE, Plan, Run, words_of
 from tools.comparison.plan_file import read_plan
@@ -413,15 +413,6 @@ def test_seeds_are_averaged_row_by_row_and_other_rows_are_refused() -> None:
         differences.nll_difference(judged([1, 2], [3, 4]), judged([1, 2, 3], [3, 4, 5]))
     with pytest.raises(RunError, match="different rows"):
         differences.nll_difference(judged([1, 2], [3, 4]), judged([1, 2], [3, 5]))
-
-
-def test_a_front_has_what_nothing_beats_in_both() -> None:
-    known = [(1.0, 5.0, "cheap"), (2.0, 5.0, "dearer, equal"), (2.0, 3.0, "better"), (3.0, 4.0, "beaten")]
-    points = [Point(*values) for values in known]
-    assert [point.name for point in front(points, higher_is_better=False)] == ["cheap", "better"]
-    assert [point.name for point in front(points, higher_is_better=True)] == ["cheap"]
-    best = Point(9.0, 6.0, "best")
-    assert [point.name for point in front([*points, best], higher_is_better=True)] == ["cheap", "best"]
 
 
 NVIDIA_SMI = "0, GPU-a, 100000, 4\n1, GPU-b, 100000, 20000\n2, GPU-c, 100000, 0\n"

@@ -61,6 +61,12 @@ def require_finished(folder: Path, output: str, *, resumed_after: int) -> None:
         (["run"], "nothing is no command"),
         (["run", "--config", "a.yaml"], "--config is no command"),
         (["run", "a_command_that_is_not_there"], "a_command_that_is_not_there is no command"),
+        (["run", "true", "--output_dir", "other"], "--output_dir: leave it out"),
+        (
+            ["run", "true", "--resume_from_checkpoint=run/checkpoint-4"],
+            "--resume_from_checkpoint=run/checkpoint-4: leave",
+        ),
+        (["--hostfile", "hosts", "run", "--resume-from-checkpoint", "x"], "--resume-from-checkpoint: leave it out"),
     ],
 )
 def test_a_command_is_asked_for_before_anything_is_made(words: list[str], complaint: str, tmp_path: Path) -> None:

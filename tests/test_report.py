@@ -269,10 +269,13 @@ def test_several_runs_are_compared_to_the_first(comparison: Page) -> None:
     assert [trade.rpartition(": ")[2] for trade in trades] == ["third, a/out, b/out"] * 2 + ["third"] * 2
 
 
-def test_the_front_is_of_those_that_no_other_beats() -> None:
-    points = [Point("dear", 3, 0.5), Point("good", 2, 0.5), Point("cheap", 1, 0.9), None, Point("bad", 2, 1.0)]
-    assert [point.name for point in Trade("loss", "time", False, points).front] == ["cheap", "good"]
-    assert [point.name for point in Trade("accuracy", "time", True, points).front] == ["cheap", "bad"]
+def test_a_front_has_what_nothing_beats_in_both() -> None:
+    known = [("cheap", 1.0, 5.0), ("dearer, equal", 2.0, 5.0), ("better", 2.0, 3.0), ("beaten", 3.0, 4.0)]
+    points = [None, *(Point(*values) for values in known)]
+    assert [point.name for point in Trade("loss", "time", False, points).front] == ["cheap", "better"]
+    assert [point.name for point in Trade("accuracy", "time", True, points).front] == ["cheap"]
+    best = Point("best", 9.0, 6.0)
+    assert [point.name for point in Trade("accuracy", "time", True, [*points, best]).front] == ["cheap", "best"]
 
 
 def test_long_curves_are_thinned_and_keep_what_stands_out() -> None:

@@ -13,6 +13,8 @@ from tests.tiny_run import TRAIN, save_model, save_rows, settings
 HERE = {"MASTER_ADDR": "127.0.0.1"}
 """Nodes that are all this machine cannot be found by their names."""
 
+TASKS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
+
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Slurm]:
@@ -39,9 +41,8 @@ def test_a_job_that_is_warned_is_queued_again_and_goes_on(
     """By the signal that Slurm sends before the time is up."""
     run, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
     recipe.write_text("max_steps: 100000")
-    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
     arguments = settings(*parts, run, output_dir=None, max_steps=None, logging_steps=1)
-    job = slurm.submit(*options, "launch/train.sbatch", run, "--config", recipe, *arguments, env=HERE)
+    job = slurm.submit(*TASKS, "launch/train.sbatch", run, "--config", recipe, *arguments, env=HERE)
     job.says(r"step +3/100000")
     slurm.run("scancel", "--batch", "--signal=USR1", job.number)
     job.says("queued again, restart 1")
@@ -52,3 +53,9 @@ def test_a_job_that_is_warned_is_queued_again_and_goes_on(
     assert output.count("float32, 2 ranks") == 2
     assert output.count("done      ") == 1
     assert (run / "model" / "model.safetensors").exists()
+
+
+def test_a_job_chooses_its_folder_and_checkpoint_itself(slurm: Slurm, tmp_path: Path) -> None:
+    job = slurm.submit(*TASKS, "launch/train.sbatch", tmp_path / "run", "--output_dir", tmp_path / "other", env=HERE)
+    assert "--output_dir: leave it out" in job.ends("FAILED")
+    assert not (tmp_path / "run").exists()

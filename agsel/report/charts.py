@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -96,11 +96,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """A run by what it cost and what it came to."""
+    """What something cost and what it came to, a run for example."""
 
     name: str
     cost: float
     result: float
+
+
+AnyPoint = TypeVar("AnyPoint", bound=Point)
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,18 @@ class Trade:
 
     @property
     def front(self) -> list[Point]:
-        """The points to which no other is equal or better in both, by rising cost."""
-        sign = -1 if self.higher_is_better else 1
-        best: list[Point] = []
-        known = [point for point in self.points if point is not None]
-        for point in sorted(known, key=lambda point: (point.cost, sign * point.result)):
-            if not best or sign * point.result < sign * best[-1].result:
-                best.append(point)
-        return best
+        """As of `front`."""
+        return front((point for point in self.points if point is not None), higher_is_better=self.higher_is_better)
+
+
+def front(points: Iterable[AnyPoint], *, higher_is_better: bool) -> list[AnyPoint]:
+    """The points to which no other is equal or better in both cost and result (Pareto's front), by rising cost."""
+    sign = -1 if higher_is_better else 1
+    best: list[AnyPoint] = []
+    for point in sorted(points, key=lambda point: (point.cost, sign * point.result)):
+        if not best or sign * point.result < sign * best[-1].result:
+            best.append(point)
+    return best
 
 
 def subjects_of(runs: Sequence[Run]) -> list[Subject]:

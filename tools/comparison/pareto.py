@@ -5,41 +5,28 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from agsel.report.charts import Point, front
 from tools.comparison.comparison_table import Row
 
 RESULTS = ("NLL", "exact match, %")
 COSTS = ("train time, s", "peak memory, GB")
 
 
-class Point(NamedTuple):
-    """A cell.
+@dataclass(frozen=True)
+class CellPoint(Point):
+    """Means of a cell over its seeds.
 
     Attributes:
-        cost: mean over its seeds.
-        result: mean over its seeds.
-        name: of the cell.
         spread: standard deviation of the result over the seeds; 0 for a single one.
     """
 
-    cost: float
-    result: float
-    name: str
     spread: float = 0.0
-
-
-def front(points: Sequence[Point], *, higher_is_better: bool) -> list[Point]:
-    """The points to which no other is equal or better in both cost and result, by rising cost."""
-    sign = -1 if higher_is_better else 1
-    best: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.cost, sign * point.result)):
-        if not best or sign * point.result < sign * best[-1].result:
-            best.append(point)
-    return best
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -57,7 +44,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def points_of(rows: Sequence[Row], result: str, cost: str) -> list[Point]:
+def points_of(rows: Sequence[Row], result: str, cost: str) -> list[CellPoint]:
     """The cells that have both; a result that is no number has no place."""
     points = []
     for row in rows:
@@ -66,17 +53,18 @@ def points_of(rows: Sequence[Row], result: str, cost: str) -> list[Point]:
         spent = row.train_seconds if cost == "train time, s" else peak and peak / 1e9
         if values and all(map(math.isfinite, values)) and spent is not None:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            points.append(Point(spent, statistics.fmean(values), row.name, spread))
+            points.append(CellPoint(row.name, spent, statistics.fmean(values), spread))
     return points
 
 
-def _draw_panel(axis: Any, points: Sequence[Point], *, higher_is_better: bool) -> None:
+def _draw_panel(axis: Any, points: Sequence[CellPoint], *, higher_is_better: bool) -> None:
     best = front(points, higher_is_better=higher_is_better)
     steps = [[point.cost for point in best], [point.result for point in best]]
     axis.plot(*steps, color="#dd8452", drawstyle="steps-post", zorder=1)
     for point in points:
         color = "#dd8452" if point in best else "#4c72b0"
-        axis.errorbar(point.cost, point.result, yerr=point.spread or None, fmt="o", color=color, zorder=2)
-        axis.annotate(point.name, point[:2], xytext=(5, 5), textcoords="offset points", fontsize="small")
+        place = point.cost, point.result
+        axis.errorbar(*place, yerr=point.spread or None, fmt="o", color=color, zorder=2)
+        axis.annotate(point.name, place, xytext=(5, 5), textcoords="offset points", fontsize="small")
     axis.margins(0.15)
     axis.spines[["top", "right"]].set_visible(False)

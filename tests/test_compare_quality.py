@@ -260,6 +260,14 @@ def test_rows_that_are_in_two_parts_are_said() -> None:
     ]
 
 
+def test_rows_of_every_cell_are_compared(parts: Path, tmp_path: Path) -> None:
+    cells = plan_of(parts)["cells"]
+    plan = plan_of(parts, cells=cells | {"topk": cells["topk"] | {"dataset_train_split": "train[:42]"}})
+    assert require_sound(read_plan(written(tmp_path / "plan.yaml", plan))) == [
+        "note      2 of the 8 rows of the test part are among those of the training data"
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -38,6 +38,13 @@ KINDS = {str: "text", list: "a list", dict: "a mapping", int: "a number", float:
 EVALUATION = "evaluation data"
 
 
+READ_BY = (
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "datasets"),
+    *("eval_strategy", "eval_dataset", "eval_split_fraction", "eval_tasks", "seed"),
+)
+"""Settings by which `load_data` reads, beside the columns."""
+
+
 @dataclass(frozen=True)
 class RunData:
     """The rows of a run, in the features of `agsel.data.formats`.
@@ -74,7 +81,7 @@ def load_data(values: Values, fields: Fields) -> RunData:
     """Read the datasets of a run.
 
     Args:
-        values: the settings of the run.
+        values: the settings of the run, `READ_BY` among them.
         fields: which columns are learnt.
 
     Raises:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset
@@ -21,7 +22,7 @@ from agsel.evaluation.harness import require_tasks, tasks_of_harness
 from agsel.evaluation.options import EvaluationArguments
 from agsel.evaluation.tasks import Task
 from agsel.train import default_settings
-from agsel.training.data import load_data, require_data
+from agsel.training.data import READ_BY, load_data, require_data
 from agsel.training.settings import Settings, read_settings
 from tools.comparison.overlaps import said_of_overlaps
 from tools.comparison.plan import PARTS, Cell, Part, Plan, Run, words_of
@@ -40,6 +41,8 @@ OF_THE_RUNS = {
     "output": "results go into the folder of each run",
 }
 """Flags of launch/evaluate.py that a plan must not have, and why."""
+Rows = dict[str, Dataset]
+"""To train on and of each part, by what they are."""
 
 
 def require_sound(plan: Plan) -> list[str]:
@@ -57,16 +60,15 @@ def require_sound(plan: Plan) -> list[str]:
     unknown = next((name for name in plan.compare_with if name not in plan.cells), None)
     if unknown is not None:
         raise UserError(f"compare_with names {unknown}, which is no cell: there are {', '.join(plan.cells)}")
+    rows: dict[str, Rows] = {}
     with TemporaryDirectory() as folder:
         shared = Path(folder, "shared.yaml")
         write_shared(plan, shared)
-        resolved = {cell.name: _resolve(cell, plan, shared) for cell in plan.cells.values()}
+        settings = {cell.name: _resolve(cell, plan, shared, rows) for cell in plan.cells.values()}
     for one, other in combinations(plan.cells.values(), 2):
-        same = resolved[one.name].settings == resolved[other.name].settings
-        if same and {*one.learning_rates} & {*other.learning_rates}:
+        if settings[one.name] == settings[other.name] and {*one.learning_rates} & {*other.learning_rates}:
             raise UserError(f"cells {one.name} and {other.name} train the same: leave one out")
-    lines = [line for cell in resolved.values() for line in said_of_overlaps(cell.rows)]
-    return list(dict.fromkeys(lines))
+    return list(dict.fromkeys(line for of_cells in rows.values() for line in said_of_overlaps(of_cells)))
 
 
 def write_shared(plan: Plan, path: Path) -> None:
@@ -128,20 +130,12 @@ def _require_same_answers(plan: Plan) -> None:
                 )
 
 
-class _Resolved(NamedTuple):
-    """A cell.
+def _resolve(cell: Cell, plan: Plan, shared: Path, rows: dict[str, Rows]) -> dict[str, Any]:
+    """The settings of a cell beside its learning rate, after refusing them and those of its evaluation.
 
-    Attributes:
-        settings: all beside its learning rate.
-        rows: to train on and of each part.
+    Args:
+        rows: of the cells before, by what names them; other ones of this cell are added.
     """
-
-    settings: dict[str, Any]
-    rows: dict[str, Dataset]
-
-
-def _resolve(cell: Cell, plan: Plan, shared: Path) -> _Resolved:
-    """A cell, after refusing its settings and those of its evaluation."""
     run = Run(cell.name, cell.learning_rates[0], plan.seeds[0])
     with said_of(f"cell {cell.name}"):
         settings = _train_settings(cell, plan, shared)
@@ -150,11 +144,19 @@ def _resolve(cell: Cell, plan: Plan, shared: Path) -> _Resolved:
         own = [tasks[part].source for part in plan.parts if part != "other"]
         if len({(source.name, source.split, source.config) for source in own}) < len(own):
             raise UserError("validation and test are the same rows: the test part must not choose the learning rate")
-        rows = {"the training data": load_data(settings.values, settings.group(Fields)).train}
-        for part, task in tasks.items():
-            with said_of(f"the {part} part"):
-                rows[f"the {part} part"], _ = read_rows(task.source, task.fields)
-    return _Resolved(settings.values, rows)
+        data = {name: settings.values[name] for name in READ_BY}
+        named = repr((data, settings.group(Fields), tasks))
+        if named not in rows:
+            rows[named] = _read(data, settings.group(Fields), tasks)
+    return settings.values
+
+
+def _read(data: Mapping[str, Any], fields: Fields, tasks: Mapping[Part, Task]) -> Rows:
+    rows = {"the training data": load_data(data, fields).train}
+    for part, task in tasks.items():
+        with said_of(f"the {part} part"):
+            rows[f"the {part} part"], _ = read_rows(task.source, task.fields)
+    return rows
 
 
 def _train_settings(cell: Cell, plan: Plan, shared: Path) -> Settings:

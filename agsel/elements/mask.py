@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from agsel.errors import UserError, said_of
+from agsel.replacing import replacing
 
 INDICES, VALUES = ".indices", ".values"
 """What follows the name of a weight in a file of elements."""
@@ -92,13 +93,8 @@ def write(
 ) -> None:
     """Write a file of elements; complete or not at all."""
     header = json.dumps({"shapes": {name: list(shape) for name, shape in shapes.items()}, "about": dict(about)})
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        save_file(dict(tensors), unfinished, metadata={HEADER: header, "format": "pt"})
-        unfinished.replace(path)
-    except Exception:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with replacing(path) as staged:
+        save_file(dict(tensors), staged, metadata={HEADER: header, "format": "pt"})
 
 
 def read(path: Path, *kinds: str) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, ...]], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class AgselError(Exception):
@@ -21,6 +22,18 @@ class MissingError(AgselError, FileNotFoundError):
 
 class RunError(AgselError, RuntimeError):
     """A run that cannot go on as it is: its ranks disagree, its gradients are not finite, its disk is full."""
+
+
+class ParserComplaints:
+    """Before an `argparse.ArgumentParser` among the bases of a class: its complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a command line.
+
+        Raises:
+            UserError: with the message.
+        """
+        raise UserError(message)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from agsel.data.fields import Fields, with_line_breaks
 from agsel.data.sources import Source
@@ -40,7 +40,7 @@ from agsel.evaluation.harness import evaluate_with_harness, require_tasks, tasks
 from agsel.evaluation.kept import KeptResults
 from agsel.evaluation.limits import require_embedded, window_of
 from agsel.evaluation.loading import fingerprint_of_files, limit_memory, load_model, own_device
-from agsel.evaluation.options import EvaluationArguments
+from agsel.evaluation.options import EvaluationArguments, EvaluationParser
 from agsel.evaluation.questions import read_questions, read_text
 from agsel.evaluation.tasks import Task, read_tasks
 from agsel.evaluation.work import Measured, Measurer, Part, Unit, cut_into_units, put_together, share_of
@@ -76,7 +76,7 @@ def read_arguments(words: Sequence[str]) -> tuple[EvaluationArguments, Fields]:
     Raises:
         UserError: a setting is unknown or out of its range.
     """
-    parser = HfArgumentParser((EvaluationArguments, Fields), description=__doc__, allow_abbrev=False)
+    parser = EvaluationParser((EvaluationArguments, Fields), description=__doc__, allow_abbrev=False)
     own = [word for word in words if not word.startswith(OF_LAUNCHER)]
     with complaints_of_libraries():
         words = with_line_breaks(own)

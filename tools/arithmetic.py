@@ -168,7 +168,9 @@ def write_model(folder: Path, seed: int) -> None:
 
 def main() -> None:
     """Write data and model below `--output`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder that receives data/ and base/")
     parser.add_argument("--seed", type=int, default=0, help="of the problems and of the weights")
     arguments = parser.parse_args()

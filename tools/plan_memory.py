@@ -178,7 +178,9 @@ def workload(options: argparse.Namespace) -> Workload:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help=f"{', '.join(MODEL_SHAPES)}, a folder or a hub name")
     parser.add_argument("--gpus", type=int, default=2, help="data-parallel ranks")
     parser.add_argument("--gpus_per_host", type=int, help="ranks that share a host's memory; default: all")

@@ -18,7 +18,9 @@ from agsel.report import REPORT, write_report
 
 def main(arguments: list[str]) -> None:
     """Write the page, and say where it is."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
     parser.add_argument("--output", type=Path, help="file to write; by default report.html, of one run in its folder")
     options = parser.parse_args(arguments)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from agsel.errors import UserError
+from transformers import HfArgumentParser
+
+from agsel.errors import ParserComplaints, UserError
 from agsel.evaluation.answers import NUMBER
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -112,3 +114,7 @@ class EvaluationArguments:
             raise UserError("--limit is of --tasks, --dataset or --lm_eval: name some, or leave it out")
         if self.answer_pattern != NUMBER and (self.tasks or not self.dataset_name):
             raise UserError("--answer_pattern is of --dataset without --tasks, which have their own: leave one out")
+
+
+class EvaluationParser(ParserComplaints, HfArgumentParser):
+    """Of `EvaluationArguments` and the columns."""

@@ -23,7 +23,7 @@ from trl import SFTConfig, TrlParser
 
 from agsel import shipped
 from agsel.data.fields import with_line_breaks
-from agsel.errors import UserError, complaints_of_libraries, require_known
+from agsel.errors import ParserComplaints, UserError, complaints_of_libraries, require_known
 from agsel.place import is_first_of_host
 from agsel.policies import Policy
 from agsel.training.arguments import SelectionArguments
@@ -278,11 +278,8 @@ def _what_it_must_be(value: Any, kinds: set[type], names: set[str]) -> str | Non
     return None
 
 
-class _Parser(TrlParser):
-    """`TrlParser` whose complaints are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+class _Parser(ParserComplaints, TrlParser):
+    """Of settings."""
 
 
 def _require_possible(settings: dict[str, Any]) -> None:

@@ -140,3 +140,10 @@ def test_a_task_that_the_harness_does_not_take_is_refused(tmp_path: Path, conten
         path.write_text(content)
     with pytest.raises(ValueError, match=r"cannot load .*task.yaml \(--lm_eval\): "):
         require_tasks((str(path),))
+
+
+def test_a_value_of_the_wrong_kind_is_refused_as_a_mistake_of_the_user() -> None:
+    with pytest.raises(UserError, match=r"--batch_size.* 'many'"):
+        evaluate.read_arguments(["--model", "m", "--batch_size", "many"])
+    with pytest.raises(UserError, match="--model"):
+        evaluate.read_arguments(["--batch_size", "2"])

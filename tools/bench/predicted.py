@@ -148,7 +148,10 @@ def workload_of(configuration: Configuration) -> Workload:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="bench_predicted.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS,
+        prog="bench_predicted.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="--output of tools/bench.py")
     return parser

@@ -8,18 +8,17 @@ from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser
 
 from agsel.data.fields import Fields
 from agsel.data.formats import read_rows
 from agsel.errors import UserError, complaints_of_libraries, one_line, said_of
 from agsel.evaluate import tasks_of
 from agsel.evaluation.harness import require_tasks, tasks_of_harness
-from agsel.evaluation.options import EvaluationArguments
+from agsel.evaluation.options import EvaluationArguments, EvaluationParser
 from agsel.evaluation.tasks import Task
 from agsel.train import default_settings
 from agsel.training.data import READ_BY, load_data, require_data
@@ -171,7 +170,7 @@ def _require_evaluation(plan: Plan, run: Run, part: Part) -> Task:
     """What is judged in a part, after refusing its flags."""
     flags = {"model": plan.shared.get("model_name_or_path"), **plan.evaluation_of(run, part)}
     with said_of(f"the {part} part"), complaints_of_libraries():
-        parser = _Parser((EvaluationArguments, Fields), allow_abbrev=False)
+        parser = EvaluationParser((EvaluationArguments, Fields), allow_abbrev=False)
         arguments, fields, unknown = parser.parse_args_into_dataclasses(
             [*words_of(flags)], return_remaining_strings=True
         )
@@ -184,10 +183,3 @@ def _require_evaluation(plan: Plan, run: Run, part: Part) -> Task:
         with said_of(f"the {part} part"):
             require_tasks(tasks_of_harness(arguments.lm_eval))
     return tasks[0]
-
-
-class _Parser(HfArgumentParser):
-    """`HfArgumentParser` whose complaints are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)

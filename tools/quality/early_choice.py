@@ -106,7 +106,9 @@ def _rows(options: argparse.Namespace) -> list[Row]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="folder")
     parser.add_argument("--rows", type=Path, required=True, help="GSM8K's train.jsonl")
     parser.add_argument("--steps", type=int, default=8)

@@ -236,7 +236,9 @@ def compare(options: argparse.Namespace) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--model", required=True, help="folder of a model in the format of Hugging Face")
     options.add_argument("--rows", type=Path, required=True, help="GSM8K: JSONL with a question and an answer a line")
     options.add_argument("--measure_at", type=int, nargs="+", default=[0, 5, 15, 30, 60], help="steps; the last ends")

@@ -58,7 +58,9 @@ def write(options: argparse.Namespace) -> None:
 
 def main() -> None:
     """Write the files, or say in one line why not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     parser.add_argument("--rows", default="meta-math/MetaMathQA", help="hub dataset, or file with query and response")
     parser.add_argument("--articles", default="HuggingFaceFW/finewiki", help="hub dataset, or file with text")

@@ -30,7 +30,9 @@ def text_of(topics: Mapping[str, str]) -> str:
 
 def main() -> None:
     """Write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path)
     output = parser.parse_args().output
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,9 @@ def count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--output", type=Path, required=True, help="folder that receives the three files")
     options.add_argument(
         "--digits", type=int, choices=range(1, MOST_DIGITS + 1), default=3, help="of the first number (default 3)"

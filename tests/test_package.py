@@ -60,7 +60,15 @@ FLOORS = {
     "agsel/adapters.py": {"agsel.errors", "agsel.low_rank", "agsel.upstream", "torch", "peft"},
     "agsel/modes.py": {"torch", "transformers"},
     "agsel/policies": {"agsel.errors", "numpy"},
-    "agsel/elements": {"agsel.errors", "agsel.blocks", "agsel.modes", "deepspeed", "safetensors", "torch"},
+    "agsel/elements": {
+        "agsel.errors",
+        "agsel.replacing",
+        "agsel.blocks",
+        "agsel.modes",
+        "deepspeed",
+        "safetensors",
+        "torch",
+    },
     "agsel/data": {"agsel.errors", "datasets", "pyarrow", "transformers", "trl"},
     "agsel/compilation.py": {"agsel.blocks", "torch"},
     "agsel/zero": {

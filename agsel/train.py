@@ -11,6 +11,7 @@ import agsel.commands  # before what it looks for
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from agsel.training.attachment import require_supported_trainer
 from agsel.training.card import Run, write_card, write_guide
 from agsel.training.chosen_elements import describe_elements, train_elements
 from agsel.training.configuration import Configuration, configure, write_configuration
-from agsel.training.cost import CostCallback, describe_result, write_result
+from agsel.training.cost import CostCallback, describe_result, keep_known_cost, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
 from agsel.training.environment import describe_environment, write_environment
 from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
@@ -171,6 +172,7 @@ def export(trainer: RowTrainer, configuration: Configuration, group: Any) -> Non
 def describe_in_folder(run: Run, configuration: Configuration) -> None:
     """Write, on the first rank, what people and programs read of a run that has ended."""
     folder = Path(configuration.training.output_dir)
+    run = replace(run, result=keep_known_cost(run.result, folder / "result.json"))
     try_to_make("the model card", partial(write_card, folder / "model", run))
     write_guide(folder, configuration.output.report)
     write_result(run.result, folder / "result.json")
@@ -281,6 +283,7 @@ def prepare_resume(
     """What the run is like, after refusing or saying what differs from the run that saved the checkpoint."""
     run = describe_settings(configuration, data.train) | describe_trainer(trainer, data.train)
     if checkpoint is not None:
+        resume.require_steps_left(saved_step(checkpoint), count_steps(trainer).total)
         for sentence in resume.compare(checkpoints.Manifest.read(checkpoint).run, run):
             on_first_rank(f"changed   {sentence}")
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +57,16 @@ def test_what_a_link_names_is_replaced_and_not_the_link(tmp_path: Path) -> None:
         replacing.replace_file(tmp_path / "a.json", text)
         assert (tmp_path / "elsewhere" / "a.json").read_text() == text
     assert (tmp_path / "a.json").is_symlink()
+
+
+def test_an_earlier_cost_is_kept_only_of_the_same_steps(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    known = dict.fromkeys(cost.OF_STEPS_DONE, 1) | {"steps": 4, "loss": 2.0}
+    none = dict.fromkeys(cost.OF_STEPS_DONE) | {"timed_steps": 0, "steps": 4, "loss": 3.0}
+    assert cost.keep_known_cost(none, path) == none
+    path.write_text(json.dumps(known))
+    assert cost.keep_known_cost(none, path) == known | {"loss": 3.0}
+    assert cost.keep_known_cost(none | {"steps": 5}, path) == none | {"steps": 5}
+    assert cost.keep_known_cost(none | {"timed_steps": 2}, path) == none | {"timed_steps": 2}
+    path.write_text("{")
+    assert cost.keep_known_cost(none, path) == none

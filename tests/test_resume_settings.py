@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -147,6 +148,9 @@ def outcomes(folder: Path) -> dict[str, Any]:
         }
         arguments = always | changed | here | {"resume_from_checkpoint": folder / "saved" / "checkpoint-4"}
         cases[name] = settings(*parts, folder / name, **arguments)
+    cases["again"] = settings(*parts, folder / "saved", **always, resume_from_checkpoint="auto")
+    shorter = {"max_steps": 3, "resume_from_checkpoint": folder / "saved" / "checkpoint-4"}
+    cases["shorter"] = settings(*parts, folder / "shorter", **shorter)
     always |= ELEMENTS
     cases["elements"] = settings(*parts, folder / "elements", save_strategy="steps", save_steps=4, **always)
     always |= {"resume_from_checkpoint": folder / "elements" / "checkpoint-4"}
@@ -176,6 +180,23 @@ def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(
     assert "set it back, or start a new run from the checkpoint's weights" in line
     assert not (folder / case / "config.yaml").exists(), "the settings of the run before stay readable"
     assert "Traceback" not in output
+
+
+def test_a_run_that_is_past_its_end_is_refused(folder: Path, outcomes: dict[str, Any]) -> None:
+    code, output, _ = outcomes["shorter"]
+    assert code == 1
+    (line,) = said(output)
+    assert "the checkpoint is of step 4, and the run ends at step 3: raise --max_steps" in line
+    assert not (folder / "shorter" / "config.yaml").exists()
+
+
+def test_a_run_that_has_ended_keeps_its_cost_when_it_is_resumed(folder: Path, outcomes: dict[str, Any]) -> None:
+    code, output, steps = outcomes["again"]
+    assert (code, steps) == (0, 6), output[-6000:]
+    assert "trained   0 steps" in output
+    result = json.loads((folder / "saved" / "result.json").read_text())
+    assert (result["steps"], result["timed_steps"]) == (6, 6)
+    assert result["train_seconds"] > result["step_seconds"] > 0
 
 
 def test_adapters_go_on_over_the_weights_that_they_were_trained_over(outcomes: dict[str, Any]) -> None:

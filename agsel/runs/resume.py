@@ -99,6 +99,23 @@ def find_checkpoint(wanted: str | None, run_folder: Path, group: Any) -> Path | 
     return newest
 
 
+def require_steps_left(step: int, total: int) -> None:
+    """Refuse to shorten a run to fewer steps than it has done; one that has done all of them may export again.
+
+    Args:
+        step: of the checkpoint.
+        total: at which the run ends now.
+
+    Raises:
+        UserError: it would have ended before.
+    """
+    if step > total:
+        raise UserError(
+            f"cannot resume (--resume_from_checkpoint): the checkpoint is of step {step}, and the run ends at step "
+            f"{total}: raise --max_steps or --num_train_epochs, or resume from an earlier checkpoint"
+        )
+
+
 def compare(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """One sentence for each setting that changed and takes effect, or is kept.
 

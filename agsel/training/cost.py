@@ -16,6 +16,9 @@ from agsel.training.configuration import Configuration
 from agsel.zero.consensus import gather
 from agsel.zero.parameters import block_infos, global_numel
 
+OF_STEPS_DONE = ("timed_steps", "train_seconds", "step_seconds", "peak_bytes", "peak_reserved_bytes")
+"""What a result tells of the steps that the process has done which wrote it."""
+
 
 class CostCallback(TrainerCallback):
     """Reads the clock of this process, and counts parameters before blocks are frozen for a step.
@@ -93,6 +96,17 @@ def _last(trainer: Trainer, name: str, step: int) -> float | None:
     """What was logged by a step at last."""
     logged = reversed(trainer.state.log_history)
     return next((entry[name] for entry in logged if name in entry and entry["step"] <= step), None)
+
+
+def keep_known_cost(result: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """A result with the times and peaks of an earlier file, if that is of the same steps and this process did none."""
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if result["timed_steps"] == 0 and earlier["steps"] == result["steps"]:
+            return {**result, **{name: earlier[name] for name in OF_STEPS_DONE}}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none
+        pass
+    return result
 
 
 def write_result(result: Mapping[str, Any], path: Path) -> None:

@@ -77,8 +77,10 @@ def _in_one_line(kind: type[BaseException], error: BaseException, trace: Traceba
     """In the form of `agsel.errors`, which cannot be imported yet; of the ranks of a host, one speaks."""
     if not isinstance(error, MissingPackageError):
         sys.__excepthook__(kind, error, trace)
-    elif is_first_of_host():
-        sys.stderr.write(f"agsel: error: {error}\n")
+    else:
+        if is_first_of_host():
+            sys.stderr.write(f"agsel: error: {error}\n")
+        sys.exit(2)  # as `agsel.runs.ranks.REFUSED`
 
 
 require_installed(LIBRARY)

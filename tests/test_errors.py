@@ -10,14 +10,17 @@ from agsel.zero import RanksDisagreeError
 from agsel.zero.sanity import SanityError
 from agsel.zero.selection import TooManySkippedStepsError
 
-FORESEEN = (UserError, MissingError, RunError, RanksDisagreeError, SanityError, TooManySkippedStepsError)
+MISTAKES = (UserError, MissingError)
+FAULTS = (RunError, RanksDisagreeError, SanityError, TooManySkippedStepsError)
 
 
-@pytest.mark.parametrize("error", FORESEEN)
-def test_an_end_that_was_foreseen_is_one_line(error: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("error", "code"), [(kind, 2) for kind in MISTAKES] + [(kind, 1) for kind in FAULTS])
+def test_an_end_that_was_foreseen_is_one_line(
+    error: type[Exception], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end, ends_in_one_line():
         raise error("first\n   second")
-    assert end.value.code == 1
+    assert end.value.code == code
     assert capsys.readouterr().err == "agsel: error: first second\n"
 
 

@@ -208,7 +208,7 @@ def test_the_harness_takes_fewer_rows_than_ranks_and_compares_likelihoods(model:
 def test_a_mistake_is_named_in_one_line(model: Path, rows: Path, tmp_path: Path) -> None:
     words = ["--model", str(model), "--dataset", str(rows), "--prompt_field", "qestion", "--completion_field", "answer"]
     result = alone(*words, "--output", str(tmp_path / "results.json"))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     (line,) = re.findall(r"^agsel: error: (.*)$", result.stderr, re.MULTILINE)
     assert re.search(r"--prompt_field.*'question'", line)

@@ -15,7 +15,7 @@ import pytest
 
 from agsel.runs.checkpoints import missing_part
 from agsel.runs.preemption import MARKER, STOP_FILE
-from tests.distributed import REPOSITORY, free_port
+from tests.distributed import REPOSITORY, environment, free_port
 from tests.live_run import LiveRun, announcing, live_run
 from tests.tiny_run import save_model, save_rows, settings
 
@@ -76,6 +76,24 @@ def test_a_command_is_asked_for_before_anything_is_made(words: list[str], compla
     assert found.stderr.count("\n") == 1
     assert complaint in found.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_is_refused_is_not_started_again(tmp_path: Path) -> None:
+    run = [
+        "deepspeed",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        free_port(),
+        LAUNCH / "train.py",
+        "--config",
+        "nowhere.yaml",
+    ]
+    command = ["bash", LAUNCH / "train.sh", "--restarts", "3", tmp_path / "run", *run]
+    found = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True)
+    assert found.returncode == 2
+    assert found.stderr.count("agsel: error: no such file: nowhere.yaml") == 1
+    assert "starting it again" not in found.stdout
 
 
 def test_the_program_of_several_hosts_names_its_command() -> None:

@@ -424,7 +424,7 @@ def test_bad_input_ends_in_one_line_that_names_setting_and_remedy(
     refused: dict[str, tuple[str, Any]], name: str
 ) -> None:
     words, (code, output, _) = refused[name]
-    assert code == 1
+    assert code == 2
     assert [words in line for line in said(output)] == [True], output
     assert "Traceback" not in output
 

@@ -44,7 +44,7 @@ def test_a_missing_package_is_named_in_one_line_with_the_command(
     env = environment() | {"REFUSED": package}
     env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
     ended = subprocess.run([sys.executable, *command], env=env, cwd=REPOSITORY, capture_output=True, text=True)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     [line] = ended.stderr.splitlines()
     assert line.startswith(f"agsel: error: not installed for {sys.executable}: {', '.join(package.split())}; ")
     for name in package.split():

@@ -171,7 +171,7 @@ def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(
     folder: Path, outcomes: dict[str, Any], case: str
 ) -> None:
     code, output, _ = outcomes[case]
-    assert code == 1
+    assert code == 2
     (line,) = said(output)
     assert line.startswith("agsel: error: cannot resume (--resume_from_checkpoint): ")
     for words in REFUSED[case][1]:
@@ -184,7 +184,7 @@ def test_a_setting_that_cannot_change_is_refused_by_name_and_flag(
 
 def test_a_run_that_is_past_its_end_is_refused(folder: Path, outcomes: dict[str, Any]) -> None:
     code, output, _ = outcomes["shorter"]
-    assert code == 1
+    assert code == 2
     (line,) = said(output)
     assert "the checkpoint is of step 4, and the run ends at step 3: raise --max_steps" in line
     assert not (folder / "shorter" / "config.yaml").exists()
@@ -203,7 +203,7 @@ def test_adapters_go_on_over_the_weights_that_they_were_trained_over(outcomes: d
     """A checkpoint has none of those, and whatever weights are there fit."""
     assert outcomes["over model"][0] == 0, outcomes["over model"]
     code, output, _ = outcomes["over other weights"]
-    assert code == 1, output
+    assert code == 2, output
     (line,) = said(output)
     assert "base weights was" in line
     assert "now (--model_name_or_path, --model_revision; the saved adapters belong to them" in line
@@ -213,7 +213,7 @@ def test_adapters_go_on_over_the_weights_that_they_were_trained_over(outcomes: d
 @pytest.mark.parametrize("case", OTHER_ELEMENTS)
 def test_another_choice_of_elements_is_refused(outcomes: dict[str, Any], case: str) -> None:
     code, output, _ = outcomes[case]
-    assert code == 1
+    assert code == 2
     (line,) = said(output)
     assert (
         f"elements was gallop with density 0.1 by 16 samples and is {OTHER_ELEMENTS[case][1]} now (--elements," in line
@@ -246,7 +246,7 @@ def test_other_elements_than_those_of_the_checkpoint_are_refused(folder: Path, o
     changed = ELEMENTS | {"resume_from_checkpoint": folder / "elements" / "checkpoint-4"}
     parts = folder / "model", folder / "rows.jsonl", folder / "changed"
     code, output, _ = several_runs(folder, {"changed": settings(*parts, **changed)})["changed"]
-    assert code == 1
+    assert code == 2
     (line,) = said(output)
     assert "chosen elements was " in line
     assert "now (mask.safetensors of the run folder; the saved optimizer states belong to them)" in line

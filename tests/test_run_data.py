@@ -316,7 +316,7 @@ def test_a_run_says_what_its_data_is_and_what_is_learnt_of_it(runs: dict[str, An
 
 def test_a_run_without_a_whole_batch_is_refused(runs: dict[str, Any]) -> None:
     code, output, _ = runs["few"]
-    assert code == 1
+    assert code == 2
     (line,) = said(output)
     assert "no optimizer step: 16 sequences fill no batch of 32 on each of 1 ranks, and --dataloader_drop_last" in line
     assert "Traceback" not in output

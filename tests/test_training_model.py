@@ -762,7 +762,7 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_leaves_the_later_ones_behin
 def test_a_run_does_not_go_on_from_elsewhere_in_the_folder_of_another(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, outcomes = runs
     code, output, _ = outcomes["from elsewhere"]
-    assert code == 1, output
+    assert code == 2, output
     assert f"{folder / 'long'} (--output_dir) holds checkpoint-1 of an earlier run: go on with that" in output
 
 
@@ -793,6 +793,6 @@ def test_a_run_that_would_fail_ends_at_its_start_in_one_line(
     runs: tuple[Path, dict[str, Any]], name: str, words: str
 ) -> None:
     code, output, _ = runs[1][name]
-    assert code == 1, output
+    assert code == 2, output
     assert [words in line for line in output.splitlines() if "agsel: error:" in line] == [True]
     assert "Traceback" not in output

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 
-from agsel.errors import AgselError, RunError, one_line
+from agsel.errors import AgselError, MissingError, RunError, UserError, one_line
 from agsel.place import is_first_of_host
 from agsel.runs.address import Address
 from agsel.runs.devices import own_device, require_device_each
@@ -26,6 +26,8 @@ from agsel.zero.groups import data_parallel_group
 
 PATIENCE, LIMIT = 600.0, 1800.0
 """Seconds that ranks wait by default: until they have found each other, and in a collective."""
+REFUSED = 2
+"""Exit code of what a user's mistake has ended, as of argparse; another start would meet it again."""
 TICK = 0.2
 """Seconds between two attempts to reach the first rank."""
 
@@ -150,7 +152,9 @@ def warn_on_one_rank() -> None:
 
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """Print an end that agsel foresaw as one line `agsel: error: ...`, on one rank, and end with exit code 1.
+    """Print an end that agsel foresaw as one line `agsel: error: ...`, on one rank, and end with an exit code.
+
+    That is `REFUSED` for a user's mistake, and 1 for all else.
 
     The first rank to fail prints; the launcher ends the ranks that do not fail themselves. Any other error is a bug or
     a fault, and keeps its traceback.
@@ -160,7 +164,7 @@ def ends_in_one_line() -> Iterator[None]:
     except AgselError as error:
         if isinstance(error, NeverMetError) or _speaks_for_all():
             say_error(one_line(error))
-        sys.exit(1)
+        sys.exit(REFUSED if isinstance(error, UserError | MissingError) else 1)
 
 
 def say_error(text: str) -> None:

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from agsel.errors import UserError
 from agsel.training.configuration import configure
 from agsel.training.settings import Settings, read_settings
-from agsel.training.unheeded import NEEDS, NEVER, OF_UPSTREAM
+from agsel.training.unheeded import DEFAULTS, NEEDS, NEVER
 
 Read = Callable[..., Settings]
 OF_AGSEL = {"deepspeed": "zero2", "use_cpu": True, "dtype": None, "lora_dropout": 0.0}
@@ -70,7 +70,7 @@ def test_what_is_never_heeded_is_refused_by_name(read: Read, name: str) -> None:
 @pytest.mark.parametrize("name", NEVER)
 def test_what_asks_for_nothing_is_accepted(read: Read, name: str) -> None:
     """As `ddp_find_unused_parameters: false`, which many files have."""
-    read(**{name: OF_UPSTREAM[name]})
+    read(**{name: DEFAULTS[name]})
     if name not in ASKED:
         read(**{name: False})
 
@@ -80,6 +80,10 @@ VALUES: dict[str, Any] = {
     "bnb_4bit_quant_type": "fp4",
     "eval_delay": 2,
     "eval_steps": 5,
+    "element_density": 0.5,
+    "element_samples": 10,
+    "eval_max_new_tokens": 8,
+    "eval_task_rows": 10,
     "hub_model_id": "me/mine",
     "hub_revision": "main",
     "liger_kernel_config": {"rope": False},
@@ -92,7 +96,7 @@ VALUES: dict[str, Any] = {
     "lora_target_parameters": ["weight"],
     "packing_strategy": "wrapped",
 }
-SWITCHED_OFF = {"eval_strategy": "no"}
+SWITCHED_OFF = {"eval_strategy": "no", "elements": None, "eval_tasks": None}
 DEPENDENT = [(switch, name) for switch, (_, names) in NEEDS.items() for name in names]
 
 
@@ -105,7 +109,8 @@ def test_what_needs_another_setting_is_refused_without_it(read: Read, switch: st
 def test_what_the_user_has_turned_off_needs_nothing(read: Read, switch: str, name: str) -> None:
     """A recipe with adapters trains without them by `--use_peft false`; `config.yaml` names every setting."""
     off, given = SWITCHED_OFF.get(switch, False), {name: VALUES.get(name, True)}
-    assert not read("--" + switch, off, **given).values[switch] or off == "no"
+    if off is not None:
+        assert not read("--" + switch, off, **given).values[switch] or off == "no"
     read(**given, **{switch: off})
 
 

@@ -1,4 +1,4 @@
-"""Settings of TRL and transformers that a run would take and not heed: refused, with what to do instead."""
+"""Settings, most of TRL and transformers, that a run would take and not heed: refused, with what to do instead."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from agsel.errors import UserError
+from agsel.training.arguments import ElementArguments, TaskArguments
 
 UPSTREAM = (ScriptArguments, SFTConfig, ModelConfig)
 
@@ -60,11 +61,15 @@ NEEDS = {
     ),
     "packing": ("add --packing", ("packing_strategy",)),
     "push_to_hub": ("add --push_to_hub", ("hub_model_id", "hub_revision", "hub_private_repo")),
+    "elements": ("add --elements", ("element_density", "element_samples")),
+    "eval_tasks": ("add --eval_tasks", ("eval_task_rows", "eval_max_new_tokens")),
 }
 """What is read only with another setting: that setting, how to set it, and what needs it."""
 OF_EVALUATIONS = {"eval_on_start": True, "save_strategy": "best"}
 """With these values a run without evaluations would fail, or never save."""
-OF_UPSTREAM = {field.name: field.default for group in UPSTREAM for field in fields(group)}
+DEFAULTS = {
+    field.name: field.default for group in (*UPSTREAM, ElementArguments, TaskArguments) for field in fields(group)
+}
 
 
 def require_heeded(
@@ -80,7 +85,7 @@ def require_heeded(
 
     Args:
         values: all settings by name.
-        defaults: of those whose default is not TRL's.
+        defaults: of those whose default is not that of `DEFAULTS`.
         on_command_line: names of those that stand there.
         in_file: names of those that stand in the file of `--config`.
 
@@ -113,12 +118,12 @@ def require_heeded(
 
 def _is_off(switch: str, values: Mapping[str, Any]) -> bool:
     is_on_in_evaluations = switch == "packing" and values["eval_packing"]
-    return values[switch] in (False, "no") and not is_on_in_evaluations
+    return values[switch] in (False, None, "no") and not is_on_in_evaluations
 
 
 def _asks(name: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
     """Whether a setting asks for anything: `--ddp_find_unused_parameters false` does not."""
-    return values[name] != {**OF_UPSTREAM, **defaults}[name] and bool(values[name])
+    return values[name] != {**DEFAULTS, **defaults}[name] and bool(values[name])
 
 
 def _require_evaluations(values: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from agsel.monitor import SelectionHistory
 from agsel.training import environment
-from agsel.training.card import Run, card_data, write_card
+from agsel.training.card import Run, card_data, write_card, write_guide
 from agsel.training.environment import describe_environment
 
 SETTINGS: dict[str, Any] = {
@@ -81,3 +81,12 @@ def test_the_command_is_told_without_tokens() -> None:
     assert not {"one", "two", "three", "four"} & {part for word in said for part in word.split("=")}
     assert [word for word in said if word == "***"] == ["***"] * 3
     assert said[-1] == "--method=x"
+
+
+def test_a_guide_takes_the_place_of_a_guide_alone(tmp_path: Path) -> None:
+    write_guide(tmp_path, has_report=False)
+    write_guide(tmp_path, has_report=True)
+    assert "report.html" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("# My project\n")
+    write_guide(tmp_path, has_report=True)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"

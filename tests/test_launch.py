@@ -43,7 +43,16 @@ BAD_INPUT = (
     *REFUSED_ZERO_SETTINGS,
     *("fraction", "unknown", "model", "file", "empty", "field", "row", "masked", "messages", "split", "stage"),
     *("optimizer", "optim", "reentrant", "yaml", "output", "earlier run", "encoder", "bitsandbytes"),
-    *("no template", "no prefix", "unread", "no module", "no policy", "earlier checkpoint"),
+    *(
+        "no template",
+        "no prefix",
+        "unread",
+        "no module",
+        "no policy",
+        "earlier checkpoint",
+        "own settings",
+        "own result",
+    ),
 )
 LAYERS = [f"layers.{index}" for index in range(4)]
 TEXTS = ("plan", "configuration", "environment")
@@ -330,6 +339,12 @@ def earlier_run(folder: Path) -> Path:
     return folder / "earlier run"
 
 
+def of_the_user(folder: Path, name: str) -> Path:
+    (folder / f"with {name}").mkdir()
+    (folder / f"with {name}" / name).write_text("# mine\n")
+    return folder / f"with {name}"
+
+
 def earlier_checkpoint(folder: Path) -> Path:
     (folder / "earlier checkpoint" / "checkpoint-654").mkdir(parents=True)
     (folder / "earlier checkpoint" / "config.yaml").write_text("of the earlier run\n")
@@ -385,6 +400,8 @@ def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[
         "yaml": ({"config": tmp_path / "nowhere.yaml"}, "nowhere.yaml (--config)"),
         "output": ({"output_dir": empty / "run"}, "cannot make the run folder (--output_dir)"),
         "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds the model of an earlier run"),
+        "own settings": ({"output_dir": of_the_user(tmp_path, "config.yaml")}, "holds config.yaml, which is of no run"),
+        "own result": ({"output_dir": of_the_user(tmp_path, "result.json")}, "holds result.json, which is of no run"),
         "earlier checkpoint": ({"output_dir": earlier_checkpoint(tmp_path)}, "checkpoint-654 of an earlier run"),
         "encoder": ({"model_name_or_path": encoder(tmp_path / "encoder")}, "is a BertForMaskedLM, which generates no"),
         "bitsandbytes": ({"load_in_4bit": True, "use_peft": True}, "bitsandbytes"),
@@ -434,6 +451,12 @@ def test_all_bad_input_is_tried(refused: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("refused")
+def test_what_is_of_no_run_is_not_overwritten(refusals: Path) -> None:
+    for name in ("config.yaml", "result.json"):
+        assert (refusals / f"with {name}" / name).read_text() == "# mine\n"
+
+
+@pytest.mark.usefixtures("refused")
 def test_a_new_run_does_not_take_over_the_folder_of_another(refusals: Path) -> None:
     folder = refusals / "earlier checkpoint"
     assert (folder / "config.yaml").read_text() == "of the earlier run\n"
@@ -463,7 +486,7 @@ def test_ranks_with_different_settings_end_with_one_message(parts: tuple[Path, P
         for rank, (seed, fraction) in enumerate([(1, 0.5), (2, 0.25)])
     ]
     errors = "".join(rank.communicate(timeout=120)[1] for rank in ranks)
-    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert [rank.returncode for rank in ranks] == [2, 2]
     assert len(said(errors)) == 1
     assert "seed is 1 and 2" in errors
     assert "select_fraction is 0.5 and 0.25" in errors

@@ -29,6 +29,7 @@ from agsel.report.charts import POINTS, SUBJECTS, Line, Point, Trade, draw_lines
 from agsel.report.embedding import Embedded, Picture, Source, embed
 from agsel.report.final_numbers import FinalNumber
 from agsel.report.run_files import labels_of
+from agsel.training import card
 from agsel.training.record import Record
 from tests.browser import CHROMIUM, tab
 from tools import report
@@ -418,8 +419,11 @@ def test_a_long_run_of_many_blocks_is_a_small_page(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("undrawn")
 def test_the_command_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.md").write_text("mine")
     refused = {
         (str(tmp_path),): "holds no run",
+        (str(run), "--output", str(tmp_path)): "is a folder",
+        (str(run), "--output", str(tmp_path / "notes.md")): "is no report, and would be overwritten",
         (str(run), str(tmp_path / "absent")): "is no folder",
         (str(run), "--output", str(tmp_path / "absent" / "page.html")): "cannot write",
     }
@@ -427,6 +431,9 @@ def test_the_command_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
         with pytest.raises(SystemExit, match=rf"^agsel: error: .*{message}.*$") as refusal:
             report.main(list(words))
         assert "\n" not in str(refusal.value)
+    assert (tmp_path / "notes.md").read_text() == "mine"
+    (tmp_path / "notes.md").unlink()
+    report.main([str(run), "--output", str(tmp_path / "page.html")])
     report.main([str(run), "--output", str(tmp_path / "page.html")])
     assert capsys.readouterr().out.endswith(f"report    {tmp_path / 'page.html'}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
@@ -448,8 +455,9 @@ def test_a_run_is_not_lost_when_its_report_and_its_card_fail(
     configuration: Any = SimpleNamespace(
         training=SimpleNamespace(output_dir=str(tmp_path)), output=SimpleNamespace(report=True)
     )
-    train.describe_in_folder(SimpleNamespace(result={"steps": 3}), configuration)  # type: ignore[arg-type]
-    assert json.loads((tmp_path / "result.json").read_text()) == {"steps": 3}
+    result = {"steps": 3, "timed_steps": 3}
+    train.describe_in_folder(card.Run({}, {}, result, SelectionHistory(()), {}, {}), configuration)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(" is not made")[0] for line in said] == ["warning   the model card", "warning   report.html"]
     assert all(f": {type(error).__name__}: " in line for line in said)

@@ -21,6 +21,8 @@ from agsel.report.final_numbers import final_numbers, training_seconds
 from agsel.report.run_files import Run, read_runs
 
 REPORT = "report.html"
+MARK = '<meta name="generator" content="agsel">'
+"""Of a page, by which it is known where another one takes its place."""
 WIDE, NARROW = 10.0, 4.4
 """Inches of the maps."""
 STEPS = "optimizer step"
@@ -34,14 +36,25 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         output: the file, complete or not written.
 
     Raises:
-        UserError: a folder does not hold a run, or the file cannot be written.
+        UserError: a folder does not hold a run, the file cannot be written, or something else has its name.
     """
+    _require_place(output)
     runs = read_runs(folders)
     page = _render(runs, *_sections(runs))
     try:
         replace_file(output, page)
     except OSError as error:
         raise UserError(f"cannot write {output} (--output): {error.strerror}") from error
+
+
+def _require_place(output: Path) -> None:
+    """Drawing takes seconds."""
+    if not output.parent.is_dir():
+        raise UserError(f"cannot write {output} (--output): there is no folder {output.parent}")
+    if output.is_dir():
+        raise UserError(f"cannot write {output} (--output): it is a folder, name a file in it")
+    if output.is_file() and MARK not in output.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise UserError(f"{output} (--output) is no report, and would be overwritten: choose another file")
 
 
 def _sections(runs: Sequence[Run]) -> tuple[list[Embedded], ...]:
@@ -71,6 +84,7 @@ def _render(runs: Sequence[Run], curves: list[Embedded], others: list[Embedded])
         curves=curves,
         others=others,
         made=datetime.now(UTC),
+        mark=MARK,
         telling=telling,
         **content,
     )

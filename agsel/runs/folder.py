@@ -8,8 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from agsel.errors import UserError
+from agsel.monitor import METRICS, SELECTION, STARTS
 from agsel.runs import checkpoints, resume
 from agsel.zero.consensus import first_rank_does
+
+SETTINGS, ABOUT_SETTINGS = "config.yaml", "# every setting of this run; use it again with --config\n"
+"""The file that tells the folder of a run, and how it begins."""
+WRITTEN = ("environment.json", METRICS, SELECTION, STARTS, "selection.json", "result.json", "report.html")
+"""What a run writes beside it, and would overwrite."""
 
 
 def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
@@ -21,11 +27,12 @@ def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
         group: process group of all ranks, on the host.
 
     Raises:
-        UserError: the folder holds another run, or there is no such checkpoint.
+        UserError: the folder holds another run or files of others, or there is no such checkpoint.
     """
     first_rank_does(partial(checkpoints.recover, run_folder), group)
     if wanted is None or (wanted not in resume.NEWEST and not _is_in(Path(wanted), run_folder)):
         first_rank_does(partial(require_no_earlier_run, run_folder), group)
+    first_rank_does(partial(require_no_files_of_others, run_folder), group)
     return resume.find_checkpoint(wanted, run_folder, group)
 
 
@@ -41,6 +48,20 @@ def make_run_folder(run_folder: Path) -> None:
         raise UserError(f"cannot make the run folder (--output_dir), {error}: choose another") from error
     if not os.access(run_folder, os.W_OK):
         raise UserError(f"cannot write to the run folder {run_folder} (--output_dir): choose another")
+
+
+def require_no_files_of_others(run_folder: Path) -> None:
+    """Refuse a folder where a run would overwrite what is of no run."""
+    found = next((name for name in (SETTINGS, *WRITTEN) if (run_folder / name).exists()), None)
+    if found == SETTINGS:
+        is_of_run = (run_folder / SETTINGS).read_text(errors="replace").startswith(ABOUT_SETTINGS)
+    else:
+        is_of_run = bool(checkpoints.checkpoints_in(run_folder))
+    if found is not None and not is_of_run:
+        raise UserError(
+            f"{run_folder} (--output_dir) holds {found}, which is of no run and would be overwritten: choose another "
+            "folder, or move it away"
+        )
 
 
 def require_no_earlier_run(run_folder: Path) -> None:

@@ -19,6 +19,8 @@ from agsel.training.data import training_sources
 from agsel.training.environment import FILE as ENVIRONMENT
 
 CARD = "README.md"
+GUIDE = "# A run of agsel\n"
+"""How that of a run folder begins."""
 PICTURE = "selection.png"
 SHOWN_SETTINGS = ("model_name_or_path", "dataset_name", "use_peft", "elements")
 """Settings that the card tells elsewhere, in words."""
@@ -88,10 +90,16 @@ def card_data(settings: Mapping[str, Any]) -> ModelCardData:
 
 
 def write_guide(folder: Path, has_report: bool) -> None:
-    """Write README.md of a run folder: a line for each of its files, also for those that are written after it."""
+    """Write README.md of a run folder: a line for each of its files, also for those that are written after it.
+
+    One of the user's stays.
+    """
+    path = folder / CARD
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(GUIDE):
+        return
     coming = (CARD, "result.json", *(["report.html"] if has_report else []))
     lines = [f"- `{name}`: {what}" for name, what in FILES.items() if name in coming or any(folder.glob(name))]
-    replace_file(folder / CARD, "# A run of agsel\n\n" + "\n".join(lines) + "\n")
+    replace_file(path, GUIDE + "\n" + "\n".join(lines) + "\n")
 
 
 def _sections(folder: Path, run: Run) -> Iterator[str]:

@@ -21,6 +21,7 @@ from agsel.data.fields import Fields
 from agsel.errors import UserError, one_line
 from agsel.policies import Policy
 from agsel.replacing import replace_file
+from agsel.runs.folder import ABOUT_SETTINGS, SETTINGS
 from agsel.training.arguments import (
     DataArguments,
     ElementArguments,
@@ -148,11 +149,9 @@ def configure(settings: Settings) -> Configuration:
 
 def write_configuration(configuration: Configuration) -> Path:
     """Write the resolved settings to `<output_dir>/config.yaml`, which `--config` reads again."""
-    path = Path(configuration.training.output_dir, "config.yaml")
+    path = Path(configuration.training.output_dir, SETTINGS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(
-        path, "# every setting of this run; use it again with --config\n" + yaml.safe_dump(configuration.resolved)
-    )
+    replace_file(path, ABOUT_SETTINGS + yaml.safe_dump(configuration.resolved))
     return path
 
 

@@ -139,6 +139,23 @@ def test_a_file_of_another_system_is_read(tmp_path: Path) -> None:
     assert (settings.values["output_dir"], settings.values["bf16"]) == ("ü", False)
 
 
+def test_the_file_of_a_run_resumes_that_run_alone(read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read("resume_from_checkpoint: auto")
+    run, elsewhere = tmp_path / "runs" / "mine", tmp_path / "elsewhere"
+    (run / "checkpoint-4").mkdir(parents=True)
+    elsewhere.mkdir()
+    text = "{model_name_or_path: m, bf16: false, output_dir: runs/mine, resume_from_checkpoint: auto}"
+    (run / "config.yaml").write_text(text)
+    words = ["--config", str(run / "config.yaml")]
+    monkeypatch.chdir(elsewhere)
+    refuse(lambda: read_settings(words, DEFAULTS), "its output_dir, runs/mine, is another", f"add --output_dir {run}")
+    read_settings([*words, "--output_dir", str(run)], DEFAULTS)
+    read_settings([*words, "--output_dir", "anew"], DEFAULTS)
+    monkeypatch.chdir(tmp_path)
+    read_settings(words, DEFAULTS)
+    refuse(lambda: read_settings(["--config", str(run)], DEFAULTS), "is a folder (--config): name a file in it")
+
+
 def test_variables_of_a_file_are_set(read: Read) -> None:
     read("env: {AGSEL_TEST_NUMBER: 5}")
     assert os.environ["AGSEL_TEST_NUMBER"] == "5"

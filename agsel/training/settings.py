@@ -26,6 +26,9 @@ from agsel.data.fields import with_line_breaks
 from agsel.errors import ParserComplaints, UserError, complaints_of_libraries, require_known
 from agsel.place import is_first_of_host
 from agsel.policies import Policy
+from agsel.runs.checkpoints import checkpoints_in
+from agsel.runs.folder import SETTINGS
+from agsel.runs.resume import NEWEST
 from agsel.training.arguments import SelectionArguments
 from agsel.training.deepspeed_settings import read_deepspeed, require_deepspeed
 from agsel.training.methods import build_policy, method_arguments, policy_class, unread
@@ -116,6 +119,8 @@ def read_settings(arguments: Sequence[str], defaults: Mapping[str, Any]) -> Sett
     require_known(unknown_words, vars(parsed), "on the command line", OF_TRL_ALONE)
     values = _plain(parsed)
     _require_possible(values)
+    if path is not None and "output_dir" not in _names_of(words):
+        _require_folder_of_run(path, values)
     _require_device(values["use_cpu"], defaults)
     require_heeded(values, defaults, _names_of(words), in_file)
     values["deepspeed"] = parsed.deepspeed = read_deepspeed(parsed.deepspeed)
@@ -194,6 +199,8 @@ def _file_of(name: str) -> Path:
     if not name or name.startswith("--"):
         raise UserError("no file after --config: name a YAML file or a recipe")
     path = Path(name) if Path(name).is_file() else shipped.recipe(name)
+    if path is None and Path(name).is_dir():
+        raise UserError(f"{name} is a folder (--config): name a file in it, of a run its {SETTINGS}")
     if path is None:
         raise UserError(f"no such file: {name} (--config); recipes by name are {', '.join(shipped.names('recipes'))}")
     return path
@@ -297,6 +304,17 @@ def _require_possible(settings: dict[str, Any]) -> None:
         raise UserError(f"max_steps must be above 0, or -1 for whole epochs, got {settings['max_steps']} (--max_steps)")
     if settings["max_steps"] == 0 or (settings["max_steps"] < 0 and not settings["num_train_epochs"] > 0):
         raise UserError("no optimizer step: set --max_steps or --num_train_epochs above 0")
+
+
+def _require_folder_of_run(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse to begin anew where the file of a run, read from elsewhere, means another folder than its own."""
+    own, named = path.resolve().parent, Path(values["output_dir"])
+    resumes = path.name == SETTINGS and values["resume_from_checkpoint"] in NEWEST and named.resolve() != own
+    if resumes and checkpoints_in(own) and not checkpoints_in(named):
+        raise UserError(
+            f"the checkpoints are beside {path} (--config), but its output_dir, {named}, is another folder from here: "
+            f"add --output_dir {path.parent}"
+        )
 
 
 def _require_in_range(settings: dict[str, Any]) -> None:

@@ -65,13 +65,7 @@ def describe(options: argparse.Namespace) -> str:
     speeds = speeds_of(options)
     if options.compile and options.stage == 3:
         raise UserError("compiled layers do not work at ZeRO-3: use --stage 1 or 2, or leave out --compile")
-    try:
-        config = model_config(options.model)
-    except OSError as error:
-        raise UserError(
-            f"no model {options.model!r} (--model): neither {', '.join(MODEL_SHAPES)} nor a folder here, and from the "
-            f"hub: {error}"
-        ) from error
+    config = model_config(options.model)
     policy = policy_of(options)
     planner = Planner(
         trained_model(options, config, policy),

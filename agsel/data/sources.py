@@ -400,7 +400,7 @@ def _read_json(file: IO[str], path: Path) -> Iterator[Row]:
         try:
             row = _loads(line)
         except ValueError as error:
-            raise UserError(f"cannot read {path}: row {number} is no JSON, {error}") from error
+            raise UserError(f"cannot read {path}: row {number} is no JSON, {_fault(error)}: correct it") from error
         yield _require_object(row, number, path)
 
 
@@ -424,6 +424,11 @@ def _is_json(line: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _fault(error: ValueError) -> str:
+    """Of a row: what is wrong, without the line of it that the decoder counts."""
+    return f"{error.msg} at its character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _loads(text: str) -> Any:

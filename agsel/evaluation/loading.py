@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import find_adapter_config_file
 
 from agsel.elements import base_of, load_elements
-from agsel.errors import AgselError, UserError, one_line
+from agsel.errors import AgselError, UserError, one_line, said_of
 
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 """Files of which a folder with a tokenizer has one."""
@@ -32,7 +32,8 @@ def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     _refuse_run_folder(Path(name))
     try:
         if Path(name).is_file():
-            model, tokenizer = _load_elements(Path(name), dtype)
+            with said_of("--model"):
+                model, tokenizer = _load_elements(Path(name), dtype)
         elif find_adapter_config_file(name) is not None:
             model, tokenizer = _load_adapter(name, dtype)
         else:
@@ -41,7 +42,8 @@ def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     except AgselError:
         raise
     except Exception as error:  # whatever other packages stumble over in these files
-        raise UserError(f"cannot load {name} (--model): {one_line(error)}") from error
+        where = "" if Path(name).exists() else "; there is no such folder here either"
+        raise UserError(f"cannot load {name} (--model): {one_line(error).rstrip('.')}{where}") from error
     return model.to(own_device()).eval(), tokenizer
 
 

@@ -5,6 +5,8 @@ from functools import partial
 
 from transformers import AutoConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
 
+from agsel.errors import UserError, one_line
+
 MODEL_SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2.5-0.5b": partial(
         Qwen2Config,
@@ -75,6 +77,18 @@ MODEL_SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
 """Name -> what makes its configuration. `tiny` runs on a CPU."""
 
 
-def model_config(name: str) -> PreTrainedConfig:
-    """The configuration of a built-in shape, a model folder or a hub model."""
-    return MODEL_SHAPES[name]() if name in MODEL_SHAPES else AutoConfig.from_pretrained(name)
+def model_config(name: str, flag: str = "--model") -> PreTrainedConfig:
+    """The configuration of a built-in shape, a model folder or a hub model.
+
+    Raises:
+        UserError: there is none; the message names the flag.
+    """
+    if name in MODEL_SHAPES:
+        return MODEL_SHAPES[name]()
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model {name!r} ({flag}): neither {', '.join(MODEL_SHAPES)} nor a folder here, and from the hub: "
+            f"{one_line(error)}"
+        ) from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig, SFTConfig
 
@@ -38,6 +39,7 @@ def require_model(model: ModelConfig, training: SFTConfig) -> PreTrainedConfig:
     Raises:
         UserError: it is not there, is damaged, names no architecture, or generates no text.
     """
+    _require_attention(model.attn_implementation)
     folder = Path(model.model_name_or_path)
     if folder.is_file():
         raise UserError(
@@ -52,6 +54,14 @@ def require_model(model: ModelConfig, training: SFTConfig) -> PreTrainedConfig:
     if folder.is_dir() and not OTHER_WEIGHTS & (training.model_init_kwargs or {}).keys():
         require_weights(folder)
     return config
+
+
+def _require_attention(name: str | None) -> None:
+    known = ["eager", *(key for key in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in key)]
+    if name is not None and name.rpartition("|")[2] not in known and "/" not in name:
+        raise UserError(
+            f"no attention {name!r} (--attn_implementation): use {', '.join(known)}, or a kernel of the hub"
+        )
 
 
 def agree_on_settings(model: ModelConfig, training: SFTConfig) -> None:

@@ -9,6 +9,7 @@ from trl import ModelConfig, SFTConfig
 from agsel.errors import UserError
 
 _SAME_NAMES = ("clearml", "codecarbon", "dagshub", "dvclive", "mlflow", "neptune", "swanlab", "trackio", "wandb")
+FLASH = "flash_attn", "flash-attn"
 REPORTERS = {name: (name, name) for name in _SAME_NAMES} | {
     "azure_ml": ("azureml", "azureml-sdk"),
     "comet_ml": ("comet_ml", "comet-ml"),
@@ -29,6 +30,7 @@ def require_packages(model: ModelConfig, training: SFTConfig) -> None:
         (model.load_in_4bit, "--load_in_4bit", "bitsandbytes", "bitsandbytes"),
         (model.load_in_8bit, "--load_in_8bit", "bitsandbytes", "bitsandbytes"),
         ("gguf_file" in (training.model_init_kwargs or {}), "gguf_file in --model_init_kwargs", "gguf", "gguf"),
+        (model.attn_implementation == "flash_attention_2", "--attn_implementation flash_attention_2", *FLASH),
         *((True, f"--report_to {name}", *REPORTERS[name]) for name in training.report_to if name in REPORTERS),
     ]
     for is_set, setting, module, distribution in needed:

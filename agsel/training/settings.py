@@ -54,6 +54,8 @@ AT_LEAST_0 = (
     "max_grad_norm",
     "neftune_noise_alpha",
     "dataloader_num_workers",
+    "warmup_steps",
+    "seed",
 )
 SHARES = ("label_smoothing_factor", "lora_dropout")
 OBJECTS = ("gradient_checkpointing_kwargs", "lr_scheduler_kwargs", "model_init_kwargs")

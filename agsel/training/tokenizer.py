@@ -43,6 +43,7 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
         UserError: it has no end-of-sequence token, or one of its tokens is not in the embedding.
     """
     if _is_tokenizer(training.chat_template_path):
+        _with_named_template(tokenizer, training.chat_template_path)
         return
     _require_named_tokens(tokenizer, training)
     rows = getattr(config.get_text_config(decoder=True), "vocab_size", None)
@@ -167,5 +168,8 @@ def _with_named_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -
             return AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the chat template {path} (--chat_template_path): {one_line(error)}") from error
+        where = "" if Path(path).exists() else "; there is no such file or folder here either"
+        raise UserError(
+            f"cannot read the chat template {path} (--chat_template_path): {one_line(error).rstrip('.')}{where}"
+        ) from error
     return tokenizer

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from agsel.errors import AgselError, UserError, one_line
+from agsel.planning.shapes import model_config
 from tools.bench.compared_methods import METHODS
 from tools.bench.configurations import LIGER, Configuration
 from tools.bench.picture import draw
@@ -69,6 +70,8 @@ def launch(options: argparse.Namespace, typed: str) -> int:
         value = getattr(options, name)
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value} (--{name})")
+    for name in {configuration.model for configuration in configurations}:
+        model_config(name, "--models")
     Path(options.output).mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(configuration.ranks for configuration in configurations)
     alike = [[one for one in configurations if one.ranks == ranks] for ranks in counts]

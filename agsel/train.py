@@ -343,9 +343,10 @@ def say_goodbye(trainer: RowTrainer, requests: StopRequests) -> None:
     """Leave the marker for whoever restarts the run."""
     if dist.get_rank() == 0:
         requests.mark(trainer.last_saved, trainer.state.global_step)
+    resumes = trainer.args.resume_from_checkpoint in resume.NEWEST
     on_first_rank(
-        f"stopped   {requests.agreed} after step {trainer.state.global_step}; go on with the same command and "
-        "--resume_from_checkpoint auto"
+        f"stopped   {requests.agreed} after step {trainer.state.global_step}; go on with the same command"
+        f"{'' if resumes else ' and --resume_from_checkpoint auto'}"
     )
 
 

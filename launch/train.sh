@@ -35,7 +35,10 @@ for word in "$@"; do
 done
 [ -z "$hostfile" ] || set -- python "$(dirname "${BASH_SOURCE[0]}")/hosts.py" "$hostfile" "$run" "$@"
 
-mkdir -p "$run" || exit 2
+if ! mkdir -p "$run" 2> /dev/null; then
+  echo "agsel: error: train.sh: cannot make the run folder $run: choose another" >&2
+  exit 2
+fi
 rm -f "$run/STOP"
 # A STOP file reaches the ranks of all hosts in time of their own: a signal to `deepspeed` kills it, or them after 30 s.
 trap 'touch "$run/STOP"' INT TERM HUP USR1

@@ -61,6 +61,7 @@ def require_finished(folder: Path, output: str, *, resumed_after: int) -> None:
         (["run"], "nothing is no command"),
         (["run", "--config", "a.yaml"], "--config is no command"),
         (["run", "a_command_that_is_not_there"], "a_command_that_is_not_there is no command"),
+        (["/dev/null/run", "true"], "cannot make the run folder /dev/null/run"),
         (["run", "true", "--output_dir", "other"], "--output_dir: leave it out"),
         (
             ["run", "true", "--resume_from_checkpoint=run/checkpoint-4"],

@@ -32,7 +32,6 @@ class CostCallback(TrainerCallback):
         self.parameters = global_numel(trainer.model.parameters())
         self.trainable_parameters = sum(info.numel for info in block_infos(configuration.blocks_of(trainer.model)))
         self._durations: list[float] = []
-        self._seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,19 +54,16 @@ class CostCallback(TrainerCallback):
         """Nor is a checkpoint."""
         self._border = time.perf_counter()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """What follows, as the export, is no training."""
-        self._seconds = time.perf_counter() - self._began
-
     def describe(self, state: TrainerState) -> dict[str, Any]:
-        """Steps, seconds and parameters; times are those of the steps that this process has done, None without one."""
+        """Steps, seconds and parameters; times are those of the steps that this process has done, None without one.
+
+        Training ends with the last step, or the evaluation and checkpoint that belong to it.
+        """
         durations = self._durations
         return {
             "steps": state.global_step,
             "timed_steps": len(durations),
-            "train_seconds": self._seconds if durations else None,
+            "train_seconds": self._border - self._began if durations else None,
             "step_seconds": statistics.median(durations) if durations else None,
             "parameters": self.parameters,
             "trainable_parameters": self.trainable_parameters,

@@ -136,7 +136,7 @@ def starts(
 
 def test_srun_without_a_rank_for_each_process_is_refused_in_one_line(starts: Starts) -> None:
     """As where a container keeps variables back. Each would train alone, all in one folder."""
-    assert [starts.exit_code(f"srun{place}") for place in (0, 1)] == [1, 1]
+    assert [starts.exit_code(f"srun{place}") for place in (0, 1)] == [2, 2]
     words = "agsel: error: srun has started 2 processes, but these do not have SLURM_PROCID, "
     assert [line.startswith(words) for line in said(starts.output("srun0"))] == [True]
     assert not said(starts.output("srun1"))

@@ -231,7 +231,7 @@ def test_a_run_folder_that_one_host_does_not_see_is_refused_by_the_ranks(made: H
             made.start(name, command, env=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     output = "".join(process.communicate(timeout=START)[0] for process in processes)
-    assert [process.returncode for process in processes] == [1, 1], output
+    assert [process.returncode for process in processes] == [2, 2], output
     [line] = [line for line in output.splitlines() if "agsel: error: " in line]
     assert f"rank 1 on host n2 does not see the run folder {run} that rank 0 on host n1 has made" in line
     assert os.listdir(run) == []

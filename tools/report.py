@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from agsel.errors import AgselError, one_line
-from agsel.report import REPORT, write_report
+from agsel.report import REPORT, require_place, write_report
 
 
 def main(arguments: list[str]) -> None:
@@ -24,8 +24,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
     parser.add_argument("--output", type=Path, help="file to write; by default report.html, of one run in its folder")
     options = parser.parse_args(arguments)
-    output = options.output or Path(options.runs[0] if len(options.runs) == 1 else ".", REPORT)
+    is_own = options.output is None and len(options.runs) == 1
+    output = options.output or Path(options.runs[0] if is_own else ".", REPORT)
     try:
+        if not is_own:
+            require_place(output)
         write_report(options.runs, output)
     except AgselError as error:
         sys.exit(f"agsel: error: {one_line(error)}")

@@ -36,9 +36,8 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         output: the file, complete or not written.
 
     Raises:
-        UserError: a folder does not hold a run, the file cannot be written, or something else has its name.
+        UserError: a folder does not hold a run, or the file cannot be written.
     """
-    _require_place(output)
     runs = read_runs(folders)
     page = _render(runs, *_sections(runs))
     try:
@@ -47,8 +46,12 @@ def write_report(folders: Sequence[Path], output: Path) -> None:
         raise UserError(f"cannot write {output} (--output): {error.strerror}") from error
 
 
-def _require_place(output: Path) -> None:
-    """Drawing takes seconds."""
+def require_place(output: Path) -> None:
+    """Refuse a file that is not to be written, before seconds are spent on drawing.
+
+    Raises:
+        UserError: its folder is not there, or something else than a report has its name.
+    """
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output} (--output): there is no folder {output.parent}")
     if output.is_dir():

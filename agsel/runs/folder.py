@@ -54,7 +54,8 @@ def require_no_files_of_others(run_folder: Path) -> None:
     """Refuse a folder where a run would overwrite what is of no run."""
     found = next((name for name in (SETTINGS, *WRITTEN) if (run_folder / name).exists()), None)
     if found == SETTINGS:
-        is_of_run = (run_folder / SETTINGS).read_text(errors="replace").startswith(ABOUT_SETTINGS)
+        settings = run_folder / SETTINGS
+        is_of_run = settings.is_file() and settings.read_text(errors="replace").startswith(ABOUT_SETTINGS)
     else:
         is_of_run = bool(checkpoints.checkpoints_in(run_folder))
     if found is not None and not is_of_run:

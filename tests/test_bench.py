@@ -327,7 +327,7 @@ def test_why_the_ranks_could_not_start_is_said_once(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("agsel: error: ")]
     assert "cannot use /proc/nowhere for compiled operators" in said
     assert "Traceback" not in done.stderr

@@ -514,7 +514,7 @@ def test_the_command_reads_a_model_folder_and_refuses_what_is_wrong(
     plan_memory.main(["--model", str(tmp_path), "--stage", "3", "--method", "topk", "--checkpointing"])
     assert "exploit" not in capsys.readouterr().out
     through_all = ["--method", "lisa", "--select_from", "2"]
-    sizes = [["--gpu_gb", value] for value in ("0", "-5", "nan")]
+    sizes = [["--gpu_gb", value] for value in ("0", "-5", "nan", "inf")]
     for wrong in (
         *sizes,
         ["--fraction", "0"],

@@ -12,6 +12,7 @@ predictions come.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -59,8 +60,8 @@ def describe(options: argparse.Namespace) -> str:
             raise UserError(f"{name} must be at least 1, got {value} (--{name})")
     for name in ("gpu_gb", "tflops", "link_gbs", "network_gbs", "host_gbs"):
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f"{name} must be above 0, got {value:g} (--{name})")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} must be a number above 0, got {value:g} (--{name})")
     cluster = Cluster(ranks=options.gpus, ranks_per_host=options.gpus_per_host or options.gpus)
     speeds = speeds_of(options)
     if options.compile and options.stage == 3:

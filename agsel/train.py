@@ -108,7 +108,7 @@ def train_in_folder(configuration: Configuration, beginning: Beginning, group: A
     refuse_other_run(configuration, data, checkpoint)
 
     trainer = build_trainer(configuration, data, group)
-    policy, plan = plan_run(trainer, configuration)
+    policy, plan = plan_run(trainer, configuration, checkpoint)
 
     def attach(engine: Any) -> agsel.Selection:
         return agsel.attach(
@@ -283,16 +283,17 @@ def prepare_resume(
     """What the run is like, after refusing or saying what differs from the run that saved the checkpoint."""
     run = describe_settings(configuration, data.train) | describe_trainer(trainer, data.train)
     if checkpoint is not None:
-        resume.require_steps_left(saved_step(checkpoint), count_steps(trainer).total)
         for sentence in resume.compare(checkpoints.Manifest.read(checkpoint).run, run):
             on_first_rank(f"changed   {sentence}")
     return run
 
 
-def plan_run(trainer: RowTrainer, configuration: Configuration) -> tuple[agsel.Policy, str]:
+def plan_run(trainer: RowTrainer, configuration: Configuration, checkpoint: Path | None) -> tuple[agsel.Policy, str]:
     """The policy of the run and its plan, after saying what will happen and refusing what cannot fit."""
     steps = count_steps(trainer)
     require_step(trainer, steps)
+    if checkpoint is not None:
+        resume.require_steps_left(saved_step(checkpoint), steps.total)
     policy = configuration.build_policy()
     policy.complete(steps.per_epoch, steps.total)
     description = describe_run(configuration, trainer, policy, steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -84,6 +85,11 @@ def require_known(
         if instead and name in instead:
             raise UserError(f"{name} {where} is not supported: {instead[name]}")
         raise UserError(f"unknown setting {name!r} {where}{suggestion(name, known)}")
+
+
+def not_here_either(name: str, kind: str = "folder") -> str:
+    """What to add to a hub's refusal of a name: that it is no path here; nothing if it is one."""
+    return "" if Path(name).exists() else f"; there is no such {kind} here either"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import find_adapter_config_file
 
 from agsel.elements import base_of, load_elements
-from agsel.errors import AgselError, UserError, one_line, said_of
+from agsel.errors import AgselError, UserError, not_here_either, one_line, said_of
 
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json")
 """Files of which a folder with a tokenizer has one."""
@@ -42,8 +42,8 @@ def load_model(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     except AgselError:
         raise
     except Exception as error:  # whatever other packages stumble over in these files
-        where = "" if Path(name).exists() else "; there is no such folder here either"
-        raise UserError(f"cannot load {name} (--model): {one_line(error).rstrip('.')}{where}") from error
+        said = one_line(error).rstrip(".")
+        raise UserError(f"cannot load {name} (--model): {said}{not_here_either(name)}") from error
     return model.to(own_device()).eval(), tokenizer
 
 

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from trl import ModelConfig, SFTConfig
 
-from agsel.errors import UserError, one_line
+from agsel.errors import UserError, not_here_either, one_line
 from agsel.training.weights import read_object, require_model_files, require_weights
 
 SAID_TWICE: dict[str, tuple[str, Any]] = {
@@ -131,8 +131,7 @@ def loading(what: str, remedy: str) -> Iterator[None]:
 
 def _load_config(model: ModelConfig, training: SFTConfig) -> PreTrainedConfig:
     name = model.model_name_or_path
-    where = "" if Path(name).exists() else "; there is no such folder here either"
-    with loading(name, where):
+    with loading(name, not_here_either(name)):
         return AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
         )

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from trl import ModelConfig, SFTConfig
 
 from agsel.data.tokens import Encoder, Learning, first_conversation
-from agsel.errors import UserError, one_line
+from agsel.errors import UserError, not_here_either, one_line
 from agsel.evaluation.limits import learnt_positions
 from agsel.training.model import loading
 from agsel.zero.parameters import global_shape
@@ -168,8 +168,6 @@ def _with_named_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -
             return AutoTokenizer.from_pretrained(path)
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        where = "" if Path(path).exists() else "; there is no such file or folder here either"
-        raise UserError(
-            f"cannot read the chat template {path} (--chat_template_path): {one_line(error).rstrip('.')}{where}"
-        ) from error
+        said = one_line(error).rstrip(".") + not_here_either(path, "file or folder")
+        raise UserError(f"cannot read the chat template {path} (--chat_template_path): {said}") from error
     return tokenizer

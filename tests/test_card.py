@@ -90,3 +90,7 @@ def test_a_guide_takes_the_place_of_a_guide_alone(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# My project\n")
     write_guide(tmp_path, has_report=True)
     assert (tmp_path / "README.md").read_text() == "# My project\n"
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").mkdir()
+    write_guide(tmp_path, has_report=True)
+    assert (tmp_path / "README.md").is_dir()

@@ -59,3 +59,8 @@ def test_a_job_chooses_its_folder_and_checkpoint_itself(slurm: Slurm, tmp_path: 
     job = slurm.submit(*TASKS, "launch/train.sbatch", tmp_path / "run", "--output_dir", tmp_path / "other", env=HERE)
     assert "--output_dir: leave it out" in job.ends("FAILED")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_cannot_be_made_is_refused(slurm: Slurm) -> None:
+    job = slurm.submit(*TASKS, "launch/train.sbatch", "/dev/null/run", "--config", "recipe.yaml", env=HERE)
+    assert "cannot make the run folder /dev/null/run: choose another" in job.ends("FAILED")

@@ -95,7 +95,7 @@ def write_guide(folder: Path, has_report: bool) -> None:
     One of the user's stays.
     """
     path = folder / CARD
-    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(GUIDE):
+    if path.exists() and not (path.is_file() and path.read_text(encoding="utf-8", errors="replace").startswith(GUIDE)):
         return
     coming = (CARD, "result.json", *(["report.html"] if has_report else []))
     lines = [f"- `{name}`: {what}" for name, what in FILES.items() if name in coming or any(folder.glob(name))]

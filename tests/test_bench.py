@@ -294,6 +294,7 @@ def test_mistakes_are_named(options: dict[str, Any], message: str) -> None:
     ("arguments", "message"),
     [
         (("--methods", "fool"), "unknown method 'fool' (--methods)"),
+        (("--models", "tiny", "nowhere"), "no model 'nowhere' (--models): neither qwen2.5-0.5b, "),
         (("--ranks", "0"), "ranks must be at least 1, got 0 (--ranks)"),
         (("--liger", "all", "--compile", "on"), "use --liger loss, or --compile off"),
         (("--shapes", "8"), "'8' is no shape (--shapes)"),

@@ -39,9 +39,10 @@ def local_job(run: Path, parts: tuple[Path, Path], *options: str) -> Iterator[Li
 
 def require_stopped(run: LiveRun) -> int:
     """The run has ended with a marker and the checkpoint of its last step. Returns that step."""
-    run.ends()
+    output = run.ends()
     marker = json.loads((run.folder / MARKER).read_text())
     assert marker["reason"] == "a STOP file on rank 0"
+    assert f"stopped   {marker['reason']} after step {marker['step']}; go on with the same command\n" in output
     assert missing_part(run.folder / f"checkpoint-{marker['step']}") is None
     assert not (run.folder / STOP_FILE).exists()
     assert not (run.folder / "model").exists()
@@ -80,16 +81,8 @@ def test_a_command_is_asked_for_before_anything_is_made(words: list[str], compla
 
 
 def test_a_run_that_is_refused_is_not_started_again(tmp_path: Path) -> None:
-    run = [
-        "deepspeed",
-        "--num_gpus",
-        "2",
-        "--master_port",
-        free_port(),
-        LAUNCH / "train.py",
-        "--config",
-        "nowhere.yaml",
-    ]
+    start = ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]
+    run = [*start, LAUNCH / "train.py", "--config", "nowhere.yaml"]
     command = ["bash", LAUNCH / "train.sh", "--restarts", "3", tmp_path / "run", *run]
     found = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True)
     assert found.returncode == 2

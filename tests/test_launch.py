@@ -43,16 +43,8 @@ BAD_INPUT = (
     *REFUSED_ZERO_SETTINGS,
     *("fraction", "unknown", "model", "file", "empty", "field", "row", "masked", "messages", "split", "stage"),
     *("optimizer", "optim", "reentrant", "yaml", "output", "earlier run", "encoder", "bitsandbytes"),
-    *(
-        "no template",
-        "no prefix",
-        "unread",
-        "no module",
-        "no policy",
-        "earlier checkpoint",
-        "own settings",
-        "own result",
-    ),
+    *("no template", "no prefix", "unread", "no module", "no policy", "earlier checkpoint"),
+    *("own settings", "own result"),
 )
 LAYERS = [f"layers.{index}" for index in range(4)]
 TEXTS = ("plan", "configuration", "environment")

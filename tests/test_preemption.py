@@ -60,6 +60,10 @@ def require_stopped_after(step: int, reason: str, run: LiveRun) -> None:
     marker = json.loads((run.folder / MARKER).read_text())
     assert marker["step"] == step, output[-6000:]
     assert re.fullmatch(reason, marker["reason"])
+    said = (
+        f"stopped   {marker['reason']} after step {step}; go on with the same command and --resume_from_checkpoint auto"
+    )
+    assert output.count(f"{said}\n") == 1
     assert marker["checkpoint"] == str(run.folder / f"checkpoint-{step}")
     assert missing_part(Path(marker["checkpoint"])) is None
     assert checkpoints_in(run.folder)[-1] == Path(marker["checkpoint"])

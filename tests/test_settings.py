@@ -186,6 +186,8 @@ def test_datasets_may_stand_on_the_command_line(read: Read, words: list[str]) ->
         (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size must be 1 or more, got 0 (--per_dev"),
         (["--learning_rate", "-1"], "learning_rate must be 0 or more, got -1.0 (--learning_rate)"),
         (["--learning_rate", "nan"], "learning_rate must be 0 or more, got nan (--learning_rate)"),
+        (["--warmup_steps", "-1"], "warmup_steps must be 0 or more, got -1"),
+        (["--seed", "-1"], "seed must be 0 or more, got -1 (--seed)"),
         (["--streaming", "true"], "streaming on the command line is not supported: agsel checks every row"),
         (["--test_split_size=0.1"], "test_split_size on the command line is not supported: write eval_split_fraction"),
     ],

@@ -394,6 +394,22 @@ def test_a_chat_template_that_is_not_there_is_refused(whole: Path) -> None:
         )
 
 
+def test_a_model_that_is_to_give_its_template_is_asked_for_before_the_rows_are_read(
+    whole: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    tokenizer, config = AutoTokenizer.from_pretrained(whole), LlamaConfig.from_pretrained(whole)
+    with pytest.raises(UserError, match=r"^cannot read the chat template .* \(--chat_template_path\)"):
+        require_tokenizer(tokenizer, config, training(chat_template_path=str(tmp_path)))
+
+
+def test_an_attention_that_is_not_there_is_refused_by_its_name(whole: Path) -> None:
+    for known in ("eager", "sdpa", "kernels-community/flash-attn", None):
+        require_model(named(whole, attn_implementation=known), training())
+    with pytest.raises(UserError, match=r"^no attention 'quick' \(--attn_implementation\): use eager, .*sdpa"):
+        require_model(named(whole, attn_implementation="quick"), training())
+
+
 @pytest.mark.parametrize(
     ("setting", "name", "given", "other"),
     [
@@ -521,6 +537,11 @@ def test_adapters_for_layers_that_never_train_alone_are_refused(whole: Path, tar
         ({"load_in_4bit": True}, {}, "--load_in_4bit needs bitsandbytes: pip install bitsandbytes"),
         ({"load_in_8bit": True}, {}, "--load_in_8bit needs bitsandbytes: pip install bitsandbytes"),
         ({}, {"model_init_kwargs": {"gguf_file": "model.gguf"}}, "needs gguf: pip install gguf"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            {},
+            "flash_attention_2 needs flash-attn: pip install flash-attn",
+        ),
         ({}, {"report_to": ["tensorboard", "wandb"]}, "--report_to wandb needs wandb: pip install wandb"),
         ({}, {"report_to": "comet_ml"}, "--report_to comet_ml needs comet-ml: pip install comet-ml"),
     ],

@@ -180,7 +180,11 @@ UNREADABLE: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "empty object": ("rows.jsonl", "{}\n", ("has no rows",)),
     "only names": ("rows.csv", "question,answer\n", ("has no rows (--dataset_name)",)),
     "broken JSON": ("rows.json", '{"question": \n', ("cannot read", "rows.json: Expecting value: line 2 column 1")),
-    "broken later": ("rows.jsonl", LINES + '{"question": ', ("rows.jsonl: row 2 is no JSON, Expecting value",)),
+    "broken later": (
+        "rows.jsonl",
+        LINES + '{"question": ',
+        ("rows.jsonl: row 2 is no JSON, Expecting value at its character 13: correct it",),
+    ),
     "an object": ("rows.json", '{\n"data": []}', ("it holds an object; write a list of rows, or one row a line",)),
     "a list of texts": ("rows.json", '["a"]', ("row 0 is no JSON object, but text",)),
     "a text": ("rows.jsonl", LINES + '"a"\n', ("row 2 is no JSON object, but text",)),

@@ -92,6 +92,13 @@ def test_weights_that_are_missing_or_damaged_are_not_drawn_at_random(tmp_path: P
         load_model(str(tmp_path / folder), "auto")
 
 
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_refused_as_both() -> None:
+    with pytest.raises(
+        UserError, match=r"^cannot load no/where \(--model\): .*[^.]; there is no such folder here either$"
+    ):
+        load_model("no/where", "auto")
+
+
 def test_an_adapter_without_the_name_of_a_base_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     with pytest.raises(UserError, match="names no base model: write base_model_name_or_path"):

@@ -15,9 +15,10 @@ LAUNCHES = 5
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    folders = [tmp_path_factory.mktemp("residency") for _ in range(LAUNCHES)]  # by threads, the first two may collide
+
     def launched(number: int) -> list[Results]:
-        folder = tmp_path_factory.mktemp("residency")
-        return launch_cases("tests/zero/residency_ranks.py", folder, *[*CASES, *AGAIN][number::LAUNCHES])
+        return launch_cases("tests/zero/residency_ranks.py", folders[number], *[*CASES, *AGAIN][number::LAUNCHES])
 
     with ThreadPoolExecutor(LAUNCHES) as executor:
         results = list(executor.map(launched, range(LAUNCHES)))

@@ -12,8 +12,9 @@ part. Runs take all GPUs; several share one where they fit. The plan's `output` 
 
 What came of the runs is in `runs.jsonl` there, or in the plan's `results`, a file that outlives folders and machines:
 runs that it has are not repeated, wherever they took place, and files of several machines may be joined by `cat`. With
---minutes, nothing begins that would take longer than what is left, by the longest run of its cell; what goes on at the
-end has a minute to save a checkpoint. --tables draws the tables from that file alone, also before the last run.
+--minutes, nothing begins that would take longer than what is left, by the longest run of its cell, or by the median of
+the cells for its first; what goes on at the end has a minute to save a checkpoint. --tables draws the tables from that
+file alone, also before the last run.
 
 Each of `--runs` is `METHOD:LEARNING_RATE`, optionally `:STAGE` (1, 2 or 3; default 2), a cell of a plan with one seed.
 The rest comes from the recipe, and whatever follows `--` goes to launch/train.py as it is. The held-out rows are the

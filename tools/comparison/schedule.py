@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -114,8 +115,9 @@ class Schedule:
                         yield Outcome(task, record, time.monotonic() - begun, at_once)
 
     def _expected(self, run: Run) -> float:
-        """Seconds: the longest of its cell so far, else of all; a guess, 0, for the first run of all."""
-        return self._seconds.get(run.cell, 0.0 if run.is_untrained else max(self._seconds.values(), default=0.0))
+        """Seconds: the longest of its cell so far, else the median of the cells; a guess, 0, for the very first."""
+        known = self._seconds.values()
+        return self._seconds.get(run.cell, 0.0 if run.is_untrained or not known else statistics.median(known))
 
     def _find(self, run: Run) -> tuple[Place, int] | None:
         """The emptiest place with room for a run, and a free slot there."""

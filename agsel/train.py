@@ -103,7 +103,7 @@ def train(configuration: Configuration, beginning: Beginning) -> RowTrainer:
 def train_in_folder(configuration: Configuration, beginning: Beginning, group: Any) -> RowTrainer:
     """Train and export as configured, in a folder that is there."""
     run_folder = Path(configuration.training.output_dir)
-    checkpoint = find_checkpoint(run_folder, configuration.training.resume_from_checkpoint, group)
+    checkpoint = find_checkpoint(configuration, group)
     data = load(configuration)
     refuse_other_run(configuration, data, checkpoint)
 
@@ -261,9 +261,10 @@ def require_model_of_run(configuration: Configuration) -> tuple[PreTrainedTokeni
     return tokenizer, adapter
 
 
-def find_checkpoint(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
+def find_checkpoint(configuration: Configuration, group: Any) -> Path | None:
     """The checkpoint to resume from, verified, and said."""
-    found = folder.prepare(run_folder, wanted, group)
+    run_folder, wanted = Path(configuration.training.output_dir), configuration.training.resume_from_checkpoint
+    found = folder.prepare(run_folder, wanted, outputs_of(configuration), group)
     if found is not None:
         on_first_rank(f"resume    {found}, every file verified")
     elif wanted is not None:
@@ -363,10 +364,14 @@ def say_done(configuration: Configuration) -> None:
     """Name what the run folder holds now."""
     shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
     shown += [REPORT] if Path(configuration.training.output_dir, REPORT).is_file() else []
-    models = ["model/", "merged/"] if configuration.output.merge_adapter else ["model/"]
-    elements = [FILE_OF_ELEMENTS] if configuration.elements.elements else []
-    written = ", ".join([*models, *elements, *shown, "selection.json", "result.json", "config.yaml"])
-    on_first_rank(f"done      {configuration.training.output_dir}: {written}")
+    written = ["model/", *outputs_of(configuration), *shown, "selection.json", "result.json", "config.yaml"]
+    on_first_rank(f"done      {configuration.training.output_dir}: {', '.join(written)}")
+
+
+def outputs_of(configuration: Configuration) -> list[str]:
+    """What the run leaves beside its model by its settings."""
+    merged = ["merged/"] if configuration.output.merge_adapter else []
+    return [*merged, FILE_OF_ELEMENTS] if configuration.elements.elements else merged
 
 
 def command() -> None:

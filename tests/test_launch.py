@@ -44,7 +44,7 @@ BAD_INPUT = (
     *("fraction", "unknown", "model", "file", "empty", "field", "row", "masked", "messages", "split", "stage"),
     *("optimizer", "optim", "reentrant", "yaml", "output", "earlier run", "encoder", "bitsandbytes"),
     *("no template", "no prefix", "unread", "no module", "no policy", "earlier checkpoint"),
-    *("own settings", "own result"),
+    *("own settings", "own result", "own elements", "own merged"),
 )
 LAYERS = [f"layers.{index}" for index in range(4)]
 TEXTS = ("plan", "configuration", "environment")
@@ -394,6 +394,14 @@ def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[
         "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds the model of an earlier run"),
         "own settings": ({"output_dir": of_the_user(tmp_path, "config.yaml")}, "holds config.yaml, which is of no run"),
         "own result": ({"output_dir": of_the_user(tmp_path, "result.json")}, "holds result.json, which is of no run"),
+        "own elements": (
+            {"output_dir": of_the_user(tmp_path, "elements.safetensors"), "elements": "gallop"},
+            "holds elements.safetensors, which is of no run",
+        ),
+        "own merged": (
+            {"output_dir": of_the_user(tmp_path, "merged"), "use_peft": True, "merge_adapter": True},
+            "holds merged/, which is of no run",
+        ),
         "earlier checkpoint": ({"output_dir": earlier_checkpoint(tmp_path)}, "checkpoint-654 of an earlier run"),
         "encoder": ({"model_name_or_path": encoder(tmp_path / "encoder")}, "is a BertForMaskedLM, which generates no"),
         "bitsandbytes": ({"load_in_4bit": True, "use_peft": True}, "bitsandbytes"),
@@ -444,7 +452,7 @@ def test_all_bad_input_is_tried(refused: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("refused")
 def test_what_is_of_no_run_is_not_overwritten(refusals: Path) -> None:
-    for name in ("config.yaml", "result.json"):
+    for name in ("config.yaml", "result.json", "elements.safetensors", "merged"):
         assert (refusals / f"with {name}" / name).read_text() == "# mine\n"
 
 

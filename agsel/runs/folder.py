@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ from agsel.zero.consensus import first_rank_does
 SETTINGS, ABOUT_SETTINGS = "config.yaml", "# every setting of this run; use it again with --config\n"
 """The file that tells the folder of a run, and how it begins."""
 WRITTEN = ("environment.json", METRICS, SELECTION, STARTS, "selection.json", "result.json", "report.html")
-"""What a run writes beside it, and would overwrite."""
+"""What every run writes beside it, and would overwrite."""
 
 
-def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
+def prepare(run_folder: Path, wanted: str | None, outputs: Sequence[str], group: Any) -> Path | None:
     """Mend the folder, or refuse it, and return the checkpoint to go on from, verified. Every rank must call it.
 
     Args:
         run_folder: of this run.
         wanted: as `agsel.runs.resume.find_checkpoint` takes it.
+        outputs: what this run writes there in the end beside what every run does.
         group: process group of all ranks, on the host.
 
     Raises:
@@ -32,7 +34,7 @@ def prepare(run_folder: Path, wanted: str | None, group: Any) -> Path | None:
     first_rank_does(partial(checkpoints.recover, run_folder), group)
     if wanted is None or (wanted not in resume.NEWEST and not _is_in(Path(wanted), run_folder)):
         first_rank_does(partial(require_no_earlier_run, run_folder), group)
-    first_rank_does(partial(require_no_files_of_others, run_folder), group)
+    first_rank_does(partial(require_no_files_of_others, run_folder, outputs), group)
     return resume.find_checkpoint(wanted, run_folder, group)
 
 
@@ -50,9 +52,9 @@ def make_run_folder(run_folder: Path) -> None:
         raise UserError(f"cannot write to the run folder {run_folder} (--output_dir): choose another")
 
 
-def require_no_files_of_others(run_folder: Path) -> None:
+def require_no_files_of_others(run_folder: Path, outputs: Sequence[str]) -> None:
     """Refuse a folder where a run would overwrite what is of no run."""
-    found = next((name for name in (SETTINGS, *WRITTEN) if (run_folder / name).exists()), None)
+    found = next((name for name in (SETTINGS, *WRITTEN, *outputs) if (run_folder / name).exists()), None)
     if found == SETTINGS:
         settings = run_folder / SETTINGS
         is_of_run = settings.is_file() and settings.read_text(errors="replace").startswith(ABOUT_SETTINGS)

@@ -192,6 +192,11 @@ def test_a_wrong_plan_is_refused_in_one_line_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_recipe_is_no_plan(refusal: Callable[..., str]) -> None:
+    recipe = REPOSITORY / "launch" / "recipes" / "smollm2-135m-gsm8k.yaml"
+    assert f"{recipe} has no cells: it is no plan; a recipe goes with --config, and --runs" in refusal(recipe)
+
+
 @pytest.mark.parametrize("name", ["dataset", "dataset_name"])
 def test_the_same_rows_are_refused_however_they_are_named(
     refusal: Callable[..., str], parts: Path, tmp_path: Path, name: str

@@ -9,7 +9,16 @@ import pytest
 from tests.distributed import REPOSITORY
 from tools.comparison.plan_file import read_plan
 
-PLANS = sorted((REPOSITORY / "tools" / "quality").glob("*-leads.yaml"))
+ALL = sorted((REPOSITORY / "tools" / "quality").glob("*.yaml"))
+PLANS = [path for path in ALL if path.stem.endswith("-leads")]
+
+
+@pytest.mark.parametrize("plan", ALL, ids=lambda path: path.stem)
+def test_every_cell_of_a_plan_has_as_many_rates(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `tools/compare_quality.py` asks for, but not where it draws tables alone."""
+    monkeypatch.chdir(REPOSITORY)
+    read = read_plan(plan)
+    assert len({len(cell.learning_rates) for cell in read.cells.values() if cell.name not in read.of_base}) == 1
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda path: path.stem)

@@ -267,7 +267,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 129
+    assert len(configurations) == 133
     assert {configuration.method for configuration in configurations} == set(METHODS)
 
 

@@ -44,7 +44,7 @@ from agsel.training.configuration import Configuration, configure, write_configu
 from agsel.training.cost import CostCallback, describe_result, keep_known_cost, write_result
 from agsel.training.data import EVALUATION, RunData, load_data, require_data, require_labels
 from agsel.training.environment import describe_environment, write_environment
-from agsel.training.export import FILE_OF_ELEMENTS, export_model, prepare_export
+from agsel.training.export import export_model, prepare_export
 from agsel.training.fit import plan_of_run, require_room_for_choosing
 from agsel.training.generation import require_generation_config
 from agsel.training.hub import push_model, require_hub
@@ -264,7 +264,7 @@ def require_model_of_run(configuration: Configuration) -> tuple[PreTrainedTokeni
 def find_checkpoint(configuration: Configuration, group: Any) -> Path | None:
     """The checkpoint to resume from, verified, and said."""
     run_folder, wanted = Path(configuration.training.output_dir), configuration.training.resume_from_checkpoint
-    found = folder.prepare(run_folder, wanted, outputs_of(configuration), group)
+    found = folder.prepare(run_folder, wanted, folder.outputs_of(configuration.resolved), group)
     if found is not None:
         on_first_rank(f"resume    {found}, every file verified")
     elif wanted is not None:
@@ -362,16 +362,10 @@ def try_to_make(what: str, make: Callable[[], None]) -> None:
 
 def say_done(configuration: Configuration) -> None:
     """Name what the run folder holds now."""
+    run_folder = Path(configuration.training.output_dir)
     shown = ["tensorboard/"] if "tensorboard" in configuration.training.report_to else []
-    shown += [REPORT] if Path(configuration.training.output_dir, REPORT).is_file() else []
-    written = ["model/", *outputs_of(configuration), *shown, "selection.json", "result.json", "config.yaml"]
-    on_first_rank(f"done      {configuration.training.output_dir}: {', '.join(written)}")
-
-
-def outputs_of(configuration: Configuration) -> list[str]:
-    """What the run leaves beside its model by its settings."""
-    merged = ["merged/"] if configuration.output.merge_adapter else []
-    return [*merged, FILE_OF_ELEMENTS] if configuration.elements.elements else merged
+    written = [*folder.outputs_of(configuration.resolved), *shown, "selection.json", "result.json", "config.yaml"]
+    on_first_rank(f"done      {run_folder}: {', '.join(name for name in written if (run_folder / name).exists())}")
 
 
 def command() -> None:

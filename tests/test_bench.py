@@ -18,6 +18,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+from agsel.errors import UserError
 from agsel.planning.flops import flops_per_token
 from agsel.planning.shapes import MODEL_SHAPES
 from tests.distributed import REPOSITORY, environment, kill_session
@@ -374,6 +375,13 @@ def test_mistakes_of_scoring_end_in_one_line(arguments: tuple[str, ...], message
     assert stop.value.code.startswith("agsel: error: ")
     assert message in stop.value.code
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("line", ['{"method": ', "{}", "[1]", "3"])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"^line 1 of .*rows.jsonl is no row: remove it"):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_scaling_without_rows_ends_in_one_line(tmp_path: Path) -> None:

@@ -192,6 +192,10 @@ def test_a_wrong_plan_is_refused_in_one_line_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_misspelt_name_of_a_plan_without_cells_is_named(refusal: Callable[..., str], tmp_path: Path) -> None:
+    assert "did you mean 'cells'?" in refusal(written(tmp_path / "plan.yaml", {"cell": {"a": cell()}}))
+
+
 def test_a_recipe_is_no_plan(refusal: Callable[..., str]) -> None:
     recipe = REPOSITORY / "launch" / "recipes" / "smollm2-135m-gsm8k.yaml"
     assert f"{recipe} has no cells: it is no plan; a recipe goes with --config, and --runs" in refusal(recipe)
@@ -573,9 +577,11 @@ def test_records_of_another_plan_or_other_data_are_refused(parts: Path, tmp_path
         Records(tmp_path / "runs.jsonl").require_of(plan, {"training data": "two"})
     records.put(RUN, record_of(plan, error="no memory"))
     Records(tmp_path / "runs.jsonl").require_of(longer, {})
-    (tmp_path / "runs.jsonl").write_text('{"cell": ')
-    with pytest.raises(UserError, match="is damaged"):
-        Records(tmp_path / "runs.jsonl")
+    without_settings = json.dumps({"cell": "full", "learning_rate": 0.01, "seed": 0, "error": None})
+    for damaged in ('{"cell": ', without_settings):
+        (tmp_path / "runs.jsonl").write_text(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            Records(tmp_path / "runs.jsonl")
 
 
 def test_the_model_before_training_depends_on_no_setting_of_training(parts: Path, tmp_path: Path) -> None:
@@ -752,7 +758,7 @@ def test_what_would_take_longer_than_the_time_that_is_left_does_not_begin() -> N
 
 def test_one_slow_cell_says_nothing_of_others() -> None:
     schedule = Schedule([Place((), math.inf)], 2, time.monotonic() + 30)
-    for cell, seconds in (("a", 5), ("b", 6), ("slow", 40)):
+    for cell, seconds in (("before", 45), ("a", 5), ("b", 6), ("slow", 40)):
         schedule.note(timed(cell, seconds))
     assert len(list(done(schedule, tasks("unknown", 1), Worker({"unknown": 1})))) == 1
 

@@ -391,7 +391,7 @@ def bad_input(parts: tuple[Path, Path], tmp_path: Path) -> dict[str, tuple[dict[
         "reentrant": ({"gradient_checkpointing_kwargs": '{"use_reentrant": true}'}, "--gradient_checkpointing_kwargs"),
         "yaml": ({"config": tmp_path / "nowhere.yaml"}, "nowhere.yaml (--config)"),
         "output": ({"output_dir": empty / "run"}, "cannot make the run folder (--output_dir)"),
-        "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds the model of an earlier run"),
+        "earlier run": ({"output_dir": earlier_run(tmp_path)}, "(--output_dir) holds model/ of an earlier run"),
         "own settings": ({"output_dir": of_the_user(tmp_path, "config.yaml")}, "holds config.yaml, which is of no run"),
         "own result": ({"output_dir": of_the_user(tmp_path, "result.json")}, "holds result.json, which is of no run"),
         "own elements": (

@@ -88,7 +88,7 @@ FLOORS = {
     "agsel/__init__.py": BELOW | {"agsel.prerequisites"},
     "agsel/monitor": {"torch", "tensorboard", "matplotlib", "numpy", "tqdm"},
     "agsel/planning": BELOW | {"torch", "transformers", "peft"},
-    "agsel/runs": {*BELOW, "agsel.replacing", "agsel.monitor", "agsel.planning", "mpi4py", "psutil", *TRAINERS},
+    "agsel/runs": {*BELOW, "agsel.replacing", "agsel.monitor", "agsel.planning", "mpi4py", "psutil", "yaml", *TRAINERS},
     "agsel/report": {
         "agsel.errors",
         "agsel.monitor",

@@ -438,6 +438,11 @@ def test_the_command_refuses_in_one_line(run: Path, tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.endswith(f"report    {tmp_path / 'page.html'}\n")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     copied = shutil.copytree(run, tmp_path / run.name)
+    (copied / "report.html").write_text("mine")
+    with pytest.raises(SystemExit, match=r"is no report, and would be overwritten"):
+        report.main([str(copied)])
+    assert (copied / "report.html").read_text() == "mine"
+    (copied / "report.html").unlink()
     report.main([str(copied)])
     assert (copied / "report.html").read_text() == (tmp_path / "page.html").read_text()
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from agsel.elements import ElementMask
 from agsel.errors import UserError
+from agsel.runs.folder import FILE_OF_ELEMENTS
 from agsel.runs.resume import compare
 from agsel.training.arguments import SelectionArguments
 from agsel.training.chosen_elements import FILE
-from agsel.training.export import FILE_OF_ELEMENTS
 from agsel.training.identity import describe_settings, fingerprint_of_rows
 from agsel.training.methods import build_policy
 from tests.distributed import REPOSITORY

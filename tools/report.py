@@ -24,10 +24,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
     parser.add_argument("--output", type=Path, help="file to write; by default report.html, of one run in its folder")
     options = parser.parse_args(arguments)
-    is_own = options.output is None and len(options.runs) == 1
-    output = options.output or Path(options.runs[0] if is_own else ".", REPORT)
+    output = options.output or Path(options.runs[0] if len(options.runs) == 1 else ".", REPORT)
     try:
-        if not is_own:
+        if options.output is not None or output.exists():
             require_place(output)
         write_report(options.runs, output)
     except AgselError as error:

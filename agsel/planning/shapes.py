@@ -87,7 +87,7 @@ def model_config(name: str, flag: str = "--model") -> PreTrainedConfig:
         return MODEL_SHAPES[name]()
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"no model {name!r} ({flag}): neither {', '.join(MODEL_SHAPES)} nor a folder here, and from the hub: "
             f"{one_line(error)}"

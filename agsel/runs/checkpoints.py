@@ -120,7 +120,7 @@ def newest_complete(run_folder: Path, group: Any) -> Path | None:
 def checkpoints_in(run_folder: Path) -> list[Path]:
     """Its checkpoint folders by step, whole or not."""
     steps = {folder: folder.name.removeprefix(PREFIX) for folder in run_folder.glob(f"{PREFIX}*")}
-    return sorted((folder for folder, step in steps.items() if step.isdigit()), key=lambda folder: int(steps[folder]))
+    return sorted((folder for folder, step in steps.items() if step.isdecimal()), key=lambda folder: int(steps[folder]))
 
 
 def damage(folder: Path, group: Any) -> str | None:

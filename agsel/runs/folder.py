@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from agsel.errors import UserError
 from agsel.monitor import METRICS, SELECTION, STARTS
@@ -15,8 +17,16 @@ from agsel.zero.consensus import first_rank_does
 
 SETTINGS, ABOUT_SETTINGS = "config.yaml", "# every setting of this run; use it again with --config\n"
 """The file that tells the folder of a run, and how it begins."""
-WRITTEN = ("environment.json", METRICS, SELECTION, STARTS, "selection.json", "result.json", "report.html")
-"""What every run writes beside it, and would overwrite."""
+WRITTEN = (SETTINGS, "environment.json", METRICS, SELECTION, STARTS, "selection.json", "result.json")
+"""What every run writes, and would overwrite."""
+MODEL, MERGED, FILE_OF_ELEMENTS, REPORT = "model/", "merged/", "elements.safetensors", "report.html"
+
+
+def outputs_of(settings: Mapping[str, Any]) -> list[str]:
+    """What a run with these settings leaves in the end beside that, folders with a slash."""
+    wanted = {MODEL: True, MERGED: settings.get("merge_adapter"), FILE_OF_ELEMENTS: settings.get("elements")}
+    wanted[REPORT] = settings.get("report")
+    return [name for name, is_wanted in wanted.items() if is_wanted]
 
 
 def prepare(run_folder: Path, wanted: str | None, outputs: Sequence[str], group: Any) -> Path | None:
@@ -25,7 +35,7 @@ def prepare(run_folder: Path, wanted: str | None, outputs: Sequence[str], group:
     Args:
         run_folder: of this run.
         wanted: as `agsel.runs.resume.find_checkpoint` takes it.
-        outputs: what this run writes there in the end beside what every run does.
+        outputs: of this run, by `outputs_of`.
         group: process group of all ranks, on the host.
 
     Raises:
@@ -53,18 +63,32 @@ def make_run_folder(run_folder: Path) -> None:
 
 
 def require_no_files_of_others(run_folder: Path, outputs: Sequence[str]) -> None:
-    """Refuse a folder where a run would overwrite what is of no run."""
-    found = next((name for name in (SETTINGS, *WRITTEN, *outputs) if (run_folder / name).exists()), None)
-    if found == SETTINGS:
-        settings = run_folder / SETTINGS
-        is_of_run = settings.is_file() and settings.read_text(errors="replace").startswith(ABOUT_SETTINGS)
-    else:
-        is_of_run = bool(checkpoints.checkpoints_in(run_folder))
-    if found is not None and not is_of_run:
+    """Refuse a folder where a run would overwrite what is of no run, or could not replace what is there."""
+    own, saved = _outputs_of_earlier_run(run_folder), checkpoints.checkpoints_in(run_folder)
+    if own is None and any((folder / checkpoints.MANIFEST).is_file() for folder in saved):
+        own = [*outputs]  # of a run whose config.yaml is damaged
+    names = [*WRITTEN, *outputs] if own is None else [name for name in outputs if name not in own]
+    others = [folder.name for folder in saved] if own is None else []
+    found = next((name for name in (*names, *others) if os.path.lexists(run_folder / name)), None)
+    if found is not None:
         raise UserError(
             f"{run_folder} (--output_dir) holds {found}, which is of no run and would be overwritten: choose another "
             "folder, or move it away"
         )
+    for name in outputs:
+        path, kind = run_folder / name, "folder" if name.endswith("/") else "file"
+        if os.path.lexists(path) and (path.is_symlink() or path.is_dir() != (kind == "folder")):
+            raise UserError(f"{path} is no {kind}, which the run has to write there (--output_dir): move it away")
+
+
+def _outputs_of_earlier_run(run_folder: Path) -> list[str] | None:
+    """By the settings of the run whose folder it is; None if they are of no run, or damaged."""
+    try:
+        written = (run_folder / SETTINGS).read_text(encoding="utf-8")
+        settings = yaml.safe_load(written) if written.startswith(ABOUT_SETTINGS) else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return outputs_of(settings) if isinstance(settings, dict) else None
 
 
 def require_no_earlier_run(run_folder: Path) -> None:
@@ -75,7 +99,9 @@ def require_no_earlier_run(run_folder: Path) -> None:
             f"{run_folder} (--output_dir) holds {earlier[-1].name} of an earlier run: go on with that "
             "(--resume_from_checkpoint auto), or choose another folder"
         )
-    if (run_folder / "model").exists():
+    outputs = _outputs_of_earlier_run(run_folder) or [MODEL]
+    left = [name for name in outputs if name != REPORT and (run_folder / name).exists()]  # a report may come any time
+    if left:
         raise UserError(
-            f"{run_folder} (--output_dir) holds the model of an earlier run: choose another folder, or move model/ away"
+            f"{run_folder} (--output_dir) holds {' and '.join(left)} of an earlier run: choose another folder"
         )

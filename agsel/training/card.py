@@ -31,6 +31,7 @@ FILES = {
     "merged": "the model with the adapter added to its weights",
     "elements.safetensors": "the single weights that were trained: their positions and values",
     "mask.safetensors": "which single weights are trained, and by what they were chosen",
+    "mask.before.safetensors": "the choice that was there before, by other settings or rows",
     "config.yaml": "every setting of the run, for `--config`",
     ENVIRONMENT: "versions, devices, commit and command",
     METRICS: "a line of numbers for every logged step and every evaluation",

@@ -23,8 +23,8 @@ from agsel.training.output import on_first_rank
 from agsel.training.row_trainer import RowTrainer
 from agsel.zero.consensus import first_rank_does
 
-FILE = "mask.safetensors"
-"""In the run folder."""
+FILE, BEFORE = "mask.safetensors", "mask.before.safetensors"
+"""In the run folder: what is trained, and the choice in whose place it came."""
 
 
 def train_elements(trainer: RowTrainer, configuration: Configuration, group: Any) -> None:
@@ -46,7 +46,9 @@ def train_elements(trainer: RowTrainer, configuration: Configuration, group: Any
     mask = first_rank_does(partial(_kept, path, about), group)
     if mask is None:
         mask = _chosen(trainer, configuration, about)
-        first_rank_does(partial(_save, mask, path), group)
+        said = first_rank_does(partial(_save, mask, path), group)
+        if said is not None:
+            on_first_rank(said)
     else:
         on_first_rank(f"elements  as chosen before: {path}")
     use_elements(trainer.model, mask)
@@ -75,14 +77,20 @@ def _kept(path: Path, about: dict[str, Any]) -> ElementMask | None:
     return mask if dict(mask.about) == about else None
 
 
-def _save(mask: ElementMask, path: Path) -> None:
+def _save(mask: ElementMask, path: Path) -> str | None:
+    """In place of another choice, which is kept. Returns what is to be said."""
+    before = path.with_name(BEFORE)
+    is_other = path.is_file()
     try:
+        if is_other:
+            path.replace(before)
         mask.save(path)
     except Exception as error:
         reason = fault_of_disk(path.parent, error)
         if reason is None:
             raise
         raise RunError(f"the chosen elements could not be written to {path} ({reason}): make room") from error
+    return f"elements  {path.name} was another choice, and is {before.name} now" if is_other else None
 
 
 def _chosen(trainer: RowTrainer, configuration: Configuration, about: dict[str, Any]) -> ElementMask:

@@ -13,12 +13,10 @@ from transformers import PreTrainedModel, Trainer
 from agsel.elements import element_layers, export_elements
 from agsel.errors import RunError, UserError, one_line
 from agsel.runs.checkpoints import fault_of_disk
+from agsel.runs.folder import FILE_OF_ELEMENTS
 from agsel.training.generation import mend
 from agsel.training.output import on_first_rank
 from agsel.zero.consensus import first_rank_does
-
-FILE_OF_ELEMENTS = "elements.safetensors"
-"""Beside the folder of the model."""
 
 
 def export_model(trainer: Trainer, folder: Path, group: Any = None, about: Mapping[str, Any] | None = None) -> None:

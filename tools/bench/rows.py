@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from agsel.errors import UserError
+from agsel.errors import UserError, one_line
 from tools.bench.compared_methods import METHODS, method_of
 from tools.bench.configurations import Configuration
 
@@ -39,9 +39,9 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {path} is no row: remove it ({error})") from error
-        configuration = configuration_of(row)
+            configuration = configuration_of(row)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(f"line {number} of {path} is no row: remove it ({one_line(error)})") from error
         method_of(configuration)
         measured.setdefault(configuration, []).append(row)
     return [median_row(rows) for rows in measured.values()]

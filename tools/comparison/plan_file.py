@@ -120,7 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _require_names(named: Mapping[str, Any], path: Path) -> None:
     known = (*NEEDED, *OPTIONAL)
     unknown = next((name for name in named if name not in known), None)
-    if unknown is not None and not named.get("cells"):
+    if "model_name_or_path" in named and not named["cells"]:
         raise UserError(f"{path} has no cells: it is no plan; a recipe goes with --config, and --runs METHOD:RATE ...")
     if unknown is not None:
         raise UserError(f"unknown name {unknown!r} in the plan {path}{suggestion(str(unknown), known)}")

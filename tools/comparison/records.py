@@ -63,6 +63,8 @@ class Records:
             self._questions[line["questions"]] = {name: line[name] for name in ("rows", "tokens")}
             return
         run = Run(line["cell"], line["learning_rate"], line["seed"])
+        if not (isinstance(line["settings"], dict) and isinstance(line["evaluation"], dict)):
+            raise TypeError(f"{run} has no settings")
         before = self._records.get(run, {})
         if not (line["error"] and before.get("error", "never") is None):
             self._records[run] = {**before, **line}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agsel.errors import RunError, UserError
-from agsel.training.export import FILE_OF_ELEMENTS
+from agsel.runs.folder import FILE_OF_ELEMENTS
 from tools.comparison.children import Children
 from tools.comparison.chosen_rates import may_be_chosen
 from tools.comparison.differences import Judged

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from tools.comparison.places import Place
-from tools.comparison.plan import Run
+from tools.comparison.plan import BEFORE, Run
 from tools.comparison.records import Record
 from tools.comparison.runs import Task
 
@@ -63,8 +63,8 @@ class Schedule:
 
     def note(self, record: Record) -> None:
         """Remember how much memory and time a run of this cell needs."""
-        cell, seconds = record["cell"], record.get("seconds", 0.0)
-        if not record["error"]:
+        cell, seconds = record["cell"], record.get("seconds")
+        if seconds and not record["error"]:
             self._seconds[cell] = max(seconds, self._seconds.get(cell, 0.0))
         peak = (record.get("result") or {}).get("peak_reserved_bytes")
         if peak is not None:
@@ -116,8 +116,9 @@ class Schedule:
 
     def _expected(self, run: Run) -> float:
         """Seconds: the longest of its cell so far, else the median of the cells; a guess, 0, for the very first."""
-        known = self._seconds.values()
-        return self._seconds.get(run.cell, 0.0 if run.is_untrained or not known else statistics.median(known))
+        trained = [seconds for cell, seconds in self._seconds.items() if cell != BEFORE]
+        guess = 0.0 if run.is_untrained or not trained else statistics.median(trained)
+        return self._seconds.get(run.cell, guess)
 
     def _find(self, run: Run) -> tuple[Place, int] | None:
         """The emptiest place with room for a run, and a free slot there."""

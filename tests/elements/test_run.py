@@ -21,8 +21,10 @@ ELEMENTS = {"elements": "gallop", "element_density": DENSITY, "method": "full", 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With `model`, `rows.jsonl`, and the `run` of two ranks at stage 3."""
+    """With `model`, `rows.jsonl`, and the `run` of two ranks at stage 3, where another choice lay."""
     folder = tmp_path_factory.mktemp("elements")
+    (folder / "run").mkdir()
+    (folder / "run" / "mask.safetensors").write_text("another choice")
     save_rows(folder / "rows.jsonl", 31)
     words = settings(save_model(folder / "model"), folder / "rows.jsonl", folder / "run", deepspeed="zero3", **ELEMENTS)
     (folder / "said").write_text(run_ranks(TRAIN, *words))
@@ -64,6 +66,12 @@ def test_the_model_is_its_base_with_the_elements(folder: Path, base: LlamaForCau
     assert changed == ElementMask.load(folder / "run" / "mask.safetensors").numel
     assert about["base_model"] == str(folder / "model")
     base.load_state_dict(before)
+
+
+def test_another_choice_is_kept(folder: Path) -> None:
+    said = (folder / "said").read_text()
+    assert said.count("mask.safetensors was another choice, and is mask.before.safetensors now") == 1
+    assert (folder / "run" / "mask.before.safetensors").read_text() == "another choice"
 
 
 def test_evaluation_takes_the_elements_for_the_model(folder: Path) -> None:

@@ -19,8 +19,8 @@ from agsel.report import charts, telling, wording
 from agsel.report.embedding import Embedded, Picture, embed
 from agsel.report.final_numbers import final_numbers, training_seconds
 from agsel.report.run_files import Run, read_runs
+from agsel.runs.folder import REPORT
 
-REPORT = "report.html"
 MARK = '<meta name="generator" content="agsel">'
 """Of a page, by which it is known where another one takes its place."""
 WIDE, NARROW = 10.0, 4.4

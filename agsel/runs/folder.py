@@ -19,14 +19,19 @@ SETTINGS, ABOUT_SETTINGS = "config.yaml", "# every setting of this run; use it a
 """The file that tells the folder of a run, and how it begins."""
 WRITTEN = (SETTINGS, "environment.json", METRICS, SELECTION, STARTS, "selection.json", "result.json")
 """What every run writes, and would overwrite."""
-MODEL, MERGED, FILE_OF_ELEMENTS, REPORT = "model/", "merged/", "elements.safetensors", "report.html"
+OUTPUTS = MODEL, MERGED, FILE_OF_ELEMENTS, REPORT = "model/", "merged/", "elements.safetensors", "report.html"
+"""What a run may leave in the end beside that, folders with a slash."""
 
 
 def outputs_of(settings: Mapping[str, Any]) -> list[str]:
-    """What a run with these settings leaves in the end beside that, folders with a slash."""
-    wanted = {MODEL: True, MERGED: settings.get("merge_adapter"), FILE_OF_ELEMENTS: settings.get("elements")}
-    wanted[REPORT] = settings.get("report")
-    return [name for name, is_wanted in wanted.items() if is_wanted]
+    """Those of `OUTPUTS` that a run with these settings leaves."""
+    wanted = {
+        MODEL: True,
+        MERGED: settings.get("merge_adapter"),
+        FILE_OF_ELEMENTS: settings.get("elements"),
+        REPORT: settings.get("report"),
+    }
+    return [name for name in OUTPUTS if wanted[name]]
 
 
 def prepare(run_folder: Path, wanted: str | None, outputs: Sequence[str], group: Any) -> Path | None:
@@ -64,12 +69,12 @@ def make_run_folder(run_folder: Path) -> None:
 
 def require_no_files_of_others(run_folder: Path, outputs: Sequence[str]) -> None:
     """Refuse a folder where a run would overwrite what is of no run, or could not replace what is there."""
-    own, saved = _outputs_of_earlier_run(run_folder), checkpoints.checkpoints_in(run_folder)
-    if own is None and any((folder / checkpoints.MANIFEST).is_file() for folder in saved):
-        own = [*outputs]  # of a run whose config.yaml is damaged
-    names = [*WRITTEN, *outputs] if own is None else [name for name in outputs if name not in own]
-    others = [folder.name for folder in saved] if own is None else []
-    found = next((name for name in (*names, *others) if os.path.lexists(run_folder / name)), None)
+    own = _outputs_of_earlier_run(run_folder)
+    if own is None:
+        others = [*WRITTEN, *outputs, *(checkpoint.name for checkpoint in checkpoints.checkpoints_in(run_folder))]
+    else:
+        others = [name for name in outputs if name not in own]
+    found = next((name for name in others if os.path.lexists(run_folder / name)), None)
     if found is not None:
         raise UserError(
             f"{run_folder} (--output_dir) holds {found}, which is of no run and would be overwritten: choose another "
@@ -81,14 +86,17 @@ def require_no_files_of_others(run_folder: Path, outputs: Sequence[str]) -> None
             raise UserError(f"{path} is no {kind}, which the run has to write there (--output_dir): move it away")
 
 
-def _outputs_of_earlier_run(run_folder: Path) -> list[str] | None:
-    """By the settings of the run whose folder it is; None if they are of no run, or damaged."""
+def _outputs_of_earlier_run(run_folder: Path) -> Sequence[str] | None:
+    """By the settings of the run whose folder it is, any if its checkpoints alone tell of it; None of no run."""
     try:
         written = (run_folder / SETTINGS).read_text(encoding="utf-8")
         settings = yaml.safe_load(written) if written.startswith(ABOUT_SETTINGS) else None
     except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return outputs_of(settings) if isinstance(settings, dict) else None
+        settings = None
+    if isinstance(settings, dict):
+        return outputs_of(settings)
+    saved = checkpoints.checkpoints_in(run_folder)
+    return OUTPUTS if any((checkpoint / checkpoints.MANIFEST).is_file() for checkpoint in saved) else None
 
 
 def require_no_earlier_run(run_folder: Path) -> None:

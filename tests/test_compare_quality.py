@@ -749,6 +749,7 @@ def test_what_would_take_longer_than_the_time_that_is_left_does_not_begin() -> N
     schedule.note(timed("short", 5))
     schedule.note(timed("long", 40))
     schedule.note(timed("longer", 50))
+    schedule.note({"cell": "of an old file", "error": None})
     work = Worker({"short": 1, "long": 1, "unknown": 1})
     all_tasks = [*tasks("long", 2), *tasks("short", 3), *tasks("unknown", 1)]
     cells = [outcome.task.run.cell for outcome in done(schedule, all_tasks, work)]
@@ -757,7 +758,7 @@ def test_what_would_take_longer_than_the_time_that_is_left_does_not_begin() -> N
 
 
 def test_one_slow_cell_says_nothing_of_others() -> None:
-    schedule = Schedule([Place((), math.inf)], 2, time.monotonic() + 30)
+    schedule = Schedule([Place((), math.inf)], 2, time.monotonic() + 20)
     for cell, seconds in (("before", 45), ("a", 5), ("b", 6), ("slow", 40)):
         schedule.note(timed(cell, seconds))
     assert len(list(done(schedule, tasks("unknown", 1), Worker({"unknown": 1})))) == 1

@@ -47,6 +47,8 @@ def test_the_command_line_is_frozen() -> None:
         "probe_steps": 5,
         "refresh_every": 500,
         "temperature": None,
+        "freeze_power": 2.0,
+        "freeze_steps": None,
     }
     own = {"lisa": ("select_every", 20), "badam": ("select_every", None), "grass": ("select_every", 25)}
     for method, (name, value) in (own | {"ist": ("select_fraction", 0.25)}).items():
@@ -114,6 +116,8 @@ def test_the_policy_is_the_one_described() -> None:
         ("--dirichlet_delta", {"dirichlet_delta": 0.0}),
         ("--dirichlet_draw", {"dirichlet_draw": "best"}),
         ("--selection_seed", {"selection_seed": -1}),
+        ("--freeze_power", {"freeze_power": 0.0, "method": "freezeout"}),
+        ("--freeze_steps", {"freeze_steps": 0, "method": "freezeout"}),
         ("--method", {"method": "adagrad"}),
     ],
 )
@@ -135,6 +139,7 @@ def test_only_layers_or_all_blocks_can_take_part() -> None:
         ("topk", ["epsilon_start", "select_every"]),
         ("random", ["epsilon_start"]),
         ("adagradselect", ["select_every"]),
+        ("freezeout", ["select_fraction", "selection_seed", "epsilon_start", "select_every"]),
     ],
 )
 def test_a_method_knows_what_it_does_not_read(method: str, names: list[str]) -> None:

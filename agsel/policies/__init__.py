@@ -2,6 +2,7 @@
 
 from agsel.policies.adagradselect import AdaGradSelect
 from agsel.policies.badam import BAdam
+from agsel.policies.freezeout import FreezeOut
 from agsel.policies.full import FullFineTuning
 from agsel.policies.grass import Grass
 from agsel.policies.ist import Ist
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Policy]] = {
         BAdam,
         Grass,
         Ist,
+        FreezeOut,
         FullFineTuning,
     )
 }
@@ -44,6 +46,7 @@ __all__ = [
     "BAdam",
     "BlockInfo",
     "FractionPolicy",
+    "FreezeOut",
     "FullFineTuning",
     "Grass",
     "Ist",

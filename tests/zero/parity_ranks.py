@@ -68,6 +68,12 @@ PARITY |= {
     for stage, rule, adapters in OVER_ADAPTERS
 }
 PARITY |= {
+    f"stage{stage}-freezeout-over-lora": Scenario(
+        stage=stage, clip=0.01, blocks="layers", steps=12, policy=partial(agsel.FreezeOut, steps=12), adapters="lora"
+    )
+    for stage in (1, 2, 3)
+}
+PARITY |= {
     f"stage3-checkpointing-over-{adapters}": Scenario(
         stage=3, accumulation=2, clip=0.01, blocks="layers", steps=12, adapters=adapters, checkpointing=True
     )

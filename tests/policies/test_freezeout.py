@@ -1,0 +1,116 @@
+"""FreezeOut against one AdamW over all weights, whose lower layers are frozen one after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from agsel.errors import UserError
+from agsel.policies import FreezeOut
+from tests.policies.running import layers, run, started
+from tests.policies.training import TOLERANCE, PlainLoop, assert_same_weights, attached, moved_blocks, train
+from tests.tiny import tiny_batch, tiny_model
+from tests.zero.scenario import ADAM
+
+LAYERS, STEPS = 4, 14
+
+
+def steps_of(layer: int, layers: int, steps: int, power: float) -> float:
+    """After how many steps a layer is frozen: those in which the front of frozen ones has come to its middle."""
+    return steps if layer == layers - 1 else steps * ((layer + 0.5) / layers) ** (1 / power)
+
+
+class FreezingLoop(PlainLoop):
+    """No state of the optimizer is ever forgotten, and what is frozen has no gradient."""
+
+    def train(self, power: float) -> list[float]:
+        """The losses."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), **ADAM)
+        losses = []
+        for step in range(STEPS):
+            for block, parameters in self.parameters.items():
+                layer = int(block.removeprefix("layers.")) if block.startswith("layers.") else None
+                trained = layer is not None and step < steps_of(layer, LAYERS, STEPS, power)
+                for parameter in parameters:
+                    parameter.requires_grad_(trained)
+            losses.append(self.gradients(tiny_batch(step, 0, 0)))
+            optimizer.step()
+        return losses
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_equals_the_loop_that_freezes_layers(power: float) -> None:
+    losses, selected = [], []
+    with attached(FreezeOut(power=power, steps=STEPS), tiny_model()) as (engine, selection):
+        for step in range(STEPS):
+            losses.append(train(engine, tiny_batch(step, 0, 0)))
+            selected.append(list(selection.last.selected))
+        plain = FreezingLoop(tiny_model())
+        assert losses == pytest.approx(plain.train(power), rel=0, abs=TOLERANCE)
+        assert_same_weights(engine.module, plain.model)
+    names = [f"layers.{layer}" for layer in range(LAYERS)]
+    assert moved_blocks(plain.model, tiny_model()) == set(names)
+    assert {tuple(blocks) for blocks in selected} == {tuple(names[first:]) for first in range(LAYERS)}
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.75, 2.0, 3.0])
+@pytest.mark.parametrize(("number", "steps"), [(1, 7), (2, 50), (16, 90), (30, 564), (80, 40)])
+def test_each_layer_is_trained_until_the_front_has_come_to_its_middle(power: float, number: int, steps: int) -> None:
+    policy = started(FreezeOut(power=power, steps=steps), number)
+    for step, (plan, chosen) in enumerate(run(policy, steps)):
+        still = tuple(layer for layer in range(number) if step < steps_of(layer, number, steps, power) - 1e-9)
+        assert chosen == still
+        assert plan.trainable == set(still)
+        assert plan.kind == "exploit"
+    assert policy.counts == sorted(policy.counts)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+def test_the_remark_tells_how_much_is_trained(power: float) -> None:
+    policy = started(FreezeOut(power=power, steps=500), 50)
+    said = policy.remark(500)
+    run(policy, 500)
+    trained = sum(policy.counts) / 500
+    assert said == f"{trained:.1f} of 50 blocks are trained on average (--freeze_power)"
+    assert trained == pytest.approx(50 * power / (power + 1), rel=0.01)
+
+
+def test_after_its_steps_the_highest_layer_goes_on() -> None:
+    assert [chosen for _, chosen in run(started(FreezeOut(steps=3), 4), 6)][3:] == [(3,)] * 3
+
+
+def test_steps_left_open_become_those_of_the_run() -> None:
+    policy = FreezeOut()
+    with pytest.raises(UserError, match="steps is not given"):
+        policy.start(layers(4))
+    policy.complete(epoch_steps=10, run_steps=30)
+    assert policy.steps == 30
+    given = FreezeOut(steps=12)
+    given.complete(epoch_steps=10, run_steps=30)
+    assert given.steps == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        *(({"power": float(power)}, "power .*--freeze_power") for power in ("0", "-1", "nan", "inf")),
+        ({"steps": 0}, "steps .*--freeze_steps"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        FreezeOut(**settings)
+
+
+def test_a_longer_run_that_goes_on_thaws_layers() -> None:
+    """As its learning rate rises again."""
+    policy = started(FreezeOut(steps=10), 5)
+    run(policy, 9)
+    longer = started(FreezeOut(steps=90), 5)
+    longer.load_state_dict(policy.state_dict())
+    assert policy.plan().trainable == {4}
+    assert longer.plan().trainable == {0, 1, 2, 3, 4}
+    assert longer.counts == policy.counts

@@ -268,7 +268,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 133
+    assert len(configurations) == 147
     assert {configuration.method for configuration in configurations} == set(METHODS)
 
 
@@ -539,7 +539,7 @@ def test_the_plan_of_the_scaling_table_is_one() -> None:
 def test_what_a_method_is_follows_from_its_entry() -> None:
     """Only launch/train.py builds an engine of its own, and it takes a policy; so do all that move states."""
     assert [name for name, method in METHODS.items() if method.start is None] == ["trainer"]
-    everything = ["agsel-full", "agsel-lora-256", "agsel-lora-256-folded", "agsel-lora-64"]
+    everything = ["agsel-full", "agsel-lora-256", "agsel-lora-256-folded", "agsel-lora-128-folded", "agsel-lora-64"]
     over_adapters = ["exploit-lora-256", "exploit-lora-256-folded", "exploit-lora-16", "ist-lora-256"]
     over_elements = ["elements", "exploit-elements"]
     exploring = ["explore", "explore-early", "topk"]

@@ -144,6 +144,9 @@ METHODS: dict[str, Method] = {
     "agsel-full": selecting("agsel, everything that takes part: all blocks, or the layers from one on", every_block),
     "agsel-lora-256": selecting("the same with adapters (LoRA r=256)", every_block, lora_rank=256),
     "agsel-lora-256-folded": selecting("the same with --fold_adapters", every_block, lora_rank=256, folds=True),
+    "agsel-lora-128-folded": selecting(
+        "the same with adapters of r=128, folded", every_block, lora_rank=128, folds=True
+    ),
     "agsel-lora-64": selecting("the same with adapters of r=64, not folded", every_block, lora_rank=64),
     "exploit-lora-256": selecting(
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
@@ -165,6 +168,7 @@ METHODS: dict[str, Method] = {
         meaning="`exploit` through launch/train.py and TRL's own fused loss", start=None, policy=exploiting
     ),
     "lora-256": Method(meaning="LoRA r=256 on all linear layers, stock DeepSpeed", start=partial(start_lora, 256)),
+    "lora-128": Method(meaning="LoRA r=128 on all linear layers, stock DeepSpeed", start=partial(start_lora, 128)),
     "lora-64": Method(meaning="LoRA r=64 on all linear layers, stock DeepSpeed", start=partial(start_lora, 64)),
     "lora-16": Method(meaning="LoRA r=16 on all linear layers, stock DeepSpeed", start=partial(start_lora, 16)),
     "supertuning": Method(

@@ -5,8 +5,8 @@ python tools/plan_memory.py --model llama-3.1-70b --gpus 1024 --gpus_per_host 8 
 
 MODEL is a built-in shape, a folder or a hub name; only its config.json is read. `launch/train.py` prints the same plan
 of memory. Traffic and time are predicted for H100 or H200, with blocks drawn anew at every step, where whole weights
-are trained; GB are 10^9 bytes, and ms of traffic those of the bytes alone. tools/bench/README.md says how near
-predictions come.
+are trained; of `freezeout` those are of its first step. GB are 10^9 bytes, and ms of traffic those of the bytes alone.
+tools/bench/README.md says how near predictions come.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class FreezingLoop(PlainLoop):
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_equals_the_loop_that_freezes_layers(power: float) -> None:
     losses, selected = [], []
-    with attached(FreezeOut(power=power, steps=STEPS), tiny_model()) as (engine, selection):
+    with attached(FreezeOut(freeze_power=power, freeze_steps=STEPS), tiny_model()) as (engine, selection):
         for step in range(STEPS):
             losses.append(train(engine, tiny_batch(step, 0, 0)))
             selected.append(list(selection.last.selected))
@@ -59,7 +59,7 @@ def test_equals_the_loop_that_freezes_layers(power: float) -> None:
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.75, 2.0, 3.0])
 @pytest.mark.parametrize(("number", "steps"), [(1, 7), (2, 50), (16, 90), (30, 564), (80, 40)])
 def test_each_layer_is_trained_until_the_front_has_come_to_its_middle(power: float, number: int, steps: int) -> None:
-    policy = started(FreezeOut(power=power, steps=steps), number)
+    policy = started(FreezeOut(freeze_power=power, freeze_steps=steps), number)
     for step, (plan, chosen) in enumerate(run(policy, steps)):
         still = tuple(layer for layer in range(number) if step < steps_of(layer, number, steps, power) - 1e-9)
         assert chosen == still
@@ -70,34 +70,46 @@ def test_each_layer_is_trained_until_the_front_has_come_to_its_middle(power: flo
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
 def test_the_remark_tells_how_much_is_trained(power: float) -> None:
-    policy = started(FreezeOut(power=power, steps=500), 50)
+    policy = started(FreezeOut(freeze_power=power, freeze_steps=500), 50)
     said = policy.remark(500)
     run(policy, 500)
     trained = sum(policy.counts) / 500
-    assert said == f"{trained:.1f} of 50 blocks are trained on average (--freeze_power)"
+    assert said == f"50 blocks at first, {trained:.1f} on average (--freeze_power, --freeze_steps)"
     assert trained == pytest.approx(50 * power / (power + 1), rel=0.01)
 
 
+@pytest.mark.parametrize(("number", "freeze_steps"), [(1, 10), (30, 10_000)])
+def test_nothing_is_remarked_where_nothing_is_frozen(number: int, freeze_steps: int) -> None:
+    policy = started(FreezeOut(freeze_steps=freeze_steps), number)
+    assert policy.remark(20) is None
+    assert [chosen for _, chosen in run(policy, 20)] == [tuple(range(number))] * 20
+
+
 def test_after_its_steps_the_highest_layer_goes_on() -> None:
-    assert [chosen for _, chosen in run(started(FreezeOut(steps=3), 4), 6)][3:] == [(3,)] * 3
+    assert [chosen for _, chosen in run(started(FreezeOut(freeze_steps=3), 4), 6)][3:] == [(3,)] * 3
 
 
 def test_steps_left_open_become_those_of_the_run() -> None:
     policy = FreezeOut()
-    with pytest.raises(UserError, match="steps is not given"):
+    with pytest.raises(UserError, match="freeze_steps is not given"):
         policy.start(layers(4))
     policy.complete(epoch_steps=10, run_steps=30)
-    assert policy.steps == 30
-    given = FreezeOut(steps=12)
+    assert policy.freeze_steps == 30
+    policy.complete(epoch_steps=10, run_steps=90)
+    assert policy.freeze_steps == 90
+    given = FreezeOut(freeze_steps=12)
     given.complete(epoch_steps=10, run_steps=30)
-    assert given.steps == 12
+    assert given.freeze_steps == 12
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        *(({"power": float(power)}, "power .*--freeze_power") for power in ("0", "-1", "nan", "inf")),
-        ({"steps": 0}, "steps .*--freeze_steps"),
+        *(
+            ({"freeze_power": float(power)}, "a number above 0, .*--freeze_power")
+            for power in ("0", "-1", "nan", "inf")
+        ),
+        ({"freeze_steps": 0}, "freeze_steps .*--freeze_steps"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
@@ -105,12 +117,15 @@ def test_a_setting_out_of_range_is_refused_by_name(settings: dict[str, Any], nam
         FreezeOut(**settings)
 
 
-def test_a_longer_run_that_goes_on_thaws_layers() -> None:
-    """As its learning rate rises again."""
-    policy = started(FreezeOut(steps=10), 5)
+@pytest.mark.parametrize("planned", [False, True], ids=["between steps", "after plan"])
+def test_a_longer_run_that_goes_on_thaws_layers_at_once(planned: bool) -> None:
+    """A checkpoint has the plan of the step after it, by the schedule of the shorter run."""
+    policy = started(FreezeOut(freeze_steps=10), 5)
     run(policy, 9)
-    longer = started(FreezeOut(steps=90), 5)
+    if planned:
+        assert policy.plan().trainable == {4}
+    longer = started(FreezeOut(freeze_steps=90), 5)
     longer.load_state_dict(policy.state_dict())
-    assert policy.plan().trainable == {4}
+    assert longer.is_planned == planned
     assert longer.plan().trainable == {0, 1, 2, 3, 4}
     assert longer.counts == policy.counts

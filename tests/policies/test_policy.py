@@ -39,7 +39,7 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
     "random": lambda seed: RandomBlocks(fraction=0.3, seed=seed),
     "random, every 7": lambda seed: RandomBlocks(fraction=0.3, every=7, seed=seed),
     "topk": lambda seed: TopK(fraction=0.3, seed=seed),
-    "freezeout": lambda seed: FreezeOut(steps=150),
+    "freezeout": lambda seed: FreezeOut(freeze_steps=150),
     "full": lambda seed: FullFineTuning(),
 }
 DRAWING = [name for name in POLICIES if name not in ("topk", "freezeout", "full")]

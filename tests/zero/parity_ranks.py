@@ -69,7 +69,12 @@ PARITY |= {
 }
 PARITY |= {
     f"stage{stage}-freezeout-over-lora": Scenario(
-        stage=stage, clip=0.01, blocks="layers", steps=12, policy=partial(agsel.FreezeOut, steps=12), adapters="lora"
+        stage=stage,
+        clip=0.01,
+        blocks="layers",
+        steps=12,
+        policy=partial(agsel.FreezeOut, freeze_steps=12),
+        adapters="lora",
     )
     for stage in (1, 2, 3)
 }

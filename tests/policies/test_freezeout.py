@@ -5,14 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from agsel.errors import UserError
 from agsel.policies import FreezeOut
 from tests.policies.running import layers, run, started
-from tests.policies.training import TOLERANCE, PlainLoop, assert_same_weights, attached, moved_blocks, train
+from tests.policies.training import TOLERANCE, FreezingLoop, assert_same_weights, attached, moved_blocks, train
 from tests.tiny import tiny_batch, tiny_model
-from tests.zero.scenario import ADAM
 
 LAYERS, STEPS = 4, 14
 
@@ -22,22 +20,9 @@ def steps_of(layer: int, layers: int, steps: int, power: float) -> float:
     return steps if layer == layers - 1 else steps * ((layer + 0.5) / layers) ** (1 / power)
 
 
-class FreezingLoop(PlainLoop):
-    """No state of the optimizer is ever forgotten, and what is frozen has no gradient."""
-
-    def train(self, power: float) -> list[float]:
-        """The losses."""
-        optimizer = torch.optim.AdamW(self.model.parameters(), **ADAM)
-        losses = []
-        for step in range(STEPS):
-            for block, parameters in self.parameters.items():
-                layer = int(block.removeprefix("layers.")) if block.startswith("layers.") else None
-                trained = layer is not None and step < steps_of(layer, LAYERS, STEPS, power)
-                for parameter in parameters:
-                    parameter.requires_grad_(trained)
-            losses.append(self.gradients(tiny_batch(step, 0, 0)))
-            optimizer.step()
-        return losses
+def trained_at(step: int, power: float) -> set[str]:
+    """The layers that are not frozen yet."""
+    return {f"layers.{layer}" for layer in range(LAYERS) if step < steps_of(layer, LAYERS, STEPS, power)}
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -49,7 +34,9 @@ def test_equals_the_loop_that_freezes_layers(power: float) -> None:
             losses.append(train(engine, tiny_batch(step, 0, 0)))
             selected.append(list(selection.last.selected))
         plain = FreezingLoop(tiny_model())
-        assert losses == pytest.approx(plain.train(power), rel=0, abs=TOLERANCE)
+        assert losses == pytest.approx(
+            plain.train([trained_at(step, power) for step in range(STEPS)]), rel=0, abs=TOLERANCE
+        )
         assert_same_weights(engine.module, plain.model)
     names = [f"layers.{layer}" for layer in range(LAYERS)]
     assert moved_blocks(plain.model, tiny_model()) == set(names)
@@ -85,8 +72,10 @@ def test_nothing_is_remarked_where_nothing_is_frozen(number: int, freeze_steps: 
     assert [chosen for _, chosen in run(policy, 20)] == [tuple(range(number))] * 20
 
 
-def test_after_its_steps_the_highest_layer_goes_on() -> None:
-    assert [chosen for _, chosen in run(started(FreezeOut(freeze_steps=3), 4), 6)][3:] == [(3,)] * 3
+@pytest.mark.parametrize("power", [2.0, 1e300])
+def test_after_its_steps_the_highest_layer_goes_on(power: float) -> None:
+    policy = started(FreezeOut(freeze_power=power, freeze_steps=3), 4)
+    assert [chosen for _, chosen in run(policy, 6)][3:] == [(3,)] * 3
 
 
 def test_steps_left_open_become_those_of_the_run() -> None:

@@ -250,6 +250,12 @@ def test_a_state_of_another_method_is_refused(name: str) -> None:
     assert policy.state_dict() == started(POLICIES[name](0)).state_dict(), "a refused state has changed the policy"
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_no_setting_has_the_name_of_what_selection_json_adds(method: type[Policy]) -> None:
+    names = {field.name for field in flags_of(method).values()}
+    assert not names & {"method", "steps", "blocks", "counts"}
+
+
 def test_changed_settings_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     state = state_of(RandomBlocks(fraction=0.3, every=2))
     with caplog.at_level(logging.WARNING, logger="agsel"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import agsel
+from tests.tiny import tiny_batch
 from tests.zero.scenario import ADAM, Scenario, start_engine
 
 TOLERANCE = 1e-6
@@ -74,6 +75,22 @@ class PlainLoop:
     def start_anew(self, block: str) -> None:
         """Forget the moments and the step count of a block."""
         self._optimizers[block] = torch.optim.AdamW(self.parameters[block], **ADAM)
+
+
+class FreezingLoop(PlainLoop):
+    """One AdamW over all weights, of which blocks are frozen and thawed; none of its states is ever forgotten."""
+
+    def train(self, trained: Sequence[set[str]]) -> list[float]:
+        """The losses of as many steps, each of which trains these blocks alone."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), **ADAM)
+        losses = []
+        for step, blocks in enumerate(trained):
+            for block, parameters in self.parameters.items():
+                for parameter in parameters:
+                    parameter.requires_grad_(block in blocks)
+            losses.append(self.gradients(tiny_batch(step, 0, 0)))
+            optimizer.step()
+        return losses
 
 
 def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:

@@ -47,7 +47,8 @@ def test_the_command_line_is_frozen() -> None:
         "probe_steps": 5,
         "refresh_every": 500,
         "temperature": None,
-        "freeze_power": 2.0,
+        "freeze_power": 1.5,
+        "freeze_most": 0.6,
         "freeze_steps": None,
     }
     own = {"lisa": ("select_every", 20), "badam": ("select_every", None), "grass": ("select_every", 25)}
@@ -117,6 +118,7 @@ def test_the_policy_is_the_one_described() -> None:
         ("--dirichlet_draw", {"dirichlet_draw": "best"}),
         ("--selection_seed", {"selection_seed": -1}),
         ("--freeze_power", {"freeze_power": 0.0, "method": "freezeout"}),
+        ("--freeze_most", {"freeze_most": 1.1, "method": "freezeout"}),
         ("--freeze_steps", {"freeze_steps": 0, "method": "freezeout"}),
         ("--method", {"method": "adagrad"}),
     ],

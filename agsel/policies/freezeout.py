@@ -15,12 +15,14 @@ from agsel.policies.policy import BlockInfo, Plan, Policy, setting
 class FreezeOut(Policy):
     """Update all blocks at first, later the upper ones alone: the backward ends where the frozen ones begin.
 
-    Of n blocks, the lowest round(n t^freeze_power) are frozen after a share t of the steps, but never the highest: on
-    average 1 / (freeze_power + 1) of them. In the paper t is linear or cubic in the depth, from a first t_0 on, and
-    each layer's learning rate falls to 0 by then; here all follow the run's schedule.
+    Of n blocks, the lowest round(n min(t^freeze_power, freeze_most)) are frozen after a share t of the steps, but never
+    the highest: by default a third of them on average. In the paper t is linear or cubic in the depth, from a first t_0
+    on, so that all come to be frozen, and each layer's learning rate falls to 0 by then; here all follow the run's
+    schedule.
 
     Attributes:
         freeze_power: of the share of the steps; the higher it is, the later blocks are frozen.
+        freeze_most: share of the blocks that are frozen in the end, in (0, 1].
         freeze_steps: in which the blocks are frozen. Left open, they become those of the run by `complete`, which
             `launch/train.py` calls.
 
@@ -33,18 +35,23 @@ class FreezeOut(Policy):
     spread_by = "raise --freeze_steps, or leave it out"
 
     freeze_power: float = setting(
-        2.0,
+        1.5,
         help="After a share t of the steps the lowest t^power of the layers are frozen. The larger, the more is "
-        "trained: 2 trains two thirds, averaged over these steps.",
+        "trained.",
     )
-    freeze_steps: int | None = setting(
-        None, help="Optimizer steps until all layers but the highest are frozen. Default: those of the run."
+    freeze_most: float = setting(
+        0.6,
+        help="Share of the layers that are frozen in the end. With this and the power by default two thirds are "
+        "trained, averaged over the steps.",
     )
+    freeze_steps: int | None = setting(None, help="Optimizer steps of which t is a share. Default: those of the run.")
 
     def __post_init__(self) -> None:
         self._given = self.freeze_steps
         if not 0 < self.freeze_power < math.inf:
             raise UserError(f"freeze_power must be a number above 0, got {self.freeze_power} (--freeze_power)")
+        if not 0 < self.freeze_most <= 1:
+            raise UserError(f"freeze_most must be above 0 and at most 1, got {self.freeze_most} (--freeze_most)")
         if self.freeze_steps is not None and self.freeze_steps < 1:
             raise UserError(f"freeze_steps must be 1 or more, got {self.freeze_steps} (--freeze_steps)")
 
@@ -67,14 +74,15 @@ class FreezeOut(Policy):
         """How many of the lowest blocks are frozen after so many steps."""
         assert self.freeze_steps is not None, "start requires it"
         share = min(step / self.freeze_steps, 1.0)
-        return min(int(self.number_of_blocks * share**self.freeze_power + 0.5), self.number_of_blocks - 1)
+        frozen = min(share**self.freeze_power, self.freeze_most)
+        return min(int(self.number_of_blocks * frozen + 0.5), self.number_of_blocks - 1)
 
     def remark(self, run_steps: int) -> str | None:
         """How much is trained over the run, if blocks are frozen in it."""
         if not self.frozen(run_steps - 1):
             return None
         trained = self.number_of_blocks - sum(map(self.frozen, range(run_steps))) / run_steps
-        return f"{self.number_of_blocks} blocks at first, {trained:.1f} on average (--freeze_power, --freeze_steps)"
+        return f"{self.number_of_blocks} blocks at first, {trained:.1f} on average (--freeze_power, --freeze_most)"
 
     def make_plan(self) -> Plan:
         """The blocks that are not frozen."""

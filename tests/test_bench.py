@@ -18,9 +18,11 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
+import agsel
 from agsel.errors import UserError
 from agsel.planning.flops import flops_per_token
 from agsel.planning.shapes import MODEL_SHAPES
+from agsel.policies import BlockInfo
 from tests.distributed import REPOSITORY, environment, kill_session
 from tests.tiny import tiny_model
 from tools import plan_memory
@@ -28,6 +30,7 @@ from tools.bench import command, scaling, scaling_picture, scoring
 from tools.bench.chosen_weights import linear_layers, random_mask
 from tools.bench.compared_methods import METHODS
 from tools.bench.configurations import Configuration
+from tools.bench.freezing import UpperLayers, mean_of_a_run
 from tools.bench.picture import draw_group
 from tools.bench.plans import expand, read_plan
 from tools.bench.rows import configuration_of, median_row, read_rows
@@ -44,6 +47,7 @@ PLAN = """
 - {models: tiny, stages: 2, methods: exploit-elements, densities: 0.1, ranks: 1}
 - {models: tiny, stages: 3, methods: elements, densities: 0.1, ranks: 1}
 - {models: tiny, stages: 2, methods: [supertuning, shira], densities: 0.1, ranks: 1}
+- {models: tiny, stages: 2, methods: freezeout-lora-128-folded, fractions: [1, 0.5], ranks: 1}
 """
 SCORING = "tools/bench_scoring.py"
 STEPS = 4
@@ -88,7 +92,7 @@ def rows(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_every_configuration_is_measured(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert len(rows) == 16
+    assert len(rows) == 17
     for row in rows.values():
         if row["method"] != "badam":
             assert row["error"] is None
@@ -258,6 +262,29 @@ def trained(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({1.0: 30.0, 0.5: 20.0, 0.001: 10.02}, 30 - 20 * (0.6 - 0.6 * 0.6 ** (2 / 3) * 3 / 5)),  # by what is trained
+        ({1.0: 9.0, 0.75: 3.0, 0.001: 3.0}, 3 + 6 * 0.25 ** (2 / 3) * 3 / 5),  # 6 (1 - 4 t^1.5), until it is 0
+    ],
+)
+def test_a_run_of_freezeout_takes_the_mean_of_its_moments(times: dict[float, float], expected: float) -> None:
+    assert mean_of_a_run(times) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_frozen_is_what_freezeout_freezes() -> None:
+    """A layer more or less for a moment, as one rounds down and the other to the nearest."""
+    blocks = [BlockInfo(f"layers.{index}", 1) for index in range(24)]
+    rule = agsel.FreezeOut(freeze_steps=100).started(blocks)
+    for step in range(100):
+        moment = UpperLayers(fraction=1 - min((step / 100) ** 1.5, 0.6)).started(blocks)
+        trained, expected = moment.plan().trainable, rule.plan().trainable
+        assert trained == {*range(min(trained), 24)}
+        assert abs(min(trained) - min(expected)) <= 1
+        rule.commit({})
+
+
 @pytest.mark.parametrize(("times", "expected"), [([5.0], 5.0), ([9.0, 7.0], 7.0), ([3.0, 9.0, 7.0], 7.0)])
 def test_of_several_rounds_the_median_counts(times: list[float], expected: float) -> None:
     failed = {"error": "out of memory"}
@@ -268,7 +295,7 @@ def test_of_several_rounds_the_median_counts(times: list[float], expected: float
 
 def test_the_plan_of_the_readme_is_one() -> None:
     configurations = expand(yaml.safe_load((REPOSITORY / "tools" / "bench.yaml").read_text()))
-    assert len(configurations) == 147
+    assert len(configurations) == 155
     assert {configuration.method for configuration in configurations} == set(METHODS)
 
 
@@ -539,8 +566,9 @@ def test_the_plan_of_the_scaling_table_is_one() -> None:
 def test_what_a_method_is_follows_from_its_entry() -> None:
     """Only launch/train.py builds an engine of its own, and it takes a policy; so do all that move states."""
     assert [name for name, method in METHODS.items() if method.start is None] == ["trainer"]
-    everything = ["agsel-full", "agsel-lora-256", "agsel-lora-256-folded", "agsel-lora-128-folded", "agsel-lora-64"]
-    over_adapters = ["exploit-lora-256", "exploit-lora-256-folded", "exploit-lora-16", "ist-lora-256"]
+    everything = ["agsel-full", "agsel-lora-256", "agsel-lora-256-folded", "agsel-lora-64"]
+    freezing = ["freezeout-lora-256-folded", "freezeout-lora-128-folded"]
+    over_adapters = [*freezing, "exploit-lora-256", "exploit-lora-256-folded", "exploit-lora-16", "ist-lora-256"]
     over_elements = ["elements", "exploit-elements"]
     exploring = ["explore", "explore-early", "topk"]
     moving = [

@@ -11,6 +11,7 @@ import agsel
 from agsel.errors import UserError
 from agsel.policies import reads_fraction
 from tools.bench.configurations import Configuration
+from tools.bench.freezing import UpperLayers
 from tools.bench.starters import (
     PolicyOf,
     Starter,
@@ -103,6 +104,11 @@ def every_block(_: float) -> agsel.FullFineTuning:
     return agsel.FullFineTuning()
 
 
+def frozen_below(fraction: float) -> UpperLayers:
+    """FreezeOut when this fraction of the layers is left."""
+    return UpperLayers(fraction=fraction)
+
+
 def exploiting(fraction: float) -> agsel.AdaGradSelect:
     """Draws that are almost uniform: the most states to move."""
     return agsel.AdaGradSelect(fraction=fraction, explore_steps=0, dirichlet_delta=1e6)
@@ -144,10 +150,14 @@ METHODS: dict[str, Method] = {
     "agsel-full": selecting("agsel, everything that takes part: all blocks, or the layers from one on", every_block),
     "agsel-lora-256": selecting("the same with adapters (LoRA r=256)", every_block, lora_rank=256),
     "agsel-lora-256-folded": selecting("the same with --fold_adapters", every_block, lora_rank=256, folds=True),
-    "agsel-lora-128-folded": selecting(
-        "the same with adapters of r=128, folded", every_block, lora_rank=128, folds=True
-    ),
     "agsel-lora-64": selecting("the same with adapters of r=64, not folded", every_block, lora_rank=64),
+    "freezeout-lora-256-folded": selecting(
+        "agsel, FreezeOut over adapters (LoRA r=256), folded, when so many layers are left to train",
+        frozen_below,
+        lora_rank=256,
+        folds=True,
+    ),
+    "freezeout-lora-128-folded": selecting("the same over r=128", frozen_below, lora_rank=128, folds=True),
     "exploit-lora-256": selecting(
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
     ),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from tools.bench.compared_methods import METHODS
+from tools.bench.compared_methods import METHODS, frozen_below
 from tools.bench.configurations import Configuration
+from tools.bench.freezing import mean_of_a_run
 from tools.bench.rows import PHASES, Row, configuration_of, gigabytes, groups, origins
 
 COLUMNS = (
@@ -34,7 +35,15 @@ def _group(title: str, rows: Sequence[Row], peak_tflops: float) -> list[str]:
     head = [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     lines = [f"| {' | '.join(_cells(row, rows, peak_tflops))} |" for row in rows if not row["error"]]
     failures = [f"- {configuration_of(row).label}: {row['error']}" for row in rows if row["error"]]
-    return [*head, *lines, "", *failures, ""]
+    return [*head, *lines, "", *failures, *_whole_runs(rows), ""]
+
+
+def _whole_runs(rows: Sequence[Row]) -> Iterator[str]:
+    """What a run takes of a method whose rows are moments of it."""
+    for method in dict.fromkeys(row["method"] for row in rows):
+        times = {row["fraction"]: row["ms_per_step"] for row in rows if row["method"] == method and not row["error"]}
+        if METHODS[method].policy is frozen_below and len(times) > 1:
+            yield f"- {method}, the mean of a run, interpolated between these rows: {mean_of_a_run(times):.1f} ms/step"
 
 
 def _cells(row: Row, group: Sequence[Row], peak_tflops: float) -> list[str]:

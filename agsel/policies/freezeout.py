@@ -36,8 +36,8 @@ class FreezeOut(Policy):
 
     freeze_power: float = setting(
         1.5,
-        help="After a share t of the steps the lowest t^power of the layers are frozen. The larger, the more is "
-        "trained.",
+        help="After a share t of the steps the lowest t^power of the layers are frozen, up to --freeze_most. The "
+        "larger, the more is trained.",
     )
     freeze_most: float = setting(
         0.6,

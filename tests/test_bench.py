@@ -37,7 +37,7 @@ from tools.bench.rows import configuration_of, median_row, read_rows
 from tools.bench.series import Series, strong_scaling, weak_scaling
 from tools.bench.starters import add_shira, add_supertuning, expected_set
 from tools.bench.stopwatch import Settings, Stopwatch
-from tools.bench.table import COLUMNS
+from tools.bench.table import COLUMNS, table
 
 PLAN = """
 - {models: tiny, stages: 2, methods: [full, bound, exploit, explore, lisa, trainer, lora-16]}
@@ -47,7 +47,7 @@ PLAN = """
 - {models: tiny, stages: 2, methods: exploit-elements, densities: 0.1, ranks: 1}
 - {models: tiny, stages: 3, methods: elements, densities: 0.1, ranks: 1}
 - {models: tiny, stages: 2, methods: [supertuning, shira], densities: 0.1, ranks: 1}
-- {models: tiny, stages: 2, methods: freezeout-lora-128-folded, fractions: [1, 0.5], ranks: 1}
+- {models: tiny, stages: 2, methods: freezeout-lora-128-folded, fractions: [1, 0.4], ranks: 1}
 """
 SCORING = "tools/bench_scoring.py"
 STEPS = 4
@@ -273,6 +273,49 @@ def test_a_run_of_freezeout_takes_the_mean_of_its_moments(times: dict[float, flo
     assert mean_of_a_run(times) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("times", [{}, {1.0: 5.0}, {1.0: 5.0, 0.5: 3.0}, {0.75: 4.0, 0.25: 2.0}])
+def test_moments_that_leave_out_the_start_or_the_end_tell_no_mean(times: dict[float, float]) -> None:
+    assert mean_of_a_run(times) is None
+
+
+def test_the_table_tells_the_mean_of_a_run_from_its_own_moments(rows: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """Not from those of another method, depth or setting, nor from those that failed."""
+    measured = rows["freezeout-lora-128-folded", 2]
+
+    def line(**changes: Any) -> list[str]:
+        moments = [
+            measured | {"fraction": 1.0, "ms_per_step": 30.0},
+            measured | {"fraction": 0.25, "ms_per_step": 15.0},
+        ]
+        text = table([*moments, *(measured | {"fraction": 0.5, "ms_per_step": 25.0} | changes,)], 989.0)
+        return [line for line in text.splitlines() if "mean of a run" in line]
+
+    of_two = mean_of_a_run({1.0: 30.0, 0.25: 15.0})
+    of_three = mean_of_a_run({1.0: 30.0, 0.5: 25.0, 0.25: 15.0})
+    said = "- freezeout-lora-128-folded, the mean of a run, interpolated between its rows: {:.1f} ms/step"
+    assert line() == [said.format(of_three)] != [said.format(of_two)]
+    for other in (
+        {"method": "freezeout-lora-256-folded"},
+        {"method": "fixed"},
+        {"select_from": 0.5},
+        {"offload_states": False},
+        {"micro_batch": 3},
+        {"error": "out of memory"},
+    ):
+        assert line(**other) == [said.format(of_two)], other
+
+
+def test_what_was_measured_tells_what_a_run_takes(folder: Path) -> None:
+    lines = [line for line in (folder / "table.md").read_text().splitlines() if "mean of a run" in line]
+    assert [line.split(",")[0] for line in lines] == ["- freezeout-lora-128-folded"]
+
+
+@pytest.mark.parametrize(("fraction", "lowest"), [(1.0, 0), (0.75, 6), (0.5, 12), (0.05, 23)])
+def test_the_upper_layers_are_trained(fraction: float, lowest: int) -> None:
+    policy = UpperLayers(fraction=fraction).started([BlockInfo(f"layers.{index}", 1) for index in range(24)])
+    assert policy.plan().trainable == {*range(lowest, 24)}
+
+
 def test_what_is_frozen_is_what_freezeout_freezes() -> None:
     """A layer more or less for a moment, as one rounds down and the other to the nearest."""
     blocks = [BlockInfo(f"layers.{index}", 1) for index in range(24)]
@@ -404,7 +447,10 @@ def test_mistakes_of_scoring_end_in_one_line(arguments: tuple[str, ...], message
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("line", ['{"method": ', "{}", "[1]", "3"])
+OF_NO_METHOD = '{"method": "fool", "model": "tiny", "stage": 2}'
+
+
+@pytest.mark.parametrize("line", ['{"method": ', "{}", "[1]", "3", OF_NO_METHOD])
 def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "rows.jsonl").write_text(line)
     with pytest.raises(UserError, match=r"^line 1 of .*rows.jsonl is no row: remove it"):
@@ -590,6 +636,9 @@ def test_what_a_method_is_follows_from_its_entry() -> None:
         "supertuning",
         "shira",
     ]
+    for name, method in METHODS.items():
+        if method.moves_states:
+            assert (f"lora-{method.lora_rank}" in name, name.endswith("-folded")) == ("lora" in name, method.folds)
     kinds = {name: method.kinds_of_steps for name, method in METHODS.items() if method.kinds_of_steps}
     exploiting = dict.fromkeys((name for name in moving if name not in exploring), ("exploit",))
     asking = {"ist-lora-256": ("exploit", "losses")}

@@ -32,7 +32,7 @@ class FreezeOut(Policy):
 
     method = "freezeout"
     rule = "every layer at first, and as the run goes on the upper ones alone"
-    spread_by = "raise --freeze_steps, or leave it out"
+    spread_by = "raise --freeze_power or --freeze_steps, or lower --freeze_most"
 
     freeze_power: float = setting(
         1.5,
@@ -41,8 +41,8 @@ class FreezeOut(Policy):
     )
     freeze_most: float = setting(
         0.6,
-        help="Share of the layers that are frozen in the end. With this and the power by default two thirds are "
-        "trained, averaged over the steps.",
+        help="Share of the layers, of those that take part, that are frozen in the end. With this and the power by "
+        "default two thirds are trained, averaged over the steps.",
     )
     freeze_steps: int | None = setting(None, help="Optimizer steps of which t is a share. Default: those of the run.")
 
@@ -78,11 +78,17 @@ class FreezeOut(Policy):
         return min(int(self.number_of_blocks * frozen + 0.5), self.number_of_blocks - 1)
 
     def remark(self, run_steps: int) -> str | None:
-        """How much is trained over the run, if blocks are frozen in it."""
-        if not self.frozen(run_steps - 1):
+        """How much is trained over the run, where there is a block that could be frozen."""
+        if self.number_of_blocks == 1:
             return None
-        trained = self.number_of_blocks - sum(map(self.frozen, range(run_steps))) / run_steps
-        return f"{self.number_of_blocks} blocks at first, {trained:.1f} on average (--freeze_power, --freeze_most)"
+        frozen = [*map(self.frozen, range(run_steps))]
+        if not frozen[-1]:
+            return "no block is frozen in this run: raise --freeze_most, or lower --freeze_steps or --freeze_power"
+        mean, last = self.number_of_blocks - sum(frozen) / run_steps, self.number_of_blocks - frozen[-1]
+        return (
+            f"{self.number_of_blocks} blocks at first, {mean:.1f} on average, {last} in the end "
+            "(--freeze_power, --freeze_most, --freeze_steps)"
+        )
 
     def make_plan(self) -> Plan:
         """The blocks that are not frozen."""

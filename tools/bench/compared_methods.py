@@ -157,7 +157,12 @@ METHODS: dict[str, Method] = {
         lora_rank=256,
         folds=True,
     ),
-    "freezeout-lora-128-folded": selecting("the same over r=128", frozen_below, lora_rank=128, folds=True),
+    "freezeout-lora-128-folded": selecting(
+        "agsel, FreezeOut over adapters (LoRA r=128), folded, when so many layers are left to train",
+        frozen_below,
+        lora_rank=128,
+        folds=True,
+    ),
     "exploit-lora-256": selecting(
         "agsel, adapters (LoRA r=256) of a new random set of layers at every step", exploiting, lora_rank=256
     ),

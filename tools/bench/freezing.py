@@ -21,12 +21,17 @@ class UpperLayers(FractionPolicy):
         return Plan.of(range(self.number_of_blocks - self.blocks_per_step, self.number_of_blocks))
 
 
-def mean_of_a_run(times: Mapping[float, float]) -> float:
+def mean_of_a_run(times: Mapping[float, float]) -> float | None:
     """Milliseconds per step of a run of `--method freezeout`, as it is by default.
 
     Args:
         times: ms per step by the fraction of the layers that is still trained; between them it is interpolated.
+
+    Returns:
+        None if they do not reach from all layers to those that train in the end.
     """
+    if not times or max(times) < 1 or min(times) > 1 - agsel.FreezeOut.freeze_most:
+        return None
     shares = (np.arange(MOMENTS) + 0.5) / MOMENTS
     trained = 1 - np.minimum(shares**agsel.FreezeOut.freeze_power, agsel.FreezeOut.freeze_most)
     fractions = sorted(times)

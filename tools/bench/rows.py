@@ -40,9 +40,9 @@ def read_rows(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
             configuration = configuration_of(row)
-        except (json.JSONDecodeError, TypeError) as error:
+            method_of(configuration)
+        except (json.JSONDecodeError, TypeError, UserError) as error:
             raise UserError(f"line {number} of {path} is no row: remove it ({one_line(error)})") from error
-        method_of(configuration)
         measured.setdefault(configuration, []).append(row)
     return [median_row(rows) for rows in measured.values()]
 

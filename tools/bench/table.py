@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from tools.bench.compared_methods import METHODS, frozen_below
 from tools.bench.configurations import Configuration
@@ -40,10 +41,15 @@ def _group(title: str, rows: Sequence[Row], peak_tflops: float) -> list[str]:
 
 def _whole_runs(rows: Sequence[Row]) -> Iterator[str]:
     """What a run takes of a method whose rows are moments of it."""
-    for method in dict.fromkeys(row["method"] for row in rows):
-        times = {row["fraction"]: row["ms_per_step"] for row in rows if row["method"] == method and not row["error"]}
-        if METHODS[method].policy is frozen_below and len(times) > 1:
-            yield f"- {method}, the mean of a run, interpolated between these rows: {mean_of_a_run(times):.1f} ms/step"
+    moments: dict[Configuration, dict[float, float]] = {}
+    for row in rows:
+        if METHODS[row["method"]].policy is frozen_below and not row["error"]:
+            run = replace(configuration_of(row), fraction=Configuration.fraction)
+            moments.setdefault(run, {})[row["fraction"]] = row["ms_per_step"]
+    for run, times in moments.items():
+        mean = mean_of_a_run(times)
+        if mean is not None:
+            yield f"- {run.label}, the mean of a run, interpolated between its rows: {mean:.1f} ms/step"
 
 
 def _cells(row: Row, group: Sequence[Row], peak_tflops: float) -> list[str]:

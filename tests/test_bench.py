@@ -294,6 +294,9 @@ def test_the_table_tells_the_mean_of_a_run_from_its_own_moments(rows: dict[tuple
     of_three = mean_of_a_run({1.0: 30.0, 0.5: 25.0, 0.25: 15.0})
     said = "- freezeout-lora-128-folded, the mean of a run, interpolated between its rows: {:.1f} ms/step"
     assert line() == [said.format(of_three)] != [said.format(of_two)]
+    assert (
+        table([measured | {"method": "fixed", "fraction": at} for at in (1.0, 0.3)], 989.0).count("mean of a run") == 0
+    )
     for other in (
         {"method": "freezeout-lora-256-folded"},
         {"method": "fixed"},
